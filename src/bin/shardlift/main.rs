@@ -1,0 +1,3 @@
+//! The command line: `shardlift inspect|verify|plan|load|reshard|doctor`.
+
+fn main() {}

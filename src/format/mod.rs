@@ -1,0 +1,3 @@
+//! Bytes in, [`Header`] out: every rule of the safetensors format. Knows no files, paths or clocks.
+
+#![forbid(unsafe_code)]

@@ -1,0 +1,40 @@
+//! GPU-direct loader of safetensors weights for multi-GPU inference.
+//!
+//! A checkpoint is opened (headers only), rules say how its tensors are divided over the ranks of a world, a plan
+//! maps header offsets to per-rank destinations, and a loader moves the bytes: each byte is read from storage once,
+//! cut on the way, and lands in the memory of every rank that wants it.
+//!
+//! The folders are the journey of a byte: `format -> plan -> read -> stage -> copy -> place`; `ARCHITECTURE.md` says
+//! what each may know.
+
+#[cfg(target_endian = "big")]
+compile_error!("shardlift reads little-endian files into memory as they are: big-endian targets are not supported");
+
+pub mod checkpoint;
+mod copy;
+mod device;
+mod dtype;
+mod error;
+mod extent;
+pub mod format;
+pub mod limits;
+mod loader;
+pub mod observe;
+mod pipeline;
+mod place;
+pub mod plan;
+pub mod read;
+mod shape;
+pub mod source;
+mod stage;
+mod sync;
+
+pub use checkpoint::{Checkpoint, HubCache};
+pub use dtype::Dtype;
+pub use error::{At, Error, ErrorKind, Result};
+pub use extent::{Extent, FileId, Rank};
+pub use loader::{Load, Loader, Memory, Monitor, Residency};
+pub use observe::{Progress, Report};
+pub use place::{Element, Tensor, Weights};
+pub use plan::{Plan, Rules, World};
+pub use shape::Shape;

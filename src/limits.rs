@@ -1,0 +1,48 @@
+//! Every default and every bound, each with its reason.
+//!
+//! Sizes are bytes unless the name says otherwise. A figure that a bench chose names the bench; the measurements are
+//! in `docs/performance.md`.
+
+use std::time::Duration;
+
+/// Largest header that is accepted: the limit of the reference implementation (safetensors 0.8.0,
+/// `MAX_HEADER_SIZE`).
+pub const HEADER_MAX: u64 = 100_000_000;
+
+/// Deepest JSON nesting that is accepted: serde_json's own recursion limit. A header needs 3 levels.
+pub const JSON_DEPTH: usize = 128;
+
+/// Staging memory of one [`Loader`](crate::Loader), shared by its loads: half of what the strongest rival pins, and
+/// enough for 16 slots of 16 MiB in flight.
+pub const STAGING: usize = 256 << 20;
+
+/// Smallest staging budget: two slots of the smallest size, so that a read and a copy can overlap.
+pub const STAGING_MIN: usize = 2 << 20;
+
+/// Start of each tensor in memory that we allocate. 256 bytes is what `cuMemAlloc` guarantees.
+pub const TENSOR_ALIGNMENT: u64 = 256;
+
+/// Largest block of destination memory: large enough to need few allocations, small enough to find room for.
+pub const BLOCK_MAX: u64 = 1 << 30;
+
+/// File offsets and memory addresses for O_DIRECT: the page size covers every logical block size in use.
+pub const DIRECT_ALIGNMENT: u64 = 4096;
+
+/// Unneeded bytes between two needed ranges that are read rather than skipped: below this a second request costs
+/// more than the bytes do (sharding.md 13, B/Q of 6 to 40 KB for current NVMe).
+pub const COALESCE_GAP: u64 = 32 << 10;
+
+/// What a separate read costs, in bytes that the storage could have moved instead (sharding.md 13: B/Q).
+pub const READ_COST: u64 = 16 << 10;
+
+/// Most strided loops of a copy descriptor (design invariant 4).
+pub const LOOPS_MAX: usize = 5;
+
+/// Copies that a descriptor deeper than [`LOOPS_MAX`] may be unrolled into (design invariant 4).
+pub const UNROLL_MAX: u64 = 4096;
+
+/// A read without progress for this long is reported as a warning that names the file.
+pub const STALL_WARNING: Duration = Duration::from_secs(5);
+
+/// A read without progress for this long fails the load. Network file systems recover within a minute or not at all.
+pub const STALL_ERROR: Duration = Duration::from_secs(60);

@@ -1,0 +1,212 @@
+//! Checkpoint x Rules x World -> [`Plan`]. Pure: knows no open files, no devices, no time.
+
+#![forbid(unsafe_code)]
+
+mod audit;
+mod build;
+mod expr;
+mod family;
+mod leaf;
+mod memory;
+mod reads;
+mod rules;
+mod world;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::checkpoint::{Checkpoint, CheckpointFile, TensorMeta};
+use crate::dtype::Dtype;
+use crate::extent::{FileId, Rank};
+use crate::shape::Shape;
+
+pub use memory::{Layout, Location};
+pub(crate) use reads::{Cutting, Piece, ReadOp, Reads};
+pub use rules::Rules;
+pub use world::{DeviceSpec, World};
+
+/// What moves where, for all ranks at once. Immutable, cheap to clone, and valid: every plan has passed the audit.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    checkpoint: Checkpoint,
+    world: World,
+    params: Vec<Param>,
+    ranks: Vec<RankPlan>,
+    extents: Vec<ReadExtent>,
+    consumers: Vec<Consumer>,
+    order: ReadOrder,
+    digest: u64,
+}
+
+/// What all ranks' destinations of one name have in common.
+#[derive(Debug, Clone)]
+pub struct Param {
+    /// The name of the destination.
+    pub name: String,
+    /// The element type at the destination.
+    pub dtype: Dtype,
+    /// The other destination whose memory this one shares (tied weights); it has no bytes of its own.
+    pub alias_of: Option<u32>,
+}
+
+/// One rank's partition.
+#[derive(Debug, Clone)]
+pub struct RankPlan {
+    /// The rank.
+    pub rank: Rank,
+    /// The destinations, sorted by `param`; ranks that do not hold a parameter have no entry for it.
+    pub dests: Vec<Dest>,
+    /// The copies of all destinations; each destination owns a range of them.
+    pub pieces: Vec<BoxCopy>,
+}
+
+/// One tensor in the memory of one rank.
+#[derive(Debug, Clone)]
+pub struct Dest {
+    /// Position in [`Plan::params`].
+    pub param: u32,
+    /// The shape of this rank's part. May have zero elements.
+    pub shape: Shape,
+    /// Bytes of memory; 0 for an alias.
+    pub bytes: u64,
+    /// Range in [`RankPlan::pieces`].
+    pub pieces: Range<u32>,
+}
+
+/// A strided copy from one tensor of the checkpoint into one destination. All numbers are bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BoxCopy {
+    /// Position in [`Checkpoint::tensors`].
+    pub tensor: u32,
+    /// The first source byte, counted from byte 0 of the file.
+    pub src: u64,
+    /// The first destination byte, counted from byte 0 of the destination.
+    pub dst: u64,
+    /// The strided loops, outermost first, collapsed; at most [`LOOPS_MAX`](crate::limits::LOOPS_MAX).
+    pub loops: Loops,
+    /// Contiguous bytes at each step of the innermost loop.
+    pub run: u64,
+}
+
+/// The loops of a [`BoxCopy`], outermost first.
+pub type Loops = SmallVec<[Loop; 1]>;
+
+/// One loop of a strided copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Loop {
+    /// How often.
+    pub count: u64,
+    /// Source bytes from one step to the next.
+    pub src_stride: u64,
+    /// Destination bytes from one step to the next.
+    pub dst_stride: u64,
+}
+
+/// Source bytes that one reader reads, and who gets them. With `outer` loops it is a strided set of equal ranges
+/// `start + sum(i * stride) .. + run`; without, the one range `start..start + run`.
+///
+/// The extents of one reader do not overlap, and are in the plan's order of reads.
+#[derive(Debug, Clone)]
+pub struct ReadExtent {
+    /// Position in [`Checkpoint::tensors`].
+    pub tensor: u32,
+    /// The file.
+    pub file: FileId,
+    /// The rank whose process reads these bytes. Its consumers may be ranks of other processes.
+    pub reader: Rank,
+    /// The first byte, counted from byte 0 of the file.
+    pub start: u64,
+    /// Strided repetition, outermost first: (count, stride in bytes).
+    pub outer: SmallVec<[(u64, u64); 1]>,
+    /// Contiguous bytes of each range.
+    pub run: u64,
+    /// Range in [`Plan::consumers`].
+    pub consumers: Range<u32>,
+}
+
+/// Who wants bytes of an extent.
+#[derive(Debug, Clone, Copy)]
+pub struct Consumer {
+    /// The rank.
+    pub rank: Rank,
+    /// Position in [`RankPlan::dests`].
+    pub dest: u32,
+    /// Position in [`RankPlan::pieces`].
+    pub piece: u32,
+}
+
+/// The order in which a process reads its extents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum ReadOrder {
+    /// By file and offset: sequential on storage.
+    #[default]
+    File,
+    /// By layer (the first number in the tensor's name), then by file and offset; tensors of no layer come first.
+    Layer,
+}
+
+impl Plan {
+    /// The checkpoint that was planned.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.inner.checkpoint
+    }
+
+    /// The world that it was planned for.
+    pub fn world(&self) -> &World {
+        &self.inner.world
+    }
+
+    /// The names and types of all destinations, sorted by name.
+    pub fn params(&self) -> &[Param] {
+        &self.inner.params
+    }
+
+    /// All ranks' partitions; a [`Rank`] is a position in this list.
+    pub fn ranks(&self) -> &[RankPlan] {
+        &self.inner.ranks
+    }
+
+    /// The partition of one rank.
+    pub fn rank(&self, rank: Rank) -> &RankPlan {
+        &self.inner.ranks[rank.index()]
+    }
+
+    /// All reads of all processes, in order.
+    pub fn extents(&self) -> &[ReadExtent] {
+        &self.inner.extents
+    }
+
+    /// The consumers of an extent.
+    pub fn consumers(&self, extent: &ReadExtent) -> &[Consumer] {
+        &self.inner.consumers[extent.consumers.start as usize..extent.consumers.end as usize]
+    }
+
+    /// The order of reads.
+    pub fn order(&self) -> ReadOrder {
+        self.inner.order
+    }
+
+    /// The file with this id.
+    pub fn file(&self, id: FileId) -> &CheckpointFile {
+        self.inner.checkpoint.file(id)
+    }
+
+    /// The tensor of the checkpoint at this position.
+    pub fn tensor(&self, position: u32) -> &TensorMeta {
+        &self.inner.checkpoint.tensors()[position as usize]
+    }
+
+    /// A fingerprint of what is read and where it goes: equal on every rank and across releases, and independent of
+    /// the local rank, devices, addresses and engine.
+    pub fn digest(&self) -> u64 {
+        self.inner.digest
+    }
+}
