@@ -27,6 +27,7 @@ pub mod read;
 mod shape;
 pub mod source;
 mod stage;
+mod stride;
 mod sync;
 
 pub use checkpoint::{Checkpoint, HubCache};
