@@ -67,3 +67,9 @@ pub const READ_THREADS_MAX: usize = 16;
 
 /// How often the supervisor of a load looks for stalled reads and samples memory.
 pub const SUPERVISE_EVERY: Duration = Duration::from_millis(25);
+
+/// Reads in flight of one io_uring. With several threads' rings this keeps an NVMe queue full at 1 MiB each.
+pub const URING_DEPTH: u32 = 16;
+
+/// Most threads with a ring of their own: beyond it, completions are handled faster than storage produces them.
+pub const URING_THREADS_MAX: usize = 4;

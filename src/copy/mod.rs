@@ -12,6 +12,8 @@ use crate::stage::Staged;
 /// A filled slot and the copies that one device takes from it.
 #[derive(Debug)]
 pub(crate) struct Filled {
+    /// Held until the copies are done.
+    #[expect(dead_code, reason = "its lifetime is its use")]
     pub(crate) staged: Staged,
     pub(crate) copies: Vec<RawCopy>,
     pub(crate) landing: Vec<Landing>,
@@ -119,7 +121,10 @@ fn feed(
 }
 
 /// Keeps what the device may still use for ever.
-#[expect(clippy::mem_forget, reason = "a stalled device may still read these slots: freeing them is worse than leaking")]
+#[expect(
+    clippy::mem_forget,
+    reason = "a stalled device may still read these slots: freeing them is worse than leaking"
+)]
 fn abandon(queue: Box<dyn Queue>, in_flight: VecDeque<(u64, Filled)>) {
     std::mem::forget((queue, in_flight));
 }

@@ -12,7 +12,6 @@ use crate::error::{Error, ErrorKind, Result};
 #[derive(Debug)]
 pub(crate) struct Allocation {
     address: *mut u8,
-    bytes: usize,
     owner: Owner,
 }
 
@@ -34,7 +33,7 @@ impl Allocation {
     /// Fresh zeroed pages, huge where the system grants them.
     pub(crate) fn pages(bytes: usize) -> Result<Allocation> {
         let pages = Pages::new(bytes)?;
-        Ok(Allocation { address: pages.address(), bytes, owner: Owner::Pages(pages) })
+        Ok(Allocation { address: pages.address(), owner: Owner::Pages(pages) })
     }
 
     /// Uninitialised memory of the global allocator, so that a `Vec<T>` with this alignment can own it.
@@ -51,26 +50,21 @@ impl Allocation {
             return Err(out_of_memory());
         }
         super::host::advise_huge_pages(address, bytes);
-        Ok(Allocation { address, bytes, owner: Owner::Heap(layout) })
+        Ok(Allocation { address, owner: Owner::Heap(layout) })
     }
 
     /// Memory that `keep` keeps alive.
     ///
     /// # Safety
-    /// - `address..address + bytes` is readable for as long as `keep` lives;
+    /// - the memory at `address`, as much as is used of it, is readable for as long as `keep` lives;
     /// - it is writable too if it is a destination that bytes are copied to, and nobody else uses it until then.
-    pub(crate) unsafe fn lent(address: *mut u8, bytes: usize, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
-        Allocation { address, bytes, owner: Owner::Lent(keep) }
+    pub(crate) unsafe fn lent(address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
+        Allocation { address, owner: Owner::Lent(keep) }
     }
 
     /// The first byte.
     pub(crate) fn address(&self) -> *mut u8 {
         self.address
-    }
-
-    /// The size.
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
     }
 
     /// Gives the memory up as the parts of a `Vec` whose elements have this size and alignment, if that is how it

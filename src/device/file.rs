@@ -26,10 +26,6 @@ impl FileDevice {
 }
 
 impl Device for FileDevice {
-    fn name(&self) -> String {
-        format!("file:{}", self.path.display())
-    }
-
     fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
         let (path, file) = (self.path.clone(), Arc::clone(&self.file));
         let mut packed = Vec::new();
@@ -39,9 +35,8 @@ impl Device for FileDevice {
 
 /// Writes one copy, with one system call if its destination is contiguous.
 fn write(copy: &RawCopy, file: &File, path: &PathBuf, packed: &mut Vec<u8>) -> Result<()> {
-    let failed = |error, offset: u64, bytes: u64| {
-        Error::io("cannot write", path, error).with_bytes(offset, offset + bytes)
-    };
+    let failed =
+        |error, offset: u64, bytes: u64| Error::io("cannot write", path, error).with_bytes(offset, offset + bytes);
     let run = |offset: u64| {
         // SAFETY: `Queue::submit`'s caller keeps the source readable and unwritten until the copy is done.
         unsafe { std::slice::from_raw_parts(copy.src.add(offset as usize), copy.run as usize) }

@@ -42,9 +42,7 @@ pub(super) fn advise_huge_pages(address: *mut u8, bytes: usize) {
         if start < end {
             let start = address.with_addr(start);
             // SAFETY: the range lies in memory of the caller; the advice changes no contents.
-            let _ = unsafe {
-                rustix::mm::madvise(start.cast(), end - start.addr(), rustix::mm::Advice::LinuxHugepage)
-            };
+            let _ = unsafe { rustix::mm::madvise(start.cast(), end - start.addr(), rustix::mm::Advice::LinuxHugepage) };
         }
     }
     #[cfg(not(target_os = "linux"))]
@@ -75,10 +73,6 @@ pub(crate) unsafe fn copy_now(copy: &RawCopy) {
 pub(crate) struct Host;
 
 impl Device for Host {
-    fn name(&self) -> String {
-        "host".into()
-    }
-
     fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
         Ok(None)
     }
@@ -89,10 +83,6 @@ impl Device for Host {
 pub(crate) struct HostStaged;
 
 impl Device for HostStaged {
-    fn name(&self) -> String {
-        "host:staged".into()
-    }
-
     fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
         // SAFETY: `Queue::submit`'s caller answers for the copies until they are done.
         Ok(Some(Box::new(ThreadQueue::new("shardlift-host", |copy| unsafe {

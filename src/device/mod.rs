@@ -29,9 +29,6 @@ unsafe impl Send for RawCopy {}
 
 /// A kind of memory that destinations can live in.
 pub(crate) trait Device: Debug + Send + Sync {
-    /// The name in reports, for instance `host`.
-    fn name(&self) -> String;
-
     /// A queue of copies into this device's memory, or `None` if its memory is the host's own: then reads may land
     /// in it directly, and copies are made at once by whoever has the bytes in cache ([`copy_now`]).
     fn queue(&self) -> Result<Option<Box<dyn Queue>>>;

@@ -68,10 +68,11 @@ impl Job {
     pub(super) fn new(setup: Setup, inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>) -> Job {
         let plan = setup.plan.clone();
         let world = plan.world();
-        let direct = inboxes.iter().all(Option::is_none);
+        let alignment = setup.engine.alignment();
+        let in_place = inboxes.iter().all(Option::is_none);
         let slot = setup.ring.slot_bytes() as u64;
-        let cut_chunk = if direct { slot.min(limits::CUT_CHUNK) } else { slot };
-        let cutting = Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment: 1, direct };
+        let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
+        let cutting = Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment, direct: in_place && alignment == 1 };
         let driven = |rank: Rank| world.driven().binary_search(&rank).is_ok();
         let lands = |rank: Rank, dest: u32| setup.destinations.place(rank, dest).is_some_and(|place| !place.lent);
         let reads = Reads::new(&plan, cutting, |extent| {
@@ -94,8 +95,12 @@ impl Job {
                 remaining[rank.index()].push(AtomicU64::new(awaited));
             }
         }
+        let files: Vec<_> = plan.checkpoint().files().iter().map(|_| Mutex::new(None)).collect();
+        for (id, file) in &setup.opened {
+            *lock(&files[id.0 as usize]) = Some(Arc::clone(file));
+        }
         let job = Job {
-            files: plan.checkpoint().files().iter().map(|_| Mutex::new(None)).collect(),
+            files,
             setup,
             reads,
             cursor: Mutex::default(),

@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::device::Device;
+use crate::extent::FileId;
 use crate::place::Destinations;
 use crate::plan::Plan;
 use crate::read::Engine;
+use crate::source::SourceFile;
 use crate::stage::Ring;
 
 pub(crate) use job::Job;
@@ -29,6 +31,8 @@ pub(crate) struct Setup {
     pub(crate) stall_warning: Duration,
     pub(crate) stall_error: Duration,
     pub(crate) drop_page_cache: bool,
+    /// Files that are open already and checked.
+    pub(crate) opened: Vec<(FileId, Arc<SourceFile>)>,
     pub(crate) started: std::time::Instant,
 }
 
@@ -43,4 +47,9 @@ pub(crate) fn devices(world: &crate::plan::World) -> Vec<Arc<dyn Device>> {
         }
     };
     world.driven().iter().map(device).collect()
+}
+
+/// A device whose memory is an output file.
+pub(crate) fn file_device(path: std::path::PathBuf, file: Arc<std::fs::File>) -> Arc<dyn Device> {
+    Arc::new(crate::device::FileDevice::new(path, file))
 }

@@ -80,6 +80,7 @@ struct Worker {
 fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled>)>) -> Report {
     let _span = tracing::info_span!("load", engine = job.setup.engine.name(), bytes = job.totals.bytes).entered();
     let mut memory = MemoryWatch::new();
+    let cpu_before = cpu_seconds();
     let mut workers = Vec::new();
     if let Err(error) = start_workers(job, copiers, &mut workers) {
         job.fail(error);
@@ -113,7 +114,7 @@ fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled
         job.fail(error);
     }
     job.end();
-    report(job, &memory)
+    report(job, &memory, cpu_before)
 }
 
 fn start_workers(
@@ -185,13 +186,13 @@ fn watch_reads(job: &Job) -> bool {
     true
 }
 
-fn report(job: &Job, memory: &MemoryWatch) -> Report {
+fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
     let counters = &job.counters;
     let stages = counters.stages();
     let ended = job.completed_at().unwrap_or_else(Instant::now);
     Report {
         seconds: (ended - job.setup.started).as_secs_f64(),
-        cpu_seconds: 0.0,
+        cpu_seconds: cpu_seconds() - cpu_before,
         needed_bytes: 0,
         landed_bytes: counters.bytes_landed.load(Ordering::Relaxed),
         storage_bytes_read: counters.storage_bytes.load(Ordering::Relaxed),
@@ -205,6 +206,12 @@ fn report(job: &Job, memory: &MemoryWatch) -> Report {
         bottleneck: stages.bottleneck().into(),
         warnings: lock(&job.warnings).clone(),
     }
+}
+
+/// Processor time of this process.
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
 /// Samples the memory of the process during a load. What has landed is counted as destination memory.

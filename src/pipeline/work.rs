@@ -62,20 +62,22 @@ impl Work for Job {
                 lock(&self.again).push_back(request);
                 return;
             }
-            Err(error) => {
-                Some(Error::new(ErrorKind::Io, format!("read failed: {error}")).with_source(error))
-            }
+            Err(error) => Some(Error::new(ErrorKind::Io, format!("read failed: {error}")).with_source(error)),
             Ok(0) => Some(
                 Error::new(ErrorKind::Truncated, "file ended early")
                     .with_expected(format!("{} bytes", extent.end), format!("{} bytes", request.offset)),
             ),
             Ok(bytes) if request.offset + (bytes as u64) < extent.end => {
-                // A short read: the rest is a request of its own, at the front of the queue.
-                request.offset += bytes as u64;
-                request.address = request.address.wrapping_add(bytes);
-                request.bytes -= bytes;
-                lock(&self.again).push_back(request);
-                return;
+                // A short read: the rest is a request of its own. It starts on the engine's alignment again.
+                let bytes = bytes - bytes % self.setup.engine.alignment() as usize;
+                if bytes > 0 {
+                    request.offset += bytes as u64;
+                    request.address = request.address.wrapping_add(bytes);
+                    request.bytes -= bytes;
+                    lock(&self.again).push_back(request);
+                    return;
+                }
+                Some(Error::new(ErrorKind::Truncated, "file ended early"))
             }
             Ok(_) => self.arrived(request).err(),
         };
@@ -122,14 +124,17 @@ impl Job {
                 }
             }
         };
+        let alignment = self.setup.engine.alignment();
+        let base = op.extent.start - op.extent.start % alignment;
+        let bytes = (op.extent.end.next_multiple_of(alignment) - base) as usize;
         Ok(Taken::Request(Request {
             id: self.request_id(),
             file,
-            offset: op.extent.start,
+            offset: base,
             address,
-            bytes: op.extent.len() as usize,
+            bytes,
             slot,
-            pending: Pending { base: op.extent.start, op, pieces },
+            pending: Pending { base, op, pieces },
         }))
     }
 

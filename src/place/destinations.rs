@@ -30,12 +30,7 @@ impl Destinations {
     /// Few large blocks for each rank (`Memory::Blocks`).
     pub(crate) fn in_blocks(plan: &Plan) -> Result<Destinations> {
         Destinations::for_each_rank(plan, |rank| {
-            let layout = Layout::in_blocks(
-                plan.rank(rank),
-                plan.params(),
-                limits::TENSOR_ALIGNMENT,
-                limits::BLOCK_MAX,
-            );
+            let layout = Layout::in_blocks(plan.rank(rank), plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX);
             // A rank without bytes still needs an address for its empty tensors.
             let sizes: &[u64] = if layout.blocks.is_empty() { &[0] } else { &layout.blocks };
             let blocks = sizes
@@ -86,7 +81,7 @@ impl Destinations {
     }
 
     /// Each rank's tensors at these offsets of its own output file.
-    pub(crate) fn in_files(plan: &Plan, offsets: impl Fn(Rank) -> Vec<u64>) -> Result<Destinations> {
+    pub(crate) fn in_files(plan: &Plan, mut offsets: impl FnMut(Rank) -> Vec<u64>) -> Result<Destinations> {
         Destinations::for_each_rank(plan, |rank| {
             Ok(offsets(rank).into_iter().map(|address| Place { address, owner: None, lent: false }).collect())
         })

@@ -106,7 +106,8 @@ impl Tensor {
         }
     }
 
-    fn dest(&self) -> &Dest {
+    /// What the plan says of it.
+    pub(crate) fn dest(&self) -> &Dest {
         &self.plan.rank(self.rank).dests[self.dest as usize]
     }
 

@@ -184,10 +184,8 @@ impl Cursor {
         while let Some(extent) = reads.extent(self.at) {
             let (range_start, range_end) = self.range(extent);
             let position = range_start + self.done;
-            let adjacent = extent.file == file
-                && position >= end
-                && position - end <= limits::COALESCE_GAP
-                && position < limit;
+            let adjacent =
+                extent.file == file && position >= end && position - end <= limits::COALESCE_GAP && position < limit;
             if end > start && !adjacent {
                 break;
             }
@@ -309,7 +307,10 @@ mod tests {
             tensor: 0,
             src: 11,
             dst: 3,
-            loops: loops.iter().map(|&(count, src_stride, dst_stride)| Loop { count, src_stride, dst_stride }).collect(),
+            loops: loops
+                .iter()
+                .map(|&(count, src_stride, dst_stride)| Loop { count, src_stride, dst_stride })
+                .collect(),
             run,
         };
         vec![

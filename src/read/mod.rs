@@ -3,8 +3,11 @@
 //! An engine is dumb on purpose: it reports how many bytes arrived. That short reads are continued, interrupted
 //! ones repeated, and an early end noticed, is decided in one place above all engines.
 
+mod mmap;
 mod pread;
 mod throttle;
+#[cfg(target_os = "linux")]
+mod uring;
 
 use std::fmt::Debug;
 use std::io;
@@ -15,8 +18,11 @@ use crate::error::Result;
 use crate::source::SourceFile;
 use crate::stage::Slot;
 
+pub use mmap::Mmap;
 pub use pread::Pread;
 pub use throttle::Throttled;
+#[cfg(target_os = "linux")]
+pub use uring::Uring;
 
 /// Which engine reads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -25,8 +31,12 @@ pub enum EngineChoice {
     /// The one that suits file system, page cache and size best.
     #[default]
     Auto,
+    /// Copies out of memory-mapped files.
+    Mmap,
     /// Buffered positional reads on several threads.
     Pread,
+    /// io_uring, past the page cache where files allow it.
+    Uring,
 }
 
 /// A way to read files. Every thread of a load calls [`run`](Engine::run) once.
@@ -36,6 +46,12 @@ pub trait Engine: Debug + Send + Sync {
 
     /// How many threads should call [`run`](Engine::run).
     fn threads(&self) -> usize;
+
+    /// What offsets and lengths of requests must be a multiple of. Above 1 every read goes through a slot, because
+    /// tensors start anywhere; requests may then reach past the end of the file.
+    fn alignment(&self) -> u64 {
+        1
+    }
 
     /// Takes requests from `work` and completes each one exactly once, until there are no more.
     ///

@@ -35,6 +35,10 @@ impl Engine for Throttled {
         self.engine.threads()
     }
 
+    fn alignment(&self) -> u64 {
+        self.engine.alignment()
+    }
+
     fn run(&self, work: &dyn Work) -> Result<()> {
         self.engine.run(&Delayed { work, throttle: self })
     }

@@ -23,25 +23,16 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    free: Vec<Memory>,
+    free: Vec<Pages>,
     /// Slots that exist, free or not.
     slots: usize,
-    /// Indices of slots that were given back to the system.
-    released: Vec<usize>,
-}
-
-#[derive(Debug)]
-struct Memory {
-    index: usize,
-    pages: Pages,
 }
 
 impl Ring {
     /// A ring of at most `budget` bytes; no memory is taken yet. Holds at least one slot.
     pub(crate) fn new(budget: usize, slot_bytes: usize) -> Ring {
         let slots_max = (budget / slot_bytes).max(1);
-        let shared =
-            Shared { slot_bytes, slots_max, state: Mutex::new(State::default()), freed: Condvar::new() };
+        let shared = Shared { slot_bytes, slots_max, state: Mutex::new(State::default()), freed: Condvar::new() };
         Ring { shared: Arc::new(shared) }
     }
 
@@ -58,9 +49,8 @@ impl Ring {
             None if state.slots == self.shared.slots_max => return Ok(None),
             None => {
                 let pages = Pages::new(self.shared.slot_bytes)?;
-                let index = state.released.pop().unwrap_or(state.slots);
                 state.slots += 1;
-                Memory { index, pages }
+                pages
             }
         };
         Ok(Some(Slot { memory: Some(memory), ring: self.clone() }))
@@ -88,28 +78,22 @@ impl Ring {
     /// Gives the memory of free slots back to the system.
     pub(crate) fn release(&self) {
         let mut state = lock(&self.shared.state);
-        let State { free, slots, released } = &mut *state;
-        *slots -= free.len();
-        released.extend(free.drain(..).map(|memory| memory.index));
+        state.slots -= state.free.len();
+        state.free.clear();
     }
 }
 
 /// A slot lent to an engine: its memory is the holder's alone. Goes back to the ring when dropped.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    memory: Option<Memory>,
+    memory: Option<Pages>,
     ring: Ring,
 }
 
 impl Slot {
     /// The first byte; [`Ring::slot_bytes`] bytes may be written.
     pub(crate) fn address(&self) -> *mut u8 {
-        self.memory.as_ref().expect("bug in shardlift: slot without memory").pages.address()
-    }
-
-    /// Which slot of the ring this is.
-    pub(crate) fn index(&self) -> usize {
-        self.memory.as_ref().expect("bug in shardlift: slot without memory").index
+        self.memory.as_ref().expect("bug in shardlift: slot without memory").address()
     }
 
     /// Hands the slot over for reading: no one writes to it again until the last handle is dropped.

@@ -1,5 +1,9 @@
 //! How to load: [`Loader`]; and a load in progress: [`Load`].
 
+mod check;
+mod lend;
+mod reshard;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,8 +14,12 @@ use crate::observe::{Progress, Report};
 use crate::pipeline::{Job, Running, Setup, devices};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Rules, World};
-use crate::read::{Engine, EngineChoice, Pread, Throttled, default_threads};
+#[cfg(target_os = "linux")]
+use crate::read::Uring;
+use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, default_threads};
 use crate::stage::Ring;
+
+pub use lend::CallerMemory;
 
 /// How to load. Owns the staging ring, which its loads share and reuse.
 #[derive(Debug)]
@@ -51,6 +59,10 @@ pub enum Residency {
     /// Every tensor is a copy in memory of its own.
     #[default]
     Owned,
+    /// Whole, untransformed tensors are lent from a read-only mapping of their file, without a copy; the others are
+    /// owned. A lent tensor starts where the file has it, and shows what the file holds: keep the file unchanged. If
+    /// it is cut short all the same, the missing pages read as zeros.
+    Mapped,
 }
 
 impl Default for Loader {
@@ -137,11 +149,33 @@ impl Loader {
     /// # Errors
     /// No memory for the destinations, or no threads. Everything later is an error of the [`Load`].
     pub fn start(&self, plan: &Plan) -> Result<Load> {
+        // SAFETY: no memory of the caller.
+        unsafe { self.start_into(plan, &[]) }
+    }
+
+    /// Starts a load in which these destinations are the caller's memory; the others are allocated as usual.
+    ///
+    /// # Errors
+    /// As [`start`](Loader::start); [`ErrorKind::NotFound`] and [`ErrorKind::Usage`] for memory that fits no
+    /// destination.
+    ///
+    /// # Safety
+    /// For each entry, until the load, its weights and all their tensors are dropped:
+    /// - `address..address + bytes` is valid for reads and writes;
+    /// - nobody else reads or writes it before its tensor is complete, nor writes it after;
+    /// - no two entries overlap.
+    pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
         let started = Instant::now();
-        let destinations = match self.memory {
+        let mut destinations = match self.memory {
             Memory::Blocks => Destinations::in_blocks(plan)?,
             Memory::PerTensor => Destinations::per_tensor(plan)?,
         };
+        let opened = match self.residency {
+            Residency::Owned => Vec::new(),
+            Residency::Mapped => lend::lend_mapped(plan, &mut destinations)?,
+        };
+        // SAFETY: the same duties.
+        unsafe { lend::place_into(plan, &mut destinations, memory)? };
         let (engine, engine_reason) = self.choose_engine();
         let running = Running::start(Setup {
             plan: plan.clone(),
@@ -153,6 +187,7 @@ impl Loader {
             stall_warning: self.stall_warning,
             stall_error: self.stall_error,
             drop_page_cache: self.drop_page_cache,
+            opened,
             started,
         })?;
         Ok(Load { plan: plan.clone(), running })
@@ -172,11 +207,14 @@ impl Loader {
     }
 
     fn choose_engine(&self) -> (Arc<dyn Engine>, String) {
-        let (engine, reason): (Arc<dyn Engine>, _) = match &self.engine {
-            EngineSource::Custom(engine) => (Arc::clone(engine), "the caller's own engine".to_string()),
-            EngineSource::Choice(EngineChoice::Pread) => (Arc::new(Pread::new(default_threads())), "asked for".into()),
+        let threads = default_threads();
+        let (engine, reason): (Arc<dyn Engine>, String) = match &self.engine {
+            EngineSource::Custom(engine) => (Arc::clone(engine), "the caller's own engine".into()),
+            EngineSource::Choice(EngineChoice::Pread) => (Arc::new(Pread::new(threads)), "asked for".into()),
+            EngineSource::Choice(EngineChoice::Mmap) => (Arc::new(Mmap::new(threads)), "asked for".into()),
+            EngineSource::Choice(EngineChoice::Uring) => uring(threads),
             EngineSource::Choice(EngineChoice::Auto) => {
-                (Arc::new(Pread::new(default_threads())), "the only engine of this build".into())
+                (Arc::new(Pread::new(threads)), "auto: buffered reads suit every file system".into())
             }
         };
         match self.throttle {
@@ -184,6 +222,18 @@ impl Loader {
             None => (engine, reason),
         }
     }
+}
+
+/// io_uring, or buffered reads and the reason why not.
+fn uring(threads: usize) -> (Arc<dyn Engine>, String) {
+    #[cfg(target_os = "linux")]
+    let refused = match Uring::new(threads.min(limits::URING_THREADS_MAX), limits::URING_DEPTH, true) {
+        Ok(engine) => return (Arc::new(engine), "asked for".into()),
+        Err(error) => error.to_string(),
+    };
+    #[cfg(not(target_os = "linux"))]
+    let refused = "io_uring needs Linux";
+    (Arc::new(Pread::new(threads)), format!("asked for uring, but {refused}"))
 }
 
 /// A load in progress: an iterator over tensors in the order in which they become complete. Dropping it cancels the
