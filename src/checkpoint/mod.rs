@@ -118,6 +118,17 @@ impl Checkpoint {
         &self.inner.warnings
     }
 
+    /// A checkpoint of these headers, for tests of what never opens a file.
+    #[cfg(test)]
+    pub(crate) fn synthetic(
+        tensors: Vec<TensorMeta>,
+        files: Vec<CheckpointFile>,
+        config: Option<serde_json::Value>,
+    ) -> Checkpoint {
+        let path = PathBuf::from("model");
+        Checkpoint { inner: Arc::new(Inner { path, files, tensors, config, warnings: Vec::new() }) }
+    }
+
     /// The bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.inner.tensors.iter().map(TensorMeta::bytes).sum()

@@ -4,12 +4,18 @@
 
 mod audit;
 mod build;
+mod cover;
+mod digest;
 mod expr;
+mod extents;
 mod family;
 mod leaf;
 mod memory;
 mod reads;
 mod rules;
+mod show;
+#[cfg(test)]
+mod tests;
 mod world;
 
 use std::ops::Range;
@@ -17,17 +23,19 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use self::audit::Declared;
 use crate::checkpoint::{Checkpoint, CheckpointFile, TensorMeta};
 use crate::dtype::Dtype;
 use crate::extent::{FileId, Rank};
 use crate::shape::Shape;
 
 pub use crate::stride::{Loop, Loops};
-
+pub use expr::{Cut, Expr, Split};
+pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};
-pub use rules::Rules;
-pub use world::{DeviceSpec, World};
+pub use rules::{Rules, ShardRule};
+pub use world::{Ax, Coord, DeviceSpec, Mesh, Processes, World};
 
 /// What moves where, for all ranks at once. Immutable, cheap to clone, and valid: every plan has passed the audit.
 #[derive(Debug, Clone)]
@@ -39,7 +47,10 @@ pub struct Plan {
 struct Inner {
     checkpoint: Checkpoint,
     world: World,
+    rules: Rules,
     params: Vec<Param>,
+    /// What each parameter that is no alias is made of, sorted by parameter.
+    declared: Vec<Declared>,
     ranks: Vec<RankPlan>,
     extents: Vec<ReadExtent>,
     consumers: Vec<Consumer>,

@@ -1,1 +1,117 @@
-//! (to be written)
+//! What `config.json`'s architectures mean, as rules: one file per model family. Target `plain`: names and layouts of
+//! the disk, sliced; embeddings, heads and the biases of row-parallel layers replicated.
+
+mod bert;
+mod bloom;
+mod llama;
+
+use serde_json::Value;
+
+use super::rules::Rules;
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+
+/// A family: the `model_type`s that it covers, the class names its architectures begin with, and its rules.
+struct Family {
+    model_types: &'static [&'static str],
+    architectures: &'static [&'static str],
+    rules: fn(&Config<'_>) -> Result<Rules>,
+}
+
+const FAMILIES: &[Family] = &[llama::FAMILY, bert::FAMILY, bloom::FAMILY];
+
+impl Rules {
+    /// The rules for the model that the checkpoint's `config.json` describes: tensor-parallel layers in the way of
+    /// Megatron, with head counts checked against the shapes when a plan is made.
+    ///
+    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), BERT and BLOOM.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Rules`]: rule `no-config` without a `config.json`, `unknown-architecture` for any other model,
+    /// `config` if a number is missing or makes no sense.
+    pub fn for_model(checkpoint: &Checkpoint) -> Result<Rules> {
+        let Some(json) = checkpoint.config() else {
+            return Err(broken("no-config", "no config.json beside the model; give rules instead"));
+        };
+        let model_type = json.get("model_type").and_then(Value::as_str);
+        let architecture = json.pointer("/architectures/0").and_then(Value::as_str);
+        let family = FAMILIES.iter().find(|family| match (model_type, architecture) {
+            (Some(model_type), _) => family.model_types.contains(&model_type),
+            (None, Some(class)) => family.architectures.iter().any(|prefix| is_class_of(class, prefix)),
+            (None, None) => false,
+        });
+        match family {
+            Some(family) => (family.rules)(&Config { json, checkpoint }),
+            None => Err(unknown(model_type.or(architecture))),
+        }
+    }
+}
+
+/// `LlamaForCausalLM` and `LlamaModel` are of `Llama`; `LlamaMoeForCausalLM` is not.
+fn is_class_of(class: &str, prefix: &str) -> bool {
+    class.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with("For") || rest == "Model")
+}
+
+fn unknown(model: Option<&str>) -> Error {
+    let known: Vec<&str> = FAMILIES.iter().flat_map(|family| family.model_types).copied().collect();
+    let example = r#"rule = [{ match = "**.q_proj.weight", shard = { dim = 0 } }, { match = "**", replicate = true }]"#;
+    broken("unknown-architecture", format!("no rules for this architecture; a rules file has lines like {example}"))
+        .with_expected(format!("one of {}", known.join(", ")), model.unwrap_or("no model_type"))
+}
+
+/// The model's `config.json` and headers.
+struct Config<'a> {
+    json: &'a Value,
+    checkpoint: &'a Checkpoint,
+}
+
+impl Config<'_> {
+    /// The first of these keys that is there, as a number of at least 1.
+    fn find(&self, keys: &[&str]) -> Result<Option<u64>> {
+        let Some((key, value)) =
+            keys.iter().filter_map(|key| Some((key, self.json.get(key)?))).find(|(_, value)| !value.is_null())
+        else {
+            return Ok(None);
+        };
+        match value.as_u64() {
+            Some(number @ 1..) => Ok(Some(number)),
+            _ => Err(broken("config", format!("config.json: {key} makes no sense"))
+                .with_expected("a number of at least 1", value)),
+        }
+    }
+
+    /// The first of these keys that is there; one must be.
+    fn count(&self, keys: &[&str]) -> Result<u64> {
+        self.find(keys)?.ok_or_else(|| broken("config", format!("config.json has no {}", keys.join(" or "))))
+    }
+
+    /// `hidden` divided over `heads`.
+    fn head_size(&self, hidden: u64, heads: u64) -> Result<u64> {
+        if hidden.is_multiple_of(heads) {
+            return Ok(hidden / heads);
+        }
+        Err(broken("config", "config.json: heads do not divide the hidden size")
+            .with_expected(format!("a multiple of {heads}"), hidden))
+    }
+
+    /// The first of these tensors that is there.
+    fn tensor<'n>(&self, names: &[&'n str]) -> Option<&'n str> {
+        names.iter().copied().find(|name| self.checkpoint.position(name).is_some())
+    }
+
+    /// Adds `lm_head.weight` as an alias of the embedding, if the weights are tied (`default` without a word in the
+    /// config) and the head is not stored.
+    fn tie(&self, rules: Rules, embeddings: &[&str], default: bool) -> Rules {
+        let tied = self.json.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(default);
+        match self.tensor(embeddings) {
+            Some(embedding) if tied && self.tensor(&["lm_head.weight"]).is_none() => {
+                rules.alias("lm_head.weight", embedding)
+            }
+            _ => rules,
+        }
+    }
+}
+
+fn broken(rule: &'static str, message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Rules, message).with_rule(rule)
+}

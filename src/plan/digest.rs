@@ -1,0 +1,110 @@
+//! A plan's fingerprint: xxh3-64 over a fixed little-endian encoding, equal on every machine and across releases.
+//!
+//! Integers are u64, texts and lists are preceded by their length. In this order:
+//! - the version of this encoding;
+//! - files: name, size, hash of the header;
+//! - the mesh: dp, pp, cp, tp;
+//! - parameters: name, name of the dtype, alias (0 none, else 1 + its original's position);
+//! - for each rank the xxh3-64 of its destinations: parameter, shape, bytes, and pieces: tensor, first source byte,
+//!   first destination byte, loops (count, source stride, destination stride), run.
+
+use rayon::prelude::*;
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::world::{Mesh, World};
+use super::{Loop, Param, RankPlan};
+use crate::checkpoint::Checkpoint;
+
+pub(super) fn digest(checkpoint: &Checkpoint, world: &World, params: &[Param], ranks: &[RankPlan]) -> u64 {
+    let mut out = Encoder::new();
+    out.number(VERSION);
+    out.number(checkpoint.files().len() as u64);
+    for file in checkpoint.files() {
+        out.text(&file.name);
+        out.number(file.identity.size);
+        out.number(file.header_hash);
+    }
+    let Mesh { dp, pp, cp, tp } = world.mesh();
+    for size in [dp, pp, cp, tp] {
+        out.number(size.into());
+    }
+    out.number(params.len() as u64);
+    for Param { name, dtype, alias_of } in params {
+        out.text(name);
+        out.text(dtype.name());
+        out.number(alias_of.map_or(0, |original| u64::from(original) + 1));
+    }
+    let partitions: Vec<u64> = ranks.par_iter().map(partition).collect();
+    out.number(partitions.len() as u64);
+    for partition in partitions {
+        out.number(partition);
+    }
+    out.finish()
+}
+
+fn partition(rank: &RankPlan) -> u64 {
+    let mut out = Encoder::new();
+    out.number(rank.dests.len() as u64);
+    for dest in &rank.dests {
+        out.number(dest.param.into());
+        out.number(dest.shape.len() as u64);
+        for &dim in dest.shape.dims() {
+            out.number(dim);
+        }
+        out.number(dest.bytes);
+        let pieces = super::audit::pieces(rank, dest);
+        out.number(pieces.len() as u64);
+        for piece in pieces {
+            out.number(piece.tensor.into());
+            out.number(piece.src);
+            out.number(piece.dst);
+            out.number(piece.loops.len() as u64);
+            for &Loop { count, src_stride, dst_stride } in &piece.loops {
+                out.number(count);
+                out.number(src_stride);
+                out.number(dst_stride);
+            }
+            out.number(piece.run);
+        }
+    }
+    out.finish()
+}
+
+struct Encoder {
+    hash: Xxh3Default,
+    buffer: Vec<u8>,
+}
+
+impl Encoder {
+    fn new() -> Encoder {
+        Encoder { hash: Xxh3Default::new(), buffer: Vec::with_capacity(2 * BUFFER) }
+    }
+
+    fn number(&mut self, number: u64) {
+        self.bytes(&number.to_le_bytes());
+    }
+
+    fn text(&mut self, text: &str) {
+        self.number(text.len() as u64);
+        self.bytes(text.as_bytes());
+    }
+
+    fn bytes(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+        if self.buffer.len() >= BUFFER {
+            self.hash.update(&self.buffer);
+            self.buffer.clear();
+        }
+    }
+
+    fn finish(mut self) -> u64 {
+        self.hash.update(&self.buffer);
+        self.hash.digest()
+    }
+}
+
+/// The version of the encoding; a change of it changes every digest.
+const VERSION: u64 = 1;
+
+/// Bytes gathered before they are hashed.
+const BUFFER: usize = 16 << 10;

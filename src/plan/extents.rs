@@ -1,0 +1,155 @@
+//! The inverse view: which bytes are read, by whom, and which ranks get them.
+
+use rayon::prelude::*;
+use smallvec::SmallVec;
+
+use super::audit::{CHUNK, Declared, for_each_param, pieces};
+use super::cover::Strided;
+use super::world::{Processes, World};
+use super::{Consumer, RankPlan, ReadExtent, ReadOrder};
+use crate::checkpoint::{Checkpoint, TensorMeta};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+use crate::limits::{COALESCE_GAP, READ_COST};
+
+/// All reads in the order asked for, and their consumers.
+pub(super) fn extents(
+    checkpoint: &Checkpoint,
+    world: &World,
+    ranks: &[RankPlan],
+    declared: &[Declared],
+    order: ReadOrder,
+) -> Result<(Vec<ReadExtent>, Vec<Consumer>)> {
+    let parts: Vec<Result<Reads>> = declared
+        .par_chunks(CHUNK)
+        .map(|chunk| {
+            let mut reads = Reads::default();
+            for_each_param(ranks, chunk, |declared, holders| {
+                let meta = &checkpoint.tensors()[declared.tensor as usize];
+                match world.processes() {
+                    Processes::One => reads.add(declared.tensor, meta, Rank(0), ranks, holders),
+                    Processes::PerRank => {
+                        for holder in holders {
+                            reads.add(declared.tensor, meta, holder.0, ranks, std::slice::from_ref(holder));
+                        }
+                    }
+                }
+                Ok(())
+            })?;
+            Ok(reads)
+        })
+        .collect();
+
+    let mut all = Reads::default();
+    for part in parts {
+        let part = part?;
+        let base = all.consumers.len() as u32;
+        all.extents.extend(part.extents.into_iter().map(|extent| ReadExtent {
+            consumers: extent.consumers.start + base..extent.consumers.end + base,
+            ..extent
+        }));
+        all.consumers.extend(part.consumers);
+    }
+    let Reads { mut extents, consumers } = all;
+    if consumers.len() > u32::MAX as usize {
+        return Err(Error::new(ErrorKind::Unsupported, "plan has too many pieces"));
+    }
+    match order {
+        ReadOrder::File => extents.sort_unstable_by_key(|extent| (extent.file, extent.start, extent.reader)),
+        ReadOrder::Layer => extents.sort_by_cached_key(|extent| {
+            let layer = layer(&checkpoint.tensors()[extent.tensor as usize].name);
+            (layer, extent.file, extent.start, extent.reader)
+        }),
+    }
+    Ok((extents, consumers))
+}
+
+impl ReadExtent {
+    /// The bytes read: all ranges, without what lies between them.
+    pub fn bytes(&self) -> u64 {
+        self.outer.iter().map(|&(count, _)| count).product::<u64>() * self.run
+    }
+}
+
+#[derive(Default)]
+struct Reads {
+    extents: Vec<ReadExtent>,
+    consumers: Vec<Consumer>,
+}
+
+struct Wanted {
+    source: Strided,
+    consumer: Consumer,
+}
+
+impl Reads {
+    /// Adds what `reader` reads of one tensor for these destinations.
+    fn add(&mut self, tensor: u32, meta: &TensorMeta, reader: Rank, ranks: &[RankPlan], holders: &[(Rank, u32)]) {
+        let mut wanted: SmallVec<[Wanted; 8]> = SmallVec::new();
+        for &(rank, dest) in holders {
+            let partition = &ranks[rank.index()];
+            let entry = &partition.dests[dest as usize];
+            for (piece, copy) in (entry.pieces.start..).zip(pieces(partition, entry)) {
+                wanted.push(Wanted { source: copy.source(0), consumer: Consumer { rank, dest, piece } });
+            }
+        }
+        let Some(first) = wanted.first() else { return };
+        let base = ReadExtent {
+            tensor,
+            file: meta.file,
+            reader,
+            start: first.source.start,
+            outer: SmallVec::new(),
+            run: first.source.span(),
+            consumers: 0..0,
+        };
+        if wanted.iter().all(|other| other.source == first.source) {
+            let (outer, run) = cheapest(&first.source);
+            self.push(ReadExtent { outer, run, ..base }, wanted.iter());
+            return;
+        }
+        wanted.sort_by_key(|wanted| (wanted.source.start, wanted.consumer.rank));
+        let (mut from, mut end) = (0, 0);
+        for (at, next) in wanted.iter().enumerate() {
+            let Strided { start, .. } = next.source;
+            if at > from && start > end + COALESCE_GAP {
+                self.push(covering(&base, &wanted[from], end), wanted[from..at].iter());
+                from = at;
+            }
+            end = end.max(start + next.source.span());
+        }
+        self.push(covering(&base, &wanted[from], end), wanted[from..].iter());
+    }
+
+    fn push<'a>(&mut self, extent: ReadExtent, wanted: impl Iterator<Item = &'a Wanted>) {
+        let start = self.consumers.len() as u32;
+        self.consumers.extend(wanted.map(|wanted| wanted.consumer));
+        self.extents.push(ReadExtent { consumers: start..self.consumers.len() as u32, ..extent });
+    }
+}
+
+/// One range from the first wanted byte to `end`.
+fn covering(base: &ReadExtent, first: &Wanted, end: u64) -> ReadExtent {
+    let start = first.source.start;
+    ReadExtent { start, run: end - start, ..base.clone() }
+}
+
+/// How many of the outermost loops are worth separate reads: the cheapest of covering the span once and reading
+/// ranges, each of which costs [`READ_COST`] more than its bytes (sharding.md section 13).
+fn cheapest(source: &Strided) -> (SmallVec<[(u64, u64); 1]>, u64) {
+    let inner = |depth: usize| {
+        let inner = Strided { start: 0, loops: SmallVec::from_slice(&source.loops[depth..]), run: source.run };
+        inner.span()
+    };
+    let cost = |depth: usize| {
+        let ranges: u64 = source.loops[..depth].iter().map(|&(count, _)| count).product();
+        ranges.saturating_mul(inner(depth) + READ_COST)
+    };
+    let depth = (0..=source.loops.len()).min_by_key(|&depth| cost(depth)).unwrap_or(0);
+    (SmallVec::from_slice(&source.loops[..depth]), inner(depth))
+}
+
+/// The first number among the segments of a name, counted from 1; 0 if there is none.
+fn layer(name: &str) -> u64 {
+    name.split('.').find_map(|part| part.parse::<u64>().ok()).map_or(0, |layer| layer.saturating_add(1))
+}

@@ -1,0 +1,377 @@
+//! [`Rules`]: patterns over tensor names -> placement. First match wins, and nothing is placed by default.
+
+mod file;
+mod pattern;
+
+use rayon::prelude::*;
+
+use self::pattern::Pattern;
+use super::expr::{Cut, Expr, Split};
+use super::world::Coord;
+use crate::checkpoint::TensorMeta;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+
+/// How the tensors of a checkpoint are divided over the ranks: a list of patterns with a placement each. The first
+/// one that matches a tensor's name decides.
+///
+/// In a pattern `*` is one dot-separated segment or a part of one, `**` any number of segments (also none), and
+/// `{a,b}` alternatives. A tensor that no rule matches is an error, and so is a rule that matches no tensor unless
+/// it is [`optional`](Rules::optional): a typo must not silently replicate a model. Patterns are checked when a plan
+/// is made.
+///
+/// ```
+/// use shardlift::plan::{Rules, ShardRule};
+///
+/// let rules = Rules::new()
+///     .shard("**.{q,k,v}_proj.weight", ShardRule::dim(0).unit(128))
+///     .shard("**.{o,down}_proj.weight", 1)
+///     .skip("**.rotary_emb.inv_freq").optional()
+///     .replicate("**");
+/// # let _ = rules;
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct Rules {
+    pub(super) rules: Vec<Rule>,
+    pub(super) aliases: Vec<AliasRule>,
+    keep: Vec<Filter>,
+    drop: Vec<Filter>,
+    /// The first mistake made while building; builders cannot fail half way.
+    mistake: Option<(&'static str, String)>,
+}
+
+/// How a dimension is sharded: [`Rules::shard`] takes one, or a plain dimension.
+#[derive(Debug, Clone)]
+pub struct ShardRule {
+    dim: usize,
+    cut: Cut,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Rule {
+    pattern: Result<Pattern, String>,
+    pub(super) placement: Placement,
+    rename: Option<String>,
+    optional: bool,
+}
+
+/// Who gets what of a matched tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Placement {
+    /// The owner gets what the expression says.
+    Place { owner: Owner, expr: Expr },
+    /// Nobody gets anything.
+    Skip,
+}
+
+/// Which ranks hold a parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Owner {
+    All,
+    Only(Rank),
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct AliasRule {
+    pub(super) name: String,
+    pub(super) of: String,
+}
+
+#[derive(Debug, Clone)]
+struct Filter {
+    glob: String,
+    pattern: Result<Pattern, String>,
+}
+
+/// What the rules say about one tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// This rule places it.
+    Rule(u32),
+    /// It is left out, by a rule or by a filter.
+    Skipped,
+    /// No rule matches.
+    Unmatched,
+}
+
+impl Rules {
+    /// No rules yet: every tensor is unmatched.
+    pub fn new() -> Rules {
+        Rules::default()
+    }
+
+    /// Every tensor whole on every rank.
+    pub fn replicate_all() -> Rules {
+        Rules::new().replicate("**").optional()
+    }
+
+    /// Matching tensors lie whole on every rank.
+    pub fn replicate(self, pattern: impl AsRef<str>) -> Rules {
+        self.push(Rule::new(pattern.as_ref(), Placement::replicate()))
+    }
+
+    /// Matching tensors are divided along a dimension: `shard("**.q_proj.weight", 0)`, or a [`ShardRule`].
+    pub fn shard(self, pattern: impl AsRef<str>, shard: impl Into<ShardRule>) -> Rules {
+        self.push(Rule::new(pattern.as_ref(), Placement::from(shard.into())))
+    }
+
+    /// Matching tensors are what the expression says, on every rank.
+    pub fn place(self, pattern: impl AsRef<str>, expr: Expr) -> Rules {
+        self.push(Rule::new(pattern.as_ref(), Placement::Place { owner: Owner::All, expr }))
+    }
+
+    /// Matching tensors lie whole on one rank and nowhere else.
+    pub fn only(self, pattern: impl AsRef<str>, rank: Rank) -> Rules {
+        self.push(Rule::new(pattern.as_ref(), Placement::only(rank)))
+    }
+
+    /// Matching tensors are not loaded.
+    pub fn skip(self, pattern: impl AsRef<str>) -> Rules {
+        self.push(Rule::new(pattern.as_ref(), Placement::Skip))
+    }
+
+    /// The rule added last may match nothing.
+    pub fn optional(mut self) -> Rules {
+        match self.rules.last_mut() {
+            Some(rule) => rule.optional = true,
+            None => self.mistake("optional", "optional() before any rule"),
+        }
+        self
+    }
+
+    /// Destinations of the rule added last get this name, in which `{1}` is what the first wildcard of the pattern
+    /// matched, `{2}` the second, and so on.
+    pub fn rename(mut self, template: impl Into<String>) -> Rules {
+        match self.rules.last_mut() {
+            Some(rule) => rule.rename = Some(template.into()),
+            None => self.mistake("rename", "rename() before any rule"),
+        }
+        self
+    }
+
+    /// A further destination `name` that shares the memory of the destination `of` (tied weights).
+    pub fn alias(mut self, name: impl Into<String>, of: impl Into<String>) -> Rules {
+        self.aliases.push(AliasRule { name: name.into(), of: of.into() });
+        self
+    }
+
+    /// Only tensors whose name matches `glob` are loaded (any of them, if called repeatedly). Does not say where to;
+    /// the rules do.
+    pub fn keeping(mut self, glob: impl AsRef<str>) -> Rules {
+        self.keep.push(Filter::new(glob.as_ref()));
+        self
+    }
+
+    /// Tensors whose name matches `glob` are not loaded, whatever the rules say.
+    pub fn skipping(mut self, glob: impl AsRef<str>) -> Rules {
+        self.drop.push(Filter::new(glob.as_ref()));
+        self
+    }
+
+    pub(super) fn push(mut self, rule: Rule) -> Rules {
+        self.rules.push(rule);
+        self
+    }
+
+    /// Whether `keeping` or `skipping` may have left out the original of an alias.
+    pub(super) fn is_filtered(&self) -> bool {
+        !self.keep.is_empty() || !self.drop.is_empty()
+    }
+
+    fn mistake(&mut self, rule: &'static str, message: &str) {
+        self.mistake.get_or_insert_with(|| (rule, message.to_owned()));
+    }
+
+    /// Refuses patterns and templates that make no sense.
+    fn check(&self) -> Result<()> {
+        if let Some((rule, message)) = &self.mistake {
+            return Err(broken(rule, message.clone()));
+        }
+        for filter in self.keep.iter().chain(&self.drop) {
+            compiled(&filter.pattern)?;
+        }
+        for rule in &self.rules {
+            let pattern = compiled(&rule.pattern)?;
+            if let Some(template) = &rule.rename
+                && pattern::placeholders(template) > pattern.wildcards()
+            {
+                return Err(broken("rename", format!("rename `{template}` asks for more than `{}`", pattern.text()))
+                    .with_expected(
+                        format!("at most {} wildcards", pattern.wildcards()),
+                        pattern::placeholders(template),
+                    ));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the rules say about each tensor, in order.
+    pub(super) fn verdicts(&self, tensors: &[TensorMeta]) -> Result<Vec<Verdict>> {
+        self.check()?;
+        let matched: Vec<Option<u32>> = tensors
+            .par_iter()
+            .with_min_len(512)
+            .map(|tensor| self.rules.iter().position(|rule| rule.matches(&tensor.name)).map(|rule| rule as u32))
+            .collect();
+        self.refuse_unused(tensors, &matched)?;
+        let verdict = |(tensor, matched): (&TensorMeta, Option<u32>)| match matched {
+            _ if self.filters_out(&tensor.name) => Verdict::Skipped,
+            None => Verdict::Unmatched,
+            Some(rule) if self.rules[rule as usize].placement == Placement::Skip => Verdict::Skipped,
+            Some(rule) => Verdict::Rule(rule),
+        };
+        let verdicts: Vec<Verdict> = tensors.iter().zip(matched).map(verdict).collect();
+        match verdicts.iter().position(|verdict| *verdict == Verdict::Unmatched) {
+            Some(position) => Err(unmatched(&tensors[position])),
+            None => Ok(verdicts),
+        }
+    }
+
+    /// The destination's name for a tensor that `rule` matched.
+    pub(super) fn destination(&self, rule: u32, name: &str) -> String {
+        let rule = &self.rules[rule as usize];
+        match (&rule.rename, &rule.pattern) {
+            (Some(template), Ok(pattern)) => match pattern.captures(name) {
+                Some(captures) => pattern::fill(template, name, &captures),
+                None => name.to_owned(),
+            },
+            _ => name.to_owned(),
+        }
+    }
+
+    /// The pattern of a rule, as it was written.
+    pub(super) fn pattern(&self, rule: u32) -> &str {
+        self.rules[rule as usize].pattern.as_ref().map_or("", |pattern| pattern.text())
+    }
+
+    fn filters_out(&self, name: &str) -> bool {
+        (!self.keep.is_empty() && !self.keep.iter().any(|filter| filter.matches(name)))
+            || self.drop.iter().any(|filter| filter.matches(name))
+    }
+
+    fn refuse_unused(&self, tensors: &[TensorMeta], matched: &[Option<u32>]) -> Result<()> {
+        let mut used = vec![false; self.rules.len()];
+        for rule in matched.iter().flatten() {
+            used[*rule as usize] = true;
+        }
+        for (rule, used) in self.rules.iter().zip(used) {
+            if !used && !rule.optional {
+                let text = compiled(&rule.pattern)?.text();
+                let shadowed = tensors.iter().any(|tensor| rule.matches(&tensor.name));
+                let why = if shadowed { "earlier rules leave nothing to rule" } else { "no tensor matches rule" };
+                return Err(broken("unused-rule", format!("{why} `{text}`")));
+            }
+        }
+        for filter in self.keep.iter().chain(&self.drop) {
+            if !tensors.iter().any(|tensor| filter.matches(&tensor.name)) {
+                return Err(broken("unused-rule", format!("no tensor matches `{}`", filter.glob)));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ShardRule {
+    /// Even shards of whole indices of dimension `dim` (0 the outermost), over the tensor-parallel ranks.
+    pub fn dim(dim: usize) -> ShardRule {
+        ShardRule { dim, cut: Cut::default() }
+    }
+
+    /// What happens when the units do not divide evenly.
+    pub fn split(mut self, how: Split) -> ShardRule {
+        self.cut.how = how;
+        self
+    }
+
+    /// So many indices stay together: a head, a group, a block.
+    pub fn unit(mut self, unit: u64) -> ShardRule {
+        self.cut.unit = unit;
+        self
+    }
+
+    /// The dimension must have exactly so many units.
+    pub fn units(mut self, units: u64) -> ShardRule {
+        self.cut.units = Some(units);
+        self
+    }
+
+    /// With more ranks than units, neighbouring ranks share a unit.
+    pub fn replicate_units(mut self) -> ShardRule {
+        self.cut.replicate_units = true;
+        self
+    }
+
+    /// Which part each rank gets.
+    pub fn by(mut self, by: Coord) -> ShardRule {
+        self.cut.by = by;
+        self
+    }
+}
+
+impl From<usize> for ShardRule {
+    fn from(dim: usize) -> ShardRule {
+        ShardRule::dim(dim)
+    }
+}
+
+impl From<ShardRule> for Placement {
+    fn from(ShardRule { dim, cut }: ShardRule) -> Placement {
+        Placement::Place { owner: Owner::All, expr: Expr::shard(dim, cut) }
+    }
+}
+
+impl Placement {
+    fn replicate() -> Placement {
+        Placement::Place { owner: Owner::All, expr: Expr::Source }
+    }
+
+    fn only(rank: Rank) -> Placement {
+        Placement::Place { owner: Owner::Only(rank), expr: Expr::Source }
+    }
+}
+
+impl Owner {
+    /// Whether `rank` holds the parameter.
+    pub(super) fn has(self, rank: Rank) -> bool {
+        match self {
+            Owner::All => true,
+            Owner::Only(owner) => owner == rank,
+        }
+    }
+}
+
+impl Rule {
+    fn new(pattern: &str, placement: Placement) -> Rule {
+        Rule { pattern: Pattern::new(pattern), placement, rename: None, optional: false }
+    }
+
+    fn matches(&self, name: &str) -> bool {
+        self.pattern.as_ref().is_ok_and(|pattern| pattern.matches(name))
+    }
+}
+
+impl Filter {
+    fn new(glob: &str) -> Filter {
+        Filter { glob: glob.to_owned(), pattern: Pattern::new(glob) }
+    }
+
+    fn matches(&self, name: &str) -> bool {
+        self.pattern.as_ref().is_ok_and(|pattern| pattern.matches(name))
+    }
+}
+
+fn compiled(pattern: &Result<Pattern, String>) -> Result<&Pattern> {
+    pattern.as_ref().map_err(|message| broken("pattern", message.clone()))
+}
+
+fn unmatched(tensor: &TensorMeta) -> Error {
+    let number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    let like: Vec<&str> = tensor.name.split('.').map(|part| if number(part) { "*" } else { part }).collect();
+    let line = format!("{{ match = \"{}\", replicate = true }}", like.join("."));
+    broken("unmatched-tensor", format!("no rule matches; to load it whole on every rank add {line}"))
+        .with_tensor(tensor.name.as_str())
+}
+
+fn broken(rule: &'static str, message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Rules, message).with_rule(rule)
+}

@@ -1,0 +1,155 @@
+//! A plan for people: its sizes, a table, and the story of one tensor.
+
+use std::fmt::{self, Write};
+
+use super::audit::{for_each_param, pieces};
+use super::cover::{Covered, cover};
+use super::{BoxCopy, Inner, Plan, ReadOrder};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+
+impl Plan {
+    /// Bytes of all destinations of a rank; an alias has none.
+    pub fn bytes_on(&self, rank: Rank) -> u64 {
+        self.rank(rank).dests.iter().map(|dest| dest.bytes).sum()
+    }
+
+    /// Bytes of the checkpoint that at least one of these ranks wants.
+    pub fn needed_bytes(&self, ranks: &[Rank]) -> u64 {
+        let Inner { checkpoint, ranks: all, declared, .. } = &*self.inner;
+        let mut needed = 0;
+        let counted = for_each_param(all, declared, |declared, holders| {
+            let meta = &checkpoint.tensors()[declared.tensor as usize];
+            let wanted = holders.iter().filter(|(rank, _)| ranks.contains(rank));
+            let copies = wanted.flat_map(|&(rank, dest)| {
+                let rank = &all[rank.index()];
+                pieces(rank, &rank.dests[dest as usize])
+            });
+            let set = copies.map(|copy| copy.source(meta.start)).collect();
+            let regular = cover(set, meta.bytes(), &mut |Covered { from, to, repeats, times }| {
+                if times > 0 {
+                    needed += (to - from) * repeats;
+                }
+            });
+            regular.ok_or_else(|| Error::new(ErrorKind::Audit, "irregular"))
+        });
+        debug_assert!(counted.is_ok(), "bug in shardlift: the audit covered the same pieces");
+        needed
+    }
+
+    /// Bytes that this process reads from storage, before any padding that an engine adds.
+    pub fn storage_bytes(&self) -> u64 {
+        let driven = self.world().driven();
+        self.extents().iter().filter(|extent| driven.contains(&extent.reader)).map(|extent| extent.bytes()).sum()
+    }
+
+    /// What happens to one tensor, as a few lines of text: `name` is a destination, or a tensor of the checkpoint.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if it is neither.
+    pub fn explain(&self, name: &str) -> Result<String> {
+        let Inner { checkpoint, rules, params, declared, ranks, .. } = &*self.inner;
+        let tensor = checkpoint.position(name).map(|position| position as u32);
+        let param = match params.binary_search_by(|param| param.name.as_str().cmp(name)) {
+            Ok(param) => Some(param as u32),
+            Err(_) => declared.iter().find(|entry| Some(entry.tensor) == tensor).map(|entry| entry.param),
+        };
+        let mut text = String::new();
+        let Some(param) = param else {
+            if tensor.is_none() {
+                return Err(Error::new(ErrorKind::NotFound, "no such tensor or destination").with_tensor(name));
+            }
+            _ = writeln!(text, "{name}: skipped on every rank");
+            return Ok(text);
+        };
+        let alias_of = params[param as usize].alias_of;
+        let Ok(entry) = declared.binary_search_by_key(&alias_of.unwrap_or(param), |entry| entry.param) else {
+            unreachable!("bug in shardlift: parameter without a source")
+        };
+        let entry = declared[entry];
+        let meta = self.tensor(entry.tensor);
+        let file = &self.file(meta.file).name;
+        _ = writeln!(text, "{}: {} {}", params[param as usize].name, meta.dtype, meta.shape);
+        _ = writeln!(text, "  from {} in {file}, bytes {}..{}", meta.name, meta.start, meta.end);
+        _ = writeln!(text, "  by rule `{}`", rules.pattern(entry.rule));
+        if let Some(original) = alias_of {
+            _ = writeln!(text, "  shares the memory of {}", params[original as usize].name);
+        }
+        for rank in ranks {
+            let Ok(dest) = rank.dests.binary_search_by_key(&param, |dest| dest.param) else { continue };
+            let dest = &rank.dests[dest];
+            _ = writeln!(text, "  rank {}: {}, {} bytes", rank.rank, dest.shape, dest.bytes);
+            let copies = pieces(rank, dest);
+            for copy in &copies[..copies.len().min(SHOWN)] {
+                _ = writeln!(text, "    {copy}");
+            }
+            if copies.len() > SHOWN {
+                _ = writeln!(text, "    and {} more", copies.len() - SHOWN);
+            }
+        }
+        Ok(text)
+    }
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { checkpoint, world, params, ranks, extents, order, digest, .. } = &*self.inner;
+        writeln!(f, "plan {digest:016x}: {} over {} ranks", checkpoint.path().display(), ranks.len())?;
+        writeln!(f, "  mesh        {}", world.mesh())?;
+        let aliases = params.iter().filter(|param| param.alias_of.is_some()).count();
+        writeln!(
+            f,
+            "  checkpoint  {} in {} files, {} tensors; {} destinations, {aliases} of them aliases",
+            Size(checkpoint.bytes()),
+            checkpoint.files().len(),
+            checkpoint.tensors().len(),
+            params.len(),
+        )?;
+        let driven = world.driven();
+        let reads = extents.iter().filter(|extent| driven.contains(&extent.reader)).count();
+        let by = match order {
+            ReadOrder::File => "file",
+            ReadOrder::Layer => "layer",
+        };
+        writeln!(
+            f,
+            "  storage     {} read by this process in {reads} extents, {} needed, by {by}",
+            Size(self.storage_bytes()),
+            Size(self.needed_bytes(driven)),
+        )?;
+        writeln!(f, "  {:>4}  {:>10}  {:>8}  {:>8}", "rank", "bytes", "tensors", "pieces")?;
+        for rank in ranks {
+            let here = if driven.contains(&rank.rank) { "" } else { "  elsewhere" };
+            let bytes = Size(self.bytes_on(rank.rank)).to_string();
+            writeln!(f, "  {:>4}  {bytes:>10}  {:>8}  {:>8}{here}", rank.rank, rank.dests.len(), rank.pieces.len())?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for BoxCopy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "file byte {} -> {}: ", self.src, self.dst)?;
+        for inner in &self.loops {
+            write!(f, "{} x (+{} -> +{}) ", inner.count, inner.src_stride, inner.dst_stride)?;
+        }
+        write!(f, "{} bytes", self.run)
+    }
+}
+
+/// Bytes with a decimal prefix.
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            bytes @ ..1_000 => write!(f, "{bytes} B"),
+            bytes @ ..1_000_000 => write!(f, "{:.1} kB", bytes as f64 / 1e3),
+            bytes @ ..1_000_000_000 => write!(f, "{:.1} MB", bytes as f64 / 1e6),
+            bytes => write!(f, "{:.2} GB", bytes as f64 / 1e9),
+        }
+    }
+}
+
+/// Pieces of one destination that `explain` prints.
+const SHOWN: usize = 8;

@@ -1,0 +1,216 @@
+//! Whole plans over synthetic headers.
+
+use super::*;
+use crate::error::{Error, ErrorKind};
+use crate::source::Identity;
+
+/// One file with these tensors one after the other.
+pub(super) fn checkpoint(tensors: &[(&str, Dtype, &[u64])], config: Option<serde_json::Value>) -> Checkpoint {
+    let mut end = 128;
+    let metas = tensors.iter().map(|&(name, dtype, dims)| {
+        let shape = Shape::new(dims);
+        let start = end;
+        end += shape.bytes(dtype).expect("whole bytes");
+        TensorMeta { name: name.into(), file: FileId(0), dtype, shape, start, end }
+    });
+    let metas: Vec<TensorMeta> = metas.collect();
+    let identity = Identity { device: 0, inode: 0, size: end, modified_ns: 0 };
+    let file = CheckpointFile {
+        name: "model.safetensors".into(),
+        path: "model/model.safetensors".into(),
+        identity,
+        data_start: 128,
+        header_hash: 1,
+        metadata: Vec::new(),
+    };
+    Checkpoint::synthetic(metas, vec![file], config)
+}
+
+fn two() -> Checkpoint {
+    checkpoint(&[("row", Dtype::F32, &[8, 4]), ("col", Dtype::F32, &[4, 8]), ("all", Dtype::F32, &[3])], None)
+}
+
+fn rules() -> Rules {
+    Rules::new().shard("row", 0).shard("col", 1).replicate("all")
+}
+
+fn refused(checkpoint: &Checkpoint, rules: &Rules, world: &World) -> Error {
+    Plan::new(checkpoint, rules, world).expect_err("refused")
+}
+
+#[test]
+fn one_process_reads_every_byte_once() {
+    let checkpoint = two();
+    let plan = Plan::new(&checkpoint, &rules(), &World::host(4)).unwrap();
+    assert_eq!(plan.extents().len(), 3);
+    assert_eq!(plan.storage_bytes(), checkpoint.bytes());
+    assert_eq!(plan.needed_bytes(plan.world().driven()), checkpoint.bytes());
+    for extent in plan.extents() {
+        assert_eq!((extent.outer.len(), plan.consumers(extent).len(), extent.reader), (0, 4, Rank(0)));
+    }
+    assert!(plan.extents().is_sorted_by_key(|extent| extent.start));
+    assert_eq!(plan.bytes_on(Rank(1)), 32 + 32 + 12);
+    assert_eq!(plan.needed_bytes(&[Rank(1)]), 32 + 32 + 12);
+}
+
+#[test]
+fn members_read_their_own_and_agree_on_the_digest() {
+    let checkpoint = two();
+    let whole = Plan::new(&checkpoint, &rules(), &World::host(4)).unwrap();
+    for rank in 0..4 {
+        let world = World::member(Rank(rank), 4, DeviceSpec::HostStaged);
+        let plan = Plan::new(&checkpoint, &rules(), &world).unwrap();
+        assert_eq!(plan.digest(), whole.digest());
+        assert_eq!(plan.extents().len(), 12);
+        // The columns lie so close that their span is read.
+        assert_eq!(plan.storage_bytes(), 32 + (3 * 32 + 8) + 12);
+        assert!(plan.extents().iter().all(|extent| plan.consumers(extent).iter().all(|c| c.rank == extent.reader)));
+    }
+    let other = Plan::new(&checkpoint, &rules(), &World::host(2)).unwrap();
+    assert_ne!(other.digest(), whole.digest());
+}
+
+#[test]
+fn distant_columns_are_read_in_pieces() {
+    let checkpoint = checkpoint(&[("w", Dtype::Bf16, &[8192, 28672])], None);
+    let world = World::member(Rank(7), 8, DeviceSpec::Host);
+    let plan = Plan::new(&checkpoint, &Rules::new().shard("w", 1), &world).unwrap();
+    let extent = plan.extents().iter().find(|extent| extent.reader == Rank(7)).unwrap();
+    assert_eq!((extent.start, extent.run, extent.outer.as_slice()), (128 + 50_176, 7_168, &[(8192, 57_344)][..]));
+    assert_eq!(plan.storage_bytes(), plan.bytes_on(Rank(7)));
+    let whole = Plan::new(&checkpoint, &Rules::new().shard("w", 1), &World::host(8)).unwrap();
+    assert_eq!(whole.extents().len(), 1);
+    assert_eq!(whole.storage_bytes(), checkpoint.bytes());
+}
+
+#[test]
+fn rules_must_fit_the_checkpoint() {
+    let checkpoint = two();
+    let error = refused(&checkpoint, &Rules::new().shard("row", 0), &World::host(2));
+    assert_eq!((error.kind(), error.rule(), error.tensor()), (ErrorKind::Rules, Some("unmatched-tensor"), Some("col")));
+    assert!(error.to_string().contains("{ match = \"col\", replicate = true }"), "{error}");
+    let error = refused(&checkpoint, &rules().replicate("typo.**"), &World::host(2));
+    assert_eq!(error.rule(), Some("unused-rule"));
+    assert!(Plan::new(&checkpoint, &rules().replicate("typo.**").optional(), &World::host(2)).is_ok());
+    let error = refused(&checkpoint, &rules(), &World::host(3));
+    assert_eq!((error.rule(), error.tensor()), (Some("not-divisible"), Some("col")));
+    let error = refused(&checkpoint, &Rules::new().replicate("*").rename("x"), &World::host(1));
+    assert_eq!(error.rule(), Some("rename-collision"));
+    let error = refused(&checkpoint, &Rules::new().only("*", Rank(2)), &World::host(2));
+    assert_eq!(error.rule(), Some("rank"));
+    let error = refused(&checkpoint, &Rules::new().shard("*", 2), &World::host(1));
+    assert_eq!(error.rule(), Some("dimension"));
+}
+
+#[test]
+fn skip_only_rename_and_filters() {
+    let checkpoint = two();
+    let rules = Rules::new().skip("all").only("row", Rank(1)).rename("r").replicate("col");
+    let plan = Plan::new(&checkpoint, &rules, &World::host(2)).unwrap();
+    let names: Vec<&str> = plan.params().iter().map(|param| param.name.as_str()).collect();
+    assert_eq!(names, ["col", "r"]);
+    assert_eq!((plan.rank(Rank(0)).dests.len(), plan.rank(Rank(1)).dests.len()), (1, 2));
+    assert!(plan.explain("all").unwrap().contains("skipped"));
+    assert!(plan.explain("row").unwrap().contains("rank 1"));
+    assert_eq!(plan.explain("nothing").unwrap_err().kind(), ErrorKind::NotFound);
+
+    let kept = Plan::new(&checkpoint, &Rules::replicate_all().keeping("*o*").skipping("row"), &World::host(1)).unwrap();
+    assert_eq!(kept.params().len(), 1);
+    let error = refused(&checkpoint, &Rules::replicate_all().keeping("typo"), &World::host(1));
+    assert_eq!(error.rule(), Some("unused-rule"));
+}
+
+#[test]
+fn aliases_have_no_bytes_of_their_own() {
+    let checkpoint = two();
+    let plan = Plan::new(&checkpoint, &rules().alias("a.row", "row"), &World::host(2)).unwrap();
+    let alias = &plan.rank(Rank(1)).dests[0];
+    assert_eq!((alias.bytes, alias.pieces.len(), alias.shape.dims()), (0, 0, &[4, 4][..]));
+    assert_eq!(plan.params()[0].alias_of, Some(3));
+    assert_eq!(plan.leaf(Rank(1), 0).unwrap().factors[0].start, 4);
+    assert_eq!(refused(&checkpoint, &rules().alias("x", "y"), &World::host(1)).rule(), Some("alias"));
+    assert_eq!(refused(&checkpoint, &rules().alias("row", "col"), &World::host(1)).rule(), Some("rename-collision"));
+    let twice = rules().alias("x", "row").alias("y", "x");
+    assert_eq!(refused(&checkpoint, &twice, &World::host(1)).rule(), Some("alias"));
+    let filtered = rules().alias("x", "row").skipping("row");
+    assert_eq!(Plan::new(&checkpoint, &filtered, &World::host(2)).unwrap().params().len(), 2);
+}
+
+#[test]
+fn data_and_context_parallel_ranks_replicate() {
+    let checkpoint = two();
+    let world = World::host(1).with_mesh(Mesh { dp: 2, pp: 1, cp: 2, tp: 2 });
+    let plan = Plan::new(&checkpoint, &rules(), &world).unwrap();
+    assert_eq!(plan.ranks().len(), 8);
+    assert_eq!(plan.bytes_on(Rank(0)), plan.bytes_on(Rank(6)));
+    assert_eq!(plan.storage_bytes(), checkpoint.bytes());
+}
+
+#[test]
+fn a_cut_that_leaves_a_gap_fails_the_audit() {
+    let checkpoint = two();
+    let cut = || Cut { by: Coord::Axis(Ax::Tp), ..Cut::default() };
+    let diagonal = Expr::Shard { x: Box::new(Expr::shard(0, cut())), dim: 1, cut: cut() };
+    let error = refused(&checkpoint, &Rules::new().place("row", diagonal).replicate("*"), &World::host(2));
+    assert_eq!((error.kind(), error.tensor()), (ErrorKind::Audit, Some("row")));
+    assert!(error.at().bytes.is_some());
+}
+
+#[test]
+fn empty_shards_have_no_pieces() {
+    let checkpoint = checkpoint(&[("w", Dtype::F32, &[9, 2]), ("none", Dtype::F32, &[0, 2])], None);
+    let rules = Rules::new().shard("*", ShardRule::dim(0).split(Split::Ceil));
+    let plan = Plan::new(&checkpoint, &rules, &World::host(4)).unwrap();
+    let last = &plan.rank(Rank(3)).dests[1];
+    assert_eq!((last.bytes, last.pieces.len(), last.shape.dims()), (0, 0, &[0, 2][..]));
+    assert_eq!(plan.extents().len(), 1);
+}
+
+#[test]
+fn layers_come_in_order() {
+    let w: &[u64] = &[2];
+    let tensors = [("l.10.w", Dtype::F32, w), ("l.2.w", Dtype::F32, w), ("norm", Dtype::F32, w)];
+    let checkpoint = checkpoint(&tensors, None);
+    let plan = Plan::with_order(&checkpoint, &Rules::replicate_all(), &World::host(1), ReadOrder::Layer).unwrap();
+    let order: Vec<u32> = plan.extents().iter().map(|extent| extent.tensor).collect();
+    assert_eq!(order, [2, 1, 0]);
+}
+
+#[test]
+fn a_plan_prints_itself() {
+    let text = Plan::new(&two(), &rules(), &World::host(2)).unwrap().to_string();
+    assert!(text.contains("dp 1 pp 1 cp 1 tp 2") && text.contains("268 B read"), "{text}");
+}
+
+/// 92,000 tensors and 8 ranks, as in DeepSeek-V3. Prints its time; gated elsewhere on instruction counts.
+#[test]
+fn large_checkpoints_plan() {
+    let names: Vec<String> = (0..61)
+        .flat_map(|layer| (0..256).map(move |expert| format!("model.layers.{layer}.mlp.experts.{expert}")))
+        .flat_map(|expert| {
+            ["gate_proj", "up_proj", "down_proj"].into_iter().flat_map(move |projection| {
+                let expert = expert.clone();
+                ["weight", "weight_scale_inv"].into_iter().map(move |kind| format!("{expert}.{projection}.{kind}"))
+            })
+        })
+        .collect();
+    let shape = |name: &str| -> (Dtype, &'static [u64]) {
+        match (name.contains("down_proj"), name.ends_with("inv")) {
+            (true, true) => (Dtype::F32, &[56, 16]),
+            (false, true) => (Dtype::F32, &[16, 56]),
+            (true, false) => (Dtype::F8E4M3, &[7168, 2048]),
+            (false, false) => (Dtype::F8E4M3, &[2048, 7168]),
+        }
+    };
+    let tensors: Vec<(&str, Dtype, &[u64])> =
+        names.iter().map(|name| (name.as_str(), shape(name).0, shape(name).1)).collect();
+    let checkpoint = checkpoint(&tensors, None);
+    let rules = Rules::new()
+        .replicate("**.{input,post_attention}_layernorm.weight")
+        .optional()
+        .shard("**.{gate,up}_proj.{weight,weight_scale_inv}", 0)
+        .shard("**.down_proj.{weight,weight_scale_inv}", 1);
+    let plan = Plan::new(&checkpoint, &rules, &World::host(8)).unwrap();
+    assert_eq!(plan.ranks().len() * plan.params().len(), 8 * 93_696);
+    assert_eq!(plan.storage_bytes(), checkpoint.bytes());
+}
