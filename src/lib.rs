@@ -39,3 +39,8 @@ pub use observe::{Progress, Report};
 pub use place::{Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};
 pub use shape::Shape;
+
+// The example of the README is compiled with the documentation's tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
