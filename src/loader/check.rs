@@ -3,7 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::place::{Digest, Tensor, Weights};
-use crate::plan::{Dest, Factor, Plan};
+use crate::plan::{Factor, Plan};
 use crate::source::SourceFile;
 
 impl Weights {
@@ -19,12 +19,12 @@ impl Weights {
         for &rank in plan.world().driven() {
             let mut lines = String::new();
             for tensor in self.of_rank(rank) {
-                let dest = tensor.dest();
+                let dest = &plan.rank(rank).dests[tensor.position()];
                 if plan.params()[dest.param as usize].alias_of.is_some() {
                     continue;
                 }
                 let landed = Digest::of(tensor.as_bytes());
-                let expected = expected(plan, rank, dest, tensor)?;
+                let expected = expected(plan, rank, tensor)?;
                 if landed != expected {
                     return Err(Error::new(ErrorKind::Mismatch, "what landed is not what is on disk")
                         .with_expected(format!("digest {expected:016x}"), format!("digest {landed:016x}"))
@@ -41,14 +41,14 @@ impl Weights {
 }
 
 /// The digest that the file says this destination should have.
-fn expected(plan: &Plan, rank: Rank, dest: &Dest, tensor: &Tensor) -> Result<u64> {
+fn expected(plan: &Plan, rank: Rank, tensor: &Tensor) -> Result<u64> {
     let mut part = Vec::with_capacity(tensor.nbytes());
     if tensor.nbytes() > 0 {
-        let leaf = plan.leaf(rank, dest)?;
+        let leaf = plan.leaf(rank, tensor.position())?;
         let meta = plan.tensor(leaf.tensor);
         let file = plan.file(meta.file);
         let source = SourceFile::open(&file.path)?;
-        source.verify_identity(&file.identity)?;
+        source.verify_identity(file.identity)?;
         let mut whole = vec![0; meta.bytes() as usize];
         source.read_exact_at(&mut whole, meta.start).map_err(|error| error.with_tensor(&meta.name))?;
         gather(&leaf.factors, u64::from(meta.dtype.bits()), 0, &whole, &mut part);

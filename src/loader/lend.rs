@@ -33,7 +33,7 @@ pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Resul
                 None => {
                     let planned = plan.file(id);
                     let file = Arc::new(SourceFile::open(&planned.path)?);
-                    file.verify_identity(&planned.identity)?;
+                    file.verify_identity(planned.identity)?;
                     let mapping = Arc::new(Mapping::new(&file)?);
                     files[id.0 as usize] = Some((file, Arc::clone(&mapping)));
                     mapping

@@ -257,7 +257,7 @@ impl Load {
     /// [`Report::abandoned_bytes`]).
     pub fn finish(mut self) -> Result<(Weights, Report)> {
         let mut report = self.running.finish()?;
-        report.needed_bytes = self.plan.needed_bytes();
+        report.needed_bytes = self.plan.needed_bytes(self.plan.world().driven());
         let weights = Weights::new(&self.plan, &self.running.job().setup().destinations);
         Ok((weights, report))
     }

@@ -72,7 +72,7 @@ impl Loader {
             started,
         })?;
         let mut report = running.finish()?;
-        report.needed_bytes = plan.needed_bytes();
+        report.needed_bytes = plan.needed_bytes(plan.world().driven());
         if model.is_dir() {
             directory.copy_companions(model)?;
         }

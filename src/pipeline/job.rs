@@ -134,7 +134,7 @@ impl Job {
         let planned = self.setup.plan.file(id);
         let _span = tracing::debug_span!("file", path = %planned.path.display()).entered();
         let file = Arc::new(SourceFile::open(&planned.path)?);
-        file.verify_identity(&planned.identity)?;
+        file.verify_identity(planned.identity)?;
         *slot = Some(Arc::clone(&file));
         Ok(file)
     }
@@ -143,7 +143,7 @@ impl Job {
     pub(super) fn verify_files(&self) -> Result<()> {
         for (planned, slot) in self.setup.plan.checkpoint().files().iter().zip(&self.files) {
             if let Some(file) = &*lock(slot) {
-                file.verify_identity(&planned.identity)?;
+                file.verify_identity(planned.identity)?;
                 file.verify_path()?;
             }
         }

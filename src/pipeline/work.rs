@@ -146,7 +146,7 @@ impl Job {
             Some(slot) => self.land(&op, base, slot)?,
         }
         if self.setup.drop_page_cache {
-            file.drop_cache(op.extent.start, op.extent.len());
+            file.drop_cache(op.extent.start, op.extent.end)?;
         }
         Ok(())
     }

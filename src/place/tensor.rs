@@ -106,8 +106,12 @@ impl Tensor {
         }
     }
 
-    /// What the plan says of it.
-    pub(crate) fn dest(&self) -> &Dest {
+    /// Position in the rank's destinations.
+    pub(crate) fn position(&self) -> usize {
+        self.dest as usize
+    }
+
+    fn dest(&self) -> &Dest {
         &self.plan.rank(self.rank).dests[self.dest as usize]
     }
 

@@ -2,6 +2,8 @@
 
 mod file;
 mod mapping;
+mod system;
 
-pub use file::{FileSystem, Identity, SourceFile};
 pub(crate) use mapping::Mapping;
+pub use file::{Identity, SourceFile};
+pub use system::{DirectAlignment, FileSystem};
