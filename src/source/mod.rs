@@ -1,5 +1,9 @@
 //! Where bytes live: local files, their identity, alignment and file system. Knows nothing of safetensors.
 
-mod file;
+#![forbid(unsafe_code)]
 
-pub use file::{FileSystem, Identity, SourceFile};
+mod file;
+mod system;
+
+pub use file::{Identity, SourceFile};
+pub use system::{DirectAlignment, FileSystem};
