@@ -4,6 +4,8 @@
 mod bert;
 mod bloom;
 mod llama;
+#[cfg(test)]
+mod tests;
 
 use serde_json::Value;
 
