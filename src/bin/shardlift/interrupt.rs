@@ -1,13 +1,14 @@
-//! Ctrl-C and SIGTERM: the load that is running is cancelled, and the command ends with 130 or 143.
+//! Ctrl-C and SIGTERM: a load that is running is cancelled and drained, anything else ends at once; the exit status is
+//! 130 or 143.
 
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use shardlift::{Error, ErrorKind, Monitor, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::output::Failure;
+use crate::output::{Failure, Output};
 
 /// The signals of this process from now on.
 #[derive(Debug)]
@@ -15,16 +16,28 @@ pub(crate) struct Interrupt {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
     /// The first signal; 0 before it came.
     signal: AtomicI32,
-    monitor: Mutex<Option<Monitor>>,
+    then: Mutex<Then>,
+}
+
+/// What a signal does.
+#[derive(Debug)]
+enum Then {
+    /// Cancels the load; its error ends the command.
+    Cancel(Monitor),
+    /// Ends the process: nothing needs to be drained or removed.
+    Exit { command: &'static str, json: bool },
+    /// Nothing: the command asks, or is about to end anyway.
+    Note,
 }
 
 impl Interrupt {
-    pub(crate) fn install() -> Result<Interrupt> {
-        let shared = Arc::new(Shared::default());
+    /// Watches for signals; until something else is said they end the process.
+    pub(crate) fn install(command: &'static str, json: bool) -> Result<Interrupt> {
+        let shared = Arc::new(Shared { signal: AtomicI32::new(0), then: Mutex::new(Then::Exit { command, json }) });
         let failed = |error| Error::new(ErrorKind::Io, "install signal handlers").with_source(error);
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
         let theirs = Arc::clone(&shared);
@@ -34,8 +47,13 @@ impl Interrupt {
                     // Asked twice: whoever asks does not want to wait for the drain.
                     std::process::exit(128 + signal);
                 }
-                if let Some(monitor) = &*theirs.monitor.lock().unwrap_or_else(PoisonError::into_inner) {
-                    monitor.cancel();
+                match &*theirs.then() {
+                    Then::Cancel(monitor) => monitor.cancel(),
+                    Then::Exit { command, json } => {
+                        let status = Output::new(command, *json).finish(Err(interrupted(signal)));
+                        std::process::exit(status.into());
+                    }
+                    Then::Note => {}
                 }
             }
         };
@@ -43,13 +61,24 @@ impl Interrupt {
         Ok(Interrupt { shared })
     }
 
-    /// Lets a signal cancel this load; one that has come already does so now.
+    /// From now on a signal cancels this load; one that has come already does so now.
     pub(crate) fn cancels(&self, monitor: Monitor) {
-        let mut slot = self.shared.monitor.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut then = self.shared.then();
         if self.signal().is_some() {
             monitor.cancel();
         }
-        *slot = Some(monitor);
+        *then = Then::Cancel(monitor);
+    }
+
+    /// From now on a signal ends the process; one that has come already is an error.
+    pub(crate) fn exits(&self, command: &'static str, json: bool) -> Result<(), Failure> {
+        *self.shared.then() = Then::Exit { command, json };
+        self.check()
+    }
+
+    /// From now on a signal is only noted.
+    pub(crate) fn waits(&self) {
+        *self.shared.then() = Then::Note;
     }
 
     /// The signal that came, if one did.
@@ -64,7 +93,17 @@ impl Interrupt {
     pub(crate) fn check(&self) -> Result<(), Failure> {
         match self.signal() {
             None => Ok(()),
-            signal => Err(Failure::from(Error::new(ErrorKind::Cancelled, "interrupted")).with_signal(signal)),
+            Some(signal) => Err(interrupted(signal)),
         }
     }
+}
+
+impl Shared {
+    fn then(&self) -> MutexGuard<'_, Then> {
+        self.then.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn interrupted(signal: i32) -> Failure {
+    Failure::from(Error::new(ErrorKind::Cancelled, "interrupted")).with_signal(Some(signal))
 }

@@ -34,6 +34,7 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     let rules = skip.iter().fold(rules, |rules, pattern| rules.skipping(pattern));
     let plan = Plan::new(&checkpoint, &rules, &world)?;
     let plan_seconds = planned.elapsed().as_secs_f64();
+    interrupt.waits(); // memory and threads come into being from here on
     interrupt.check()?;
 
     let failed = |error| Failure::started(error).with_signal(interrupt.signal());
@@ -51,8 +52,9 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
 
     let mut digests: BTreeMap<Rank, u64> = BTreeMap::new();
     if *check {
-        digests.extend(weights.check(&plan).map_err(failed)?);
-        interrupt.check()?;
+        // Nothing of the load is left to drain.
+        interrupt.exits("load", args.json)?;
+        digests.extend(weights.check().map_err(failed)?);
     }
 
     let device = match devices {

@@ -29,23 +29,26 @@ fn main() -> ExitCode {
     };
     let (name, json) = cli.command.name_and_json();
     let mut output = Output::new(name, json);
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        let interrupt = Interrupt::install()?;
-        match &cli.command {
-            Command::Inspect(args) => inspect::run(args, &mut output),
-            Command::Verify(args) => verify::run(args, &mut output, &interrupt),
-            Command::Plan(args) => plan::run(args, &mut output),
-            Command::Load(args) => load::run(args, &mut output, &interrupt),
-            Command::Reshard(args) => reshard::run(args, &mut output, &interrupt),
-            Command::Doctor(args) => doctor::run(args, &mut output),
-        }
+    let interrupt = match Interrupt::install(name, json) {
+        Ok(interrupt) => interrupt,
+        Err(error) => return ExitCode::from(output.finish(Err(Failure::from(error)))),
+    };
+    let result = catch_unwind(AssertUnwindSafe(|| match &cli.command {
+        Command::Inspect(args) => inspect::run(args, &mut output),
+        Command::Verify(args) => verify::run(args, &mut output),
+        Command::Plan(args) => plan::run(args, &mut output),
+        Command::Load(args) => load::run(args, &mut output, &interrupt),
+        Command::Reshard(args) => reshard::run(args, &mut output, &interrupt),
+        Command::Doctor(args) => doctor::run(args, &mut output),
     }));
     let result = result.unwrap_or_else(|panic| {
         let what = panic.downcast_ref::<&str>().map(|text| text.to_string());
         let what = what.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
         Err(Failure::from(Error::new(ErrorKind::Panicked, format!("bug in shardlift: {what}"))))
     });
-    output.finish(result)
+    // One object, not two: the end of this command is decided.
+    interrupt.waits();
+    ExitCode::from(output.finish(result))
 }
 
 /// A command line that does not parse: help and version succeed, everything else is a usage error.
@@ -63,7 +66,10 @@ fn usage(error: clap::Error) -> ExitCode {
     }
     let command = words.iter().find_map(|word| Command::known(word)).unwrap_or("");
     let text = error.to_string();
-    let first = text.lines().next().unwrap_or_default();
-    let message = first.strip_prefix("error: ").unwrap_or(first).to_owned();
-    Output::new(command, true).finish(Err(Failure::from(Error::new(ErrorKind::Usage, message))))
+    // The first paragraph is the error; usage and hints follow.
+    let lines: Vec<&str> = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect();
+    let message = lines.join(" ");
+    let message = message.strip_prefix("error: ").unwrap_or(&message);
+    let failure = Failure::from(Error::new(ErrorKind::Usage, message));
+    ExitCode::from(Output::new(command, true).finish(Err(failure)))
 }

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::io::{self, BufWriter, Stdout, Write};
-use std::process::ExitCode;
 
 use serde_json::{Map, Value, json};
 use shardlift::{Error, ErrorKind};
@@ -85,7 +84,7 @@ impl Output {
     }
 
     /// Writes the object or the error line, and gives the exit status.
-    pub(crate) fn finish(mut self, result: Result<Map<String, Value>, Failure>) -> ExitCode {
+    pub(crate) fn finish(mut self, result: Result<Map<String, Value>, Failure>) -> u8 {
         let status = match &result {
             Ok(_) => 0,
             Err(failure) => failure.status(),
@@ -101,12 +100,12 @@ impl Output {
             note(format_args!("error: {}", failure.error));
         }
         match self.written.and_then(|()| self.stdout.flush()) {
-            Ok(()) => ExitCode::from(status),
+            Ok(()) => status,
             // Who closed the pipe has seen enough.
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(status),
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => status,
             Err(error) => {
                 note(format_args!("error: write stdout: {error}"));
-                ExitCode::from(status.max(1))
+                status.max(1)
             }
         }
     }

@@ -22,6 +22,7 @@ pub(crate) fn run(
     let world = model::world(mesh, None, &Devices::Host)?;
     let rules = model::rules(&checkpoint, mesh, &world)?;
     let plan = Plan::new(&checkpoint, &rules, &world)?;
+    interrupt.waits(); // so that no temporary folder stays behind
     interrupt.check()?;
 
     let report = Loader::new()

@@ -11,15 +11,10 @@ use shardlift::{Checkpoint, Error, ErrorKind, FileId, Result};
 
 use crate::args::VerifyArgs;
 use crate::digest::TensorDigest;
-use crate::interrupt::Interrupt;
 use crate::model;
 use crate::output::{Failure, Output, fields, hex, human_bytes};
 
-pub(crate) fn run(
-    args: &VerifyArgs,
-    output: &mut Output,
-    interrupt: &Interrupt,
-) -> Result<Map<String, Value>, Failure> {
+pub(crate) fn run(args: &VerifyArgs, output: &mut Output) -> Result<Map<String, Value>, Failure> {
     let VerifyArgs { model, deep, json: _ } = args;
     // Opening is the proof: a checkpoint that exists keeps every rule.
     let checkpoint = model::open(model)?;
@@ -30,7 +25,7 @@ pub(crate) fn run(
     for (id, file) in (0..).map(FileId).zip(checkpoint.files()) {
         let mut sums = FileSums::default();
         if *deep {
-            sums = read(&checkpoint, id, file, interrupt)?;
+            sums = read(&checkpoint, id, file)?;
             match &sums.expected {
                 Some(_) => output.line(format_args!("{}: sha256 {} as its blob is named", file.name, sums.sha256)),
                 None => output.line(format_args!("{}: sha256 {}", file.name, sums.sha256)),
@@ -70,12 +65,7 @@ struct FileSums {
 }
 
 /// Reads a file from start to end, once.
-fn read(
-    checkpoint: &Checkpoint,
-    id: FileId,
-    file: &CheckpointFile,
-    interrupt: &Interrupt,
-) -> Result<FileSums, Failure> {
+fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<FileSums, Failure> {
     let failed = |what: &str, error| Failure::started(Error::io(what, &file.path, error));
     let mut reader = File::open(&file.path).map_err(|error| failed("open", error))?;
     let mut sha256 = Sha256::new();
@@ -88,7 +78,6 @@ fn read(
     let mut advance = |digest: Option<&mut TensorDigest>, to: u64, tensor: Option<&str>| -> Result<(), Failure> {
         let mut digest = digest;
         while position < to {
-            interrupt.check()?;
             let want = usize::try_from(to - position).unwrap_or(CHUNK).min(CHUNK);
             let truncated = || {
                 let error = Error::new(ErrorKind::Truncated, "file ended early").with_file(&file.path);
