@@ -158,9 +158,8 @@ fn a_stalled_read_is_a_warning_and_then_an_error_that_names_it() {
     let folder = tempfile::tempdir().unwrap();
     model::write(folder.path(), 12);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let loader = Loader::new()
-        .custom_engine(Arc::new(Stuck))
-        .stall(Duration::from_millis(50), Duration::from_millis(200));
+    let loader =
+        Loader::new().custom_engine(Arc::new(Stuck)).stall(Duration::from_millis(50), Duration::from_millis(200));
     let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
     let began = Instant::now();
     let error = loader.load(&plan).unwrap_err();

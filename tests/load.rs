@@ -8,8 +8,7 @@ use std::time::{Duration, Instant};
 use shardlift::read::EngineChoice;
 use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Rank, Residency, Rules, World};
 
-const ENGINES: [EngineChoice; 4] =
-    [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::Mmap, EngineChoice::Uring];
+const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::Mmap, EngineChoice::Uring];
 
 fn worlds() -> Vec<World> {
     [1, 2, 3, 4, 8].iter().flat_map(|&n| [World::host(n), World::host_staged(n)]).collect()
@@ -190,6 +189,9 @@ fn reshard_writes_partitions_that_join_to_the_original() {
                 assert!(read.tensor(&tensor.name).unwrap().data() == expected, "{} of {ranks}", tensor.name);
             }
         }
-        assert_eq!(std::fs::read_dir(outside.path()).unwrap().filter(|e| e.is_ok()).count(), ranks.ilog2() as usize + 1);
+        assert_eq!(
+            std::fs::read_dir(outside.path()).unwrap().filter(|e| e.is_ok()).count(),
+            ranks.ilog2() as usize + 1
+        );
     }
 }

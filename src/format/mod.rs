@@ -19,8 +19,8 @@ use crate::dtype::Dtype;
 use crate::limits;
 use crate::shape::Shape;
 
-pub(crate) use write::NewHeader;
 pub use error::FormatError;
+pub(crate) use write::NewHeader;
 
 /// The header of one file. One that exists obeys every rule.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,6 +4,6 @@ mod file;
 mod mapping;
 mod system;
 
-pub(crate) use mapping::Mapping;
 pub use file::{Identity, SourceFile};
+pub(crate) use mapping::Mapping;
 pub use system::{DirectAlignment, FileSystem};
