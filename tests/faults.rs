@@ -59,6 +59,10 @@ impl Work for FaultyWork<'_> {
         self.work.next(may_wait)
     }
 
+    fn stopped(&self) -> bool {
+        self.work.stopped()
+    }
+
     fn done(&self, mut request: Request, outcome: io::Result<usize>) {
         let outcome = if self.faulty.count.fetch_add(1, Ordering::Relaxed) == self.faulty.at {
             match self.faulty.fault {

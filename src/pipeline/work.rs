@@ -49,6 +49,10 @@ impl Work for Job {
         }
     }
 
+    fn stopped(&self) -> bool {
+        self.is_stopped()
+    }
+
     fn done(&self, mut request: Request, outcome: io::Result<usize>) {
         let entry = lock(&self.in_flight).remove(&request.id);
         if let Some(entry) = entry {

@@ -66,6 +66,9 @@ pub trait Work: Sync {
     /// requests in flight asks without and completes those first.
     fn next(&self, may_wait: bool) -> Next;
 
+    /// Whether the load has ended early, so that a wrapper that waits should stop doing so.
+    fn stopped(&self) -> bool;
+
     /// Takes a request back with the number of bytes that arrived at the start of its buffer.
     fn done(&self, request: Request, outcome: io::Result<usize>);
 }

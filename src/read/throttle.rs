@@ -44,6 +44,9 @@ impl Engine for Throttled {
     }
 }
 
+/// How soon a delay notices that the load was stopped.
+const TICK: Duration = Duration::from_millis(10);
+
 struct Delayed<'a> {
     work: &'a dyn Work,
     throttle: &'a Throttled,
@@ -55,6 +58,10 @@ impl Work for Delayed<'_> {
         self.work.next(may_wait)
     }
 
+    fn stopped(&self) -> bool {
+        self.work.stopped()
+    }
+
     fn done(&self, request: Request, outcome: io::Result<usize>) {
         if let Ok(bytes) = outcome {
             let mut due = lock(&self.throttle.due);
@@ -63,7 +70,9 @@ impl Work for Delayed<'_> {
             let until = due.map_or(now, |due| due.max(now)) + share;
             *due = Some(until);
             drop(due);
-            thread::sleep(until - now);
+            while Instant::now() < until && !self.work.stopped() {
+                thread::sleep(TICK.min(until - Instant::now().min(until)));
+            }
         }
         self.work.done(request, outcome);
     }

@@ -6,22 +6,22 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 
 /// A tensor of a test model: name, shape of 16-bit elements, bytes.
-pub struct TestTensor {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub bytes: Vec<u8>,
+pub(crate) struct TestTensor {
+    pub(crate) name: String,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// How a test divides a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Cut {
+pub(crate) enum Cut {
     Whole,
     Rows,
     Columns,
 }
 
 /// How the test model's tensors are divided, by their names.
-pub fn cut_of(name: &str) -> Cut {
+pub(crate) fn cut_of(name: &str) -> Cut {
     match name {
         name if name.ends_with("rows") => Cut::Rows,
         name if name.ends_with("columns") => Cut::Columns,
@@ -30,7 +30,7 @@ pub fn cut_of(name: &str) -> Cut {
 }
 
 /// The rules that [`cut_of`] stands for.
-pub const RULES: &str = r#"
+pub(crate) const RULES: &str = r#"
 rule = [
   { match = "**.rows", shard = { dim = 0 } },
   { match = "**.columns", shard = { dim = 1 } },
@@ -39,7 +39,7 @@ rule = [
 "#;
 
 /// Writes a model of two files, with tensors large enough for direct reads and small enough for cut ones.
-pub fn write(folder: &Path, seed: u64) -> Vec<TestTensor> {
+pub(crate) fn write(folder: &Path, seed: u64) -> Vec<TestTensor> {
     let mut random = seed;
     let mut tensors = Vec::new();
     let shapes: &[(&str, &[usize])] = &[
@@ -70,7 +70,7 @@ pub fn write(folder: &Path, seed: u64) -> Vec<TestTensor> {
 }
 
 /// The bytes of `rank` of `ranks`: each destination byte is looked up in the source on its own.
-pub fn expected(tensor: &TestTensor, rank: usize, ranks: usize) -> Vec<u8> {
+pub(crate) fn expected(tensor: &TestTensor, rank: usize, ranks: usize) -> Vec<u8> {
     let part = |size: usize| (size / ranks * rank, size / ranks * (rank + 1));
     let row: usize = tensor.shape.iter().skip(1).product::<usize>() * 2;
     match cut_of(&tensor.name) {

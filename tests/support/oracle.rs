@@ -4,19 +4,19 @@ use std::ops::Range;
 
 /// One tensor and how it is divided.
 #[derive(Debug, Clone)]
-pub struct Case {
-    pub bits: u64,
-    pub dims: Vec<u64>,
+pub(crate) struct Case {
+    pub(crate) bits: u64,
+    pub(crate) dims: Vec<u64>,
     /// The dimension that is sharded; `None` replicates.
-    pub dim: Option<usize>,
-    pub ceil: bool,
-    pub unit: u64,
-    pub ranks: u64,
+    pub(crate) dim: Option<usize>,
+    pub(crate) ceil: bool,
+    pub(crate) unit: u64,
+    pub(crate) ranks: u64,
 }
 
 /// Why no partition exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// The units do not divide evenly, or the dimension is not a whole number of them.
     Uneven,
     /// A cut does not fall on a byte.
@@ -25,7 +25,7 @@ pub enum Refusal {
 
 impl Case {
     /// The shape and bytes of one rank's part of `data`.
-    pub fn part(&self, data: &[u8], rank: u64) -> Result<(Vec<u64>, Vec<u8>), Refusal> {
+    pub(crate) fn part(&self, data: &[u8], rank: u64) -> Result<(Vec<u64>, Vec<u8>), Refusal> {
         let taken = self.taken(rank)?;
         let mut shape = self.dims.clone();
         if let Some(dim) = self.dim {
