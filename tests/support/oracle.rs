@@ -4,19 +4,19 @@ use std::ops::Range;
 
 /// One tensor and how it is divided.
 #[derive(Debug, Clone)]
-pub struct Case {
-    pub bits: u64,
-    pub dims: Vec<u64>,
+pub(crate) struct Case {
+    pub(crate) bits: u64,
+    pub(crate) dims: Vec<u64>,
     /// The dimension that is sharded; `None` replicates.
-    pub dim: Option<usize>,
-    pub ceil: bool,
-    pub unit: u64,
-    pub ranks: u64,
+    pub(crate) dim: Option<usize>,
+    pub(crate) ceil: bool,
+    pub(crate) unit: u64,
+    pub(crate) ranks: u64,
 }
 
 /// Why no partition exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Refusal {
+pub(crate) enum Refusal {
     /// The units do not divide evenly, or the dimension is not a whole number of them.
     Uneven,
     /// A cut does not fall on a byte.
@@ -25,7 +25,7 @@ pub enum Refusal {
 
 impl Case {
     /// The shape and bytes of one rank's part of `data`.
-    pub fn part(&self, data: &[u8], rank: u64) -> Result<(Vec<u64>, Vec<u8>), Refusal> {
+    pub(crate) fn part(&self, data: &[u8], rank: u64) -> Result<(Vec<u64>, Vec<u8>), Refusal> {
         let taken = self.taken(rank)?;
         let mut shape = self.dims.clone();
         if let Some(dim) = self.dim {
@@ -38,7 +38,7 @@ impl Case {
             let source = self.source(&shape, element, taken.start);
             // Wherever the source jumps, both sides of the jump must be whole bytes.
             if before.is_none_or(|before| before + 1 != source)
-                && (source * self.bits % 8 != 0 || before.is_some_and(|before| (before + 1) * self.bits % 8 != 0))
+                && (!self.on_byte(source) || before.is_some_and(|before| !self.on_byte(before + 1)))
             {
                 return Err(Refusal::Misaligned);
             }
@@ -47,11 +47,15 @@ impl Case {
                 bits.push(data[bit as usize / 8] >> (bit % 8) & 1);
             }
         }
-        if before.is_some_and(|before| (before + 1) * self.bits % 8 != 0) {
+        if before.is_some_and(|before| !self.on_byte(before + 1)) {
             return Err(Refusal::Misaligned);
         }
         let byte = |bits: &[u8]| bits.iter().enumerate().fold(0, |byte, (at, bit)| byte | bit << at);
         Ok((shape, bits.chunks(8).map(byte).collect()))
+    }
+
+    fn on_byte(&self, element: u64) -> bool {
+        (element * self.bits).is_multiple_of(8)
     }
 
     /// The indices of the sharded dimension that a rank gets.
@@ -64,7 +68,8 @@ impl Case {
             units.push(at..(at + self.unit).min(size));
             at += self.unit;
         }
-        if !self.ceil && (size % self.unit != 0 || units.len() as u64 % self.ranks != 0) {
+        let whole = size.is_multiple_of(self.unit) && (units.len() as u64).is_multiple_of(self.ranks);
+        if !self.ceil && !whole {
             return Err(Refusal::Uneven);
         }
         let each = (units.len() as u64).div_ceil(self.ranks).max(1);
