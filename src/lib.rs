@@ -27,14 +27,20 @@ pub mod read;
 mod shape;
 pub mod source;
 mod stage;
+mod stride;
 mod sync;
 
 pub use checkpoint::{Checkpoint, HubCache};
 pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, Result};
 pub use extent::{Extent, FileId, Rank};
-pub use loader::{Load, Loader, Memory, Monitor, Residency};
+pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Residency};
 pub use observe::{Progress, Report};
 pub use place::{Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};
 pub use shape::Shape;
+
+// The example of the README is compiled with the documentation's tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

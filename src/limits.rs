@@ -46,3 +46,30 @@ pub const STALL_WARNING: Duration = Duration::from_secs(5);
 
 /// A read without progress for this long fails the load. Network file systems recover within a minute or not at all.
 pub const STALL_ERROR: Duration = Duration::from_secs(60);
+
+/// Largest staging slot. A slot is what one read fills and one event guards; 16 of them overlap reads and copies.
+pub const SLOT: usize = 4 << 20;
+
+/// Most bytes of a read that lands straight in host memory.
+pub const DIRECT_CHUNK: u64 = 2 << 20;
+
+/// Most bytes of a read that is cut on its way to host memory: it should still be in the L2 cache when it is cut.
+pub const CUT_CHUNK: u64 = 1 << 20;
+
+/// Smallest read that lands straight in a destination; below this one larger read and a copy are cheaper.
+pub const DIRECT_MIN: u64 = 64 << 10;
+
+/// Fewest threads that read: two keep the storage busy while one of them copies.
+pub const READ_THREADS_MIN: usize = 2;
+
+/// Most threads that read: above this, storage of one machine gains nothing.
+pub const READ_THREADS_MAX: usize = 16;
+
+/// How often the supervisor of a load looks for stalled reads and samples memory.
+pub const SUPERVISE_EVERY: Duration = Duration::from_millis(25);
+
+/// Reads in flight of one io_uring. With several threads' rings this keeps an NVMe queue full at 1 MiB each.
+pub const URING_DEPTH: u32 = 16;
+
+/// Most threads with a ring of their own: beyond it, completions are handled faster than storage produces them.
+pub const URING_THREADS_MAX: usize = 4;

@@ -34,13 +34,6 @@ impl Shape {
     pub fn bytes(&self, dtype: Dtype) -> Option<u64> {
         dtype.bytes_of(self.elements()?)
     }
-
-    /// This shape with dimension `dim` replaced by `size`.
-    pub(crate) fn with_dim(&self, dim: usize, size: u64) -> Shape {
-        let mut dims = self.0.clone();
-        dims[dim] = size;
-        Shape(dims)
-    }
 }
 
 impl Deref for Shape {

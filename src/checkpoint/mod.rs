@@ -2,6 +2,9 @@
 
 #![forbid(unsafe_code)]
 
+mod write;
+pub(crate) use write::NewDirectory;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -71,7 +74,7 @@ impl Checkpoint {
     /// Opens a `.safetensors` file, a directory of them, or a directory with an index. Reads headers only.
     pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint> {
         let _ = path;
-        todo!("helper A")
+        todo!()
     }
 
     /// The file or directory that was opened.
@@ -97,7 +100,7 @@ impl Checkpoint {
     /// The position in [`tensors`](Checkpoint::tensors) of the tensor with this name.
     pub fn position(&self, name: &str) -> Option<usize> {
         let _ = name;
-        todo!("helper A: fixed-seed hash map of names, or binary search")
+        todo!()
     }
 
     /// The tensor with this name.

@@ -34,7 +34,7 @@ pub(super) fn audit(checkpoint: &Checkpoint, ranks: &[RankPlan], declared: &[Dec
         for dest in &rank.dests {
             written_once(checkpoint, rank, dest).map_err(|error| error.with_rank(rank.rank))?;
         }
-        Ok(())
+        Ok::<(), Error>(())
     })?;
     declared.par_chunks(CHUNK).try_for_each(|chunk| {
         for_each_param(ranks, chunk, |declared, holders| {

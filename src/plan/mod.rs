@@ -29,10 +29,11 @@ use crate::dtype::Dtype;
 use crate::extent::{FileId, Rank};
 use crate::shape::Shape;
 
+pub use crate::stride::{Loop, Loops};
 pub use expr::{Cut, Expr, Split};
 pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
-pub(crate) use reads::{Cutting, Piece, ReadOp, Reads};
+pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};
 pub use rules::{Rules, ShardRule};
 pub use world::{Ax, Coord, DeviceSpec, Mesh, Processes, World};
 
@@ -105,20 +106,6 @@ pub struct BoxCopy {
     pub loops: Loops,
     /// Contiguous bytes at each step of the innermost loop.
     pub run: u64,
-}
-
-/// The loops of a [`BoxCopy`], outermost first.
-pub type Loops = SmallVec<[Loop; 1]>;
-
-/// One loop of a strided copy.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Loop {
-    /// How often.
-    pub count: u64,
-    /// Source bytes from one step to the next.
-    pub src_stride: u64,
-    /// Destination bytes from one step to the next.
-    pub dst_stride: u64,
 }
 
 /// Source bytes that one reader reads, and who gets them. With `outer` loops it is a strided set of equal ranges

@@ -1,9 +1,13 @@
 //! One local file: opened once, read at positions, compared with the identity it had when its header was parsed.
 
-use std::fs::File;
+use std::fmt;
+use std::fs::{File, Metadata};
+use std::io::ErrorKind as IoKind;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::source::system::{self, DirectAlignment, FileSystem};
 
 /// What makes a file the same file: compared at every further open and after the last read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -18,6 +22,24 @@ pub struct Identity {
     pub modified_ns: i128,
 }
 
+impl Identity {
+    fn of(metadata: &Metadata) -> Identity {
+        Identity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            size: metadata.size(),
+            modified_ns: i128::from(metadata.mtime()) * 1_000_000_000 + i128::from(metadata.mtime_nsec()),
+        }
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Identity { device, inode, size, modified_ns } = self;
+        write!(f, "inode {device}:{inode} of {size} bytes changed at {modified_ns} ns")
+    }
+}
+
 /// An open file.
 #[derive(Debug)]
 pub struct SourceFile {
@@ -28,9 +50,19 @@ pub struct SourceFile {
 
 impl SourceFile {
     /// Opens `path` for reading and takes its identity from the descriptor.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] or [`ErrorKind::Io`] as the system says; [`ErrorKind::Usage`] if it is no regular file.
     pub fn open(path: impl Into<PathBuf>) -> Result<SourceFile> {
-        let _ = (path.into(), ErrorKind::Io, Error::new);
-        todo!("helper A")
+        let path = path.into();
+        // Opening a FIFO would wait for a writer, so the type is asked for first.
+        let metadata = std::fs::metadata(&path).map_err(|error| Error::io("cannot open", &path, error))?;
+        if !metadata.is_file() {
+            return Err(Error::new(ErrorKind::Usage, "not a regular file").with_file(path));
+        }
+        let file = File::open(&path).map_err(|error| Error::io("cannot open", &path, error))?;
+        let metadata = file.metadata().map_err(|error| Error::io("cannot stat", &path, error))?;
+        Ok(SourceFile { identity: Identity::of(&metadata), path, file })
     }
 
     /// The path as it was opened.
@@ -47,18 +79,207 @@ impl SourceFile {
     pub fn file(&self) -> &File {
         &self.file
     }
+
+    /// Fills `into` with the bytes from `offset` on: short reads are continued, interrupted ones repeated.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Truncated`] if the file ends before, [`ErrorKind::Io`] as the system says; both name the file and
+    /// the bytes.
+    pub fn read_exact_at(&self, into: &mut [u8], offset: u64) -> Result<()> {
+        let end = offset.saturating_add(into.len() as u64);
+        let mut done = 0;
+        while done < into.len() {
+            let at = offset.saturating_add(done as u64);
+            match self.file.read_at(&mut into[done..], at) {
+                Ok(0) => {
+                    return Err(Error::new(ErrorKind::Truncated, "file ends before the bytes that were asked for")
+                        .with_expected(format!("{} bytes", into.len()), format!("{done} bytes"))
+                        .with_file(&self.path)
+                        .with_bytes(offset, end));
+                }
+                Ok(read) => done += read,
+                Err(error) if error.kind() == IoKind::Interrupted => {}
+                Err(error) => return Err(Error::io("cannot read", &self.path, error).with_bytes(at, end)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares what the descriptor says now with `expected`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Truncated`] if it is the same file and shorter, else [`ErrorKind::Changed`] if anything differs.
+    pub fn verify_identity(&self, expected: Identity) -> Result<()> {
+        let metadata = self.file.metadata().map_err(|error| Error::io("cannot stat", &self.path, error))?;
+        self.compare(expected, Identity::of(&metadata))
+    }
+
+    /// Checks that the path still names the file that was opened, unchanged.
+    ///
+    /// # Errors
+    /// As [`verify_identity`](SourceFile::verify_identity); a path that is gone is [`ErrorKind::Changed`] too.
+    pub fn verify_path(&self) -> Result<()> {
+        match std::fs::metadata(&self.path) {
+            Ok(metadata) => self.compare(self.identity, Identity::of(&metadata)),
+            Err(error) if error.kind() == IoKind::NotFound => Err(Error::new(ErrorKind::Changed, "file was removed")
+                .with_expected(self.identity, "nothing")
+                .with_file(&self.path)
+                .with_source(error)),
+            Err(error) => Err(Error::io("cannot stat", &self.path, error)),
+        }
+    }
+
+    /// The kind of file system that the file lies on.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if the system does not say.
+    pub fn file_system(&self) -> Result<FileSystem> {
+        system::file_system(&self.file).map_err(|error| Error::io("cannot statfs", &self.path, error))
+    }
+
+    /// What O_DIRECT reads of this file must be multiples of; `None` if the system does not say or refuses such reads.
+    pub fn direct_alignment(&self) -> Option<DirectAlignment> {
+        system::direct_alignment(&self.file)
+    }
+
+    /// Opens the same file once more, past the page cache, and compares its identity.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] if the file system or platform has no such reads, [`ErrorKind::Changed`] or
+    /// [`ErrorKind::Truncated`] if the path names another file by now, else as the system says.
+    pub fn open_direct(&self) -> Result<File> {
+        let file = system::open_direct(&self.path).map_err(|error| match error.kind() {
+            IoKind::InvalidInput | IoKind::Unsupported => {
+                Error::new(ErrorKind::Unsupported, "the file system refuses O_DIRECT")
+                    .with_file(&self.path)
+                    .with_source(error)
+            }
+            _ => Error::io("cannot open with O_DIRECT", &self.path, error),
+        })?;
+        let metadata = file.metadata().map_err(|error| Error::io("cannot stat", &self.path, error))?;
+        self.compare(self.identity, Identity::of(&metadata))?;
+        Ok(file)
+    }
+
+    /// The share, 0 to 1, of these byte ranges `(from, to)` that the page cache holds, from a few samples spread over
+    /// them; `None` if the system does not say or there are no bytes.
+    pub fn resident_fraction(&self, ranges: &[(u64, u64)]) -> Option<f64> {
+        let total: u64 = ranges.iter().map(|&(from, to)| to.saturating_sub(from)).sum();
+        let samples = SAMPLES.min(total);
+        let mut resident = 0;
+        // Sample i lies in the middle of the i-th of equal parts; ranges are walked once, in their order.
+        let mut ranges = ranges.iter().copied();
+        let (mut from, mut to, mut before) = (0, 0, 0);
+        for i in 0..samples {
+            let wanted = (u128::from(total) * u128::from(2 * i + 1) / u128::from(2 * samples)) as u64;
+            while wanted - before >= u64::saturating_sub(to, from) {
+                before += u64::saturating_sub(to, from);
+                (from, to) = ranges.next()?;
+            }
+            resident += u64::from(system::is_resident(&self.file, from + (wanted - before))?);
+        }
+        (samples > 0).then(|| resident as f64 / samples as f64)
+    }
+
+    /// Advises the system to forget the cached pages of bytes `from..to`; benches use it to start cold.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] if the system refuses; [`ErrorKind::Unsupported`] if it has no such call.
+    pub fn drop_cache(&self, from: u64, to: u64) -> Result<()> {
+        system::drop_cache(&self.file, from, to).map_err(|error| match error.kind() {
+            IoKind::Unsupported => {
+                Error::new(ErrorKind::Unsupported, "cannot drop cached pages here").with_file(&self.path)
+            }
+            _ => Error::io("cannot drop cached pages", &self.path, error).with_bytes(from, to),
+        })
+    }
+
+    fn compare(&self, expected: Identity, found: Identity) -> Result<()> {
+        if found == expected {
+            return Ok(());
+        }
+        let same = (found.device, found.inode) == (expected.device, expected.inode);
+        let error = if same && found.size < expected.size {
+            Error::new(ErrorKind::Truncated, "file became shorter since its header was parsed")
+                .with_expected(format!("{} bytes", expected.size), format!("{} bytes", found.size))
+                .with_bytes(found.size, expected.size)
+        } else {
+            Error::new(ErrorKind::Changed, "file changed since its header was parsed").with_expected(expected, found)
+        };
+        Err(error.with_file(&self.path))
+    }
 }
 
-/// What kind of file system a file lies on, as far as the choice of an engine needs to know.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum FileSystem {
-    /// A disk of this machine, with this file system name (`ext4`, `xfs`, `btrfs`, ...).
-    Local(&'static str),
-    /// Memory (`tmpfs`, `ramfs`): every read is a copy.
-    Memory(&'static str),
-    /// Another machine, or a host below this one (`nfs`, `lustre`, `virtiofs`, `fuse`, ...).
-    Network(&'static str),
-    /// Not known, with its magic number.
-    Unknown(i64),
+/// Offsets that [`SourceFile::resident_fraction`] looks at: enough to tell warm from cold, few enough to cost
+/// microseconds.
+const SAMPLES: u64 = 32;
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn file_of(bytes: &[u8]) -> (tempfile::NamedTempFile, SourceFile) {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        let source = SourceFile::open(file.path()).unwrap();
+        (file, source)
+    }
+
+    #[test]
+    fn reads_are_exact_or_name_file_and_bytes() {
+        let (file, source) = file_of(b"0123456789");
+        let mut buffer = [0; 4];
+        source.read_exact_at(&mut buffer, 6).unwrap();
+        assert_eq!(&buffer, b"6789");
+        let error = source.read_exact_at(&mut buffer, 8).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Truncated);
+        assert_eq!((error.file(), error.at().bytes), (Some(file.path()), Some((8, 12))));
+        assert_eq!(error.found(), Some("2 bytes"));
+    }
+
+    #[test]
+    fn changes_are_noticed() {
+        let (mut file, source) = file_of(b"0123456789");
+        source.verify_identity(source.identity()).unwrap();
+        source.verify_path().unwrap();
+        file.as_file().set_len(4).unwrap();
+        let error = source.verify_identity(source.identity()).unwrap_err();
+        assert_eq!((error.kind(), error.at().bytes), (ErrorKind::Truncated, Some((4, 10))));
+        file.write_all(b"and more than before").unwrap();
+        assert_eq!(source.verify_identity(source.identity()).unwrap_err().kind(), ErrorKind::Changed);
+    }
+
+    #[test]
+    fn a_path_that_names_another_file_is_noticed() {
+        let (file, source) = file_of(b"0123456789");
+        let other = tempfile::NamedTempFile::new_in(file.path().parent().unwrap()).unwrap();
+        std::fs::rename(other.path(), file.path()).unwrap();
+        source.verify_identity(source.identity()).unwrap();
+        assert_eq!(source.verify_path().unwrap_err().kind(), ErrorKind::Changed);
+        std::fs::remove_file(file.path()).unwrap();
+        assert_eq!(source.verify_path().unwrap_err().kind(), ErrorKind::Changed);
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(SourceFile::open(folder.path()).unwrap_err().kind(), ErrorKind::Usage);
+        assert_eq!(SourceFile::open(folder.path().join("x")).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn what_was_just_written_is_resident_where_the_system_says() {
+        let (_file, source) = file_of(&vec![1; 1 << 20]);
+        source.file_system().unwrap();
+        source.drop_cache(0, 0).ok();
+        if let Some(share) = source.resident_fraction(&[(0, 10), (20, 20), (4096, 1 << 20)]) {
+            assert!((0.0..=1.0).contains(&share), "{share}");
+        }
+        assert_eq!(source.resident_fraction(&[(5, 5)]), None);
+        if let Ok(direct) = source.open_direct() {
+            assert_eq!(Identity::of(&direct.metadata().unwrap()), source.identity());
+        }
+    }
 }

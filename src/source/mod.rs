@@ -1,5 +1,9 @@
 //! Where bytes live: local files, their identity, alignment and file system. Knows nothing of safetensors.
 
 mod file;
+mod mapping;
+mod system;
 
-pub use file::{FileSystem, Identity, SourceFile};
+pub use file::{Identity, SourceFile};
+pub(crate) use mapping::Mapping;
+pub use system::{DirectAlignment, FileSystem};

@@ -1,0 +1,433 @@
+//! The grammar of the command line. What belongs to later is parsed here and refused by name, never ignored.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use shardlift::{Error, ErrorKind, Result};
+
+/// Moves the weights of safetensors checkpoints into the memory of many ranks.
+#[derive(Debug, Parser)]
+#[command(name = "shardlift", version, propagate_version = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show the tensors of a checkpoint
+    Inspect(InspectArgs),
+    /// Hold a checkpoint against every rule of the format and the index
+    Verify(VerifyArgs),
+    /// Show what would move where; reads headers only
+    Plan(PlanArgs),
+    /// Load every rank's partition into memory
+    Load(LoadArgs),
+    /// Write each rank's partition as a checkpoint of its own
+    Reshard(ReshardArgs),
+    /// Show what this machine can do
+    Doctor(DoctorArgs),
+}
+
+impl Command {
+    pub(crate) fn name_and_json(&self) -> (&'static str, bool) {
+        match self {
+            Command::Inspect(args) => ("inspect", args.json),
+            Command::Verify(args) => ("verify", args.json),
+            Command::Plan(args) => ("plan", args.json),
+            Command::Load(args) => ("load", args.json),
+            Command::Reshard(args) => ("reshard", args.json),
+            Command::Doctor(args) => ("doctor", args.json),
+        }
+    }
+
+    /// The subcommand of this name.
+    pub(crate) fn known(word: &str) -> Option<&'static str> {
+        ["inspect", "verify", "plan", "load", "reshard", "doctor"].into_iter().find(|name| *name == word)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
+    pub(crate) model: String,
+    /// Only tensors whose name matches
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) filter: Option<String>,
+    /// Order of the tensors
+    #[arg(long, value_enum, default_value_t = Sort::Offset)]
+    pub(crate) sort: Sort,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Sort {
+    Name,
+    Size,
+    Offset,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
+    pub(crate) model: String,
+    /// Read every byte: digests of tensors, and sha256 against the blob names of the Hugging Face cache
+    #[arg(long)]
+    pub(crate) deep: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct MeshArgs {
+    /// Tensor-parallel ranks
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) tp: u32,
+    /// Pipeline stages
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) pp: u32,
+    /// Expert-parallel groups; they add no ranks
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) ep: u32,
+    /// Data-parallel replicas
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) dp: u32,
+    /// Context-parallel ranks
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) cp: u32,
+    /// How tensors are divided: auto (from config.json), replicate, hf-plan:FILE, or a rules FILE
+    #[arg(long, value_name = "RULES", default_value = "auto", value_parser = rules)]
+    pub(crate) rules: RulesChoice,
+    /// Whose names and layouts the destinations have
+    #[arg(long, value_enum, default_value_t = Target::Plain)]
+    pub(crate) target: Target,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum RulesChoice {
+    Auto,
+    Replicate,
+    HfPlan(PathBuf),
+    File(PathBuf),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Target {
+    Plain,
+    Vllm,
+    Hf,
+    Mistralrs,
+}
+
+impl MeshArgs {
+    /// Refuses what this build cannot do yet.
+    pub(crate) fn supported(&self) -> Result<()> {
+        let MeshArgs { tp: _, pp, ep, dp: _, cp: _, rules, target } = self;
+        if *pp > 1 {
+            return Err(not_in_this_build(format!("--pp {pp}")));
+        }
+        if *ep > 1 {
+            return Err(not_in_this_build(format!("--ep {ep}")));
+        }
+        if let RulesChoice::HfPlan(path) = rules {
+            return Err(not_in_this_build(format!("--rules hf-plan:{}", path.display())));
+        }
+        match target {
+            Target::Plain => Ok(()),
+            Target::Vllm => Err(not_in_this_build("--target vllm")),
+            Target::Hf => Err(not_in_this_build("--target hf")),
+            Target::Mistralrs => Err(not_in_this_build("--target mistralrs")),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) mesh: MeshArgs,
+    /// Plan for the process that drives this rank only
+    #[arg(long, value_name = "R")]
+    pub(crate) rank: Option<u32>,
+    /// Show where each byte of this tensor goes
+    #[arg(long, value_name = "TENSOR")]
+    pub(crate) explain: Option<String>,
+    /// Say what the audit proved
+    #[arg(long)]
+    pub(crate) audit: bool,
+    /// Rate of the storage in GB/s, for the prediction
+    #[arg(long, value_name = "GB/s", value_parser = positive)]
+    pub(crate) storage: Option<f64>,
+    /// Rate of the link to each device in GB/s, for the prediction
+    #[arg(long, value_name = "GB/s", value_parser = positive)]
+    pub(crate) link: Option<f64>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) mesh: MeshArgs,
+    /// Drive only this rank; the others belong to other processes
+    #[arg(long, value_name = "R")]
+    pub(crate) rank: Option<u32>,
+    /// Where the ranks live: host, host:staged, or cuda[:LIST]
+    #[arg(long, default_value = "host", value_parser = devices)]
+    pub(crate) devices: Devices,
+    /// How files are read
+    #[arg(long, value_enum, default_value_t = Engine::Auto)]
+    pub(crate) engine: Engine,
+    /// Memory for staging, for instance 256M
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) staging: Option<u64>,
+    /// How destination memory is allocated
+    #[arg(long, value_enum, default_value_t = MemoryChoice::Blocks)]
+    pub(crate) memory: MemoryChoice,
+    /// Whether whole tensors may be lent from a mapping of their file
+    #[arg(long, value_enum, default_value_t = ResidencyChoice::Owned)]
+    pub(crate) residency: ResidencyChoice,
+    /// What becomes of the file's pages in the page cache
+    #[arg(long, value_enum, default_value_t = PageCache::Keep)]
+    pub(crate) page_cache: PageCache,
+    /// Upper bound on bytes read per second, for instance 2G
+    #[arg(long, value_name = "RATE", value_parser = rate)]
+    pub(crate) throttle: Option<u64>,
+    /// Load only tensors whose name matches; may be given several times
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) only: Vec<String>,
+    /// Leave out tensors whose name matches; may be given several times
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) skip: Vec<String>,
+    /// Cast floating-point tensors to this type
+    #[arg(long, value_enum)]
+    pub(crate) dtype: Option<Cast>,
+    /// Load this often and report the median run
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) repeat: u32,
+    /// Compare what landed with the files, byte for byte
+    #[arg(long)]
+    pub(crate) check: bool,
+    /// Write a timeline of the load
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl LoadArgs {
+    /// Refuses what this build cannot do yet.
+    pub(crate) fn supported(&self) -> Result<()> {
+        self.mesh.supported()?;
+        if let Devices::Cuda(_) = self.devices {
+            return Err(not_in_this_build("--devices cuda"));
+        }
+        if self.engine == Engine::Cufile {
+            return Err(not_in_this_build("--engine cufile"));
+        }
+        if self.dtype.is_some() {
+            return Err(not_in_this_build("--dtype"));
+        }
+        if self.repeat > 1 {
+            return Err(not_in_this_build(format!("--repeat {}", self.repeat)));
+        }
+        if self.trace.is_some() {
+            return Err(not_in_this_build("--trace"));
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Devices {
+    Host,
+    HostStaged,
+    /// Device numbers; empty for all.
+    Cuda(Vec<u32>),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Engine {
+    Auto,
+    Pread,
+    Mmap,
+    Uring,
+    Cufile,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum MemoryChoice {
+    Blocks,
+    PerTensor,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ResidencyChoice {
+    Owned,
+    Mapped,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PageCache {
+    Keep,
+    Drop,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Cast {
+    Bf16,
+    F16,
+    F32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReshardArgs {
+    /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
+    pub(crate) model: String,
+    /// The folder to write
+    pub(crate) out: PathBuf,
+    #[command(flatten)]
+    pub(crate) mesh: MeshArgs,
+    /// Replace OUT if it exists
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
+    /// A file or directory whose storage is looked at
+    #[arg(default_value = ".")]
+    pub(crate) path: PathBuf,
+    /// Print one JSON object
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+pub(crate) fn not_in_this_build(what: impl std::fmt::Display) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("not in this build: {what}"))
+}
+
+fn rules(text: &str) -> Result<RulesChoice, String> {
+    Ok(match text {
+        "auto" => RulesChoice::Auto,
+        "replicate" => RulesChoice::Replicate,
+        _ => match text.strip_prefix("hf-plan:") {
+            Some("") => return Err("hf-plan: needs a file".into()),
+            Some(path) => RulesChoice::HfPlan(path.into()),
+            None if text.is_empty() => return Err("no file".into()),
+            None => RulesChoice::File(text.into()),
+        },
+    })
+}
+
+fn devices(text: &str) -> Result<Devices, String> {
+    match text {
+        "host" => Ok(Devices::Host),
+        "host:staged" => Ok(Devices::HostStaged),
+        "cuda" => Ok(Devices::Cuda(Vec::new())),
+        _ => {
+            let list = text.strip_prefix("cuda:").ok_or("expected host, host:staged, cuda or cuda:LIST")?;
+            let parse = |number: &str| number.parse().map_err(|_| format!("not a device number: {number:?}"));
+            Ok(Devices::Cuda(list.split(',').map(parse).collect::<Result<_, _>>()?))
+        }
+    }
+}
+
+/// Bytes: a number with an optional unit. `K`, `M`, `G`, `T` and `KiB`... are powers of 1024, `KB`... of 1000.
+fn size(text: &str) -> Result<u64, String> {
+    let split = text.find(|char: char| !char.is_ascii_digit() && char != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let number: f64 = number.parse().map_err(|_| format!("not a size: {text:?}"))?;
+    let power = |base: f64, exponent: i32| base.powi(exponent);
+    let factor = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1.0,
+        "k" | "kib" => power(1024.0, 1),
+        "m" | "mib" => power(1024.0, 2),
+        "g" | "gib" => power(1024.0, 3),
+        "t" | "tib" => power(1024.0, 4),
+        "kb" => power(1000.0, 1),
+        "mb" => power(1000.0, 2),
+        "gb" => power(1000.0, 3),
+        "tb" => power(1000.0, 4),
+        _ => return Err(format!("unknown unit in {text:?}")),
+    };
+    let bytes = number * factor;
+    if bytes < 1.0 || bytes > power(2.0, 62) {
+        return Err(format!("out of range: {text:?}"));
+    }
+    Ok(bytes as u64)
+}
+
+/// Bytes per second: a size, with or without `/s`.
+fn rate(text: &str) -> Result<u64, String> {
+    size(text.strip_suffix("/s").unwrap_or(text))
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number > 0.0 => Ok(number),
+        _ => Err("expected a number above 0".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_grammar_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn sizes_and_rates() {
+        assert_eq!(size("4096"), Ok(4096));
+        assert_eq!(size("256M"), Ok(256 << 20));
+        assert_eq!(size("1.5GiB"), Ok(3 << 29));
+        assert_eq!(rate("2GB/s"), Ok(2_000_000_000));
+        for text in ["", "x", "1Q", "-1", "0", "1e99"] {
+            assert!(size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn devices_and_rules() {
+        assert_eq!(devices("cuda:0,3"), Ok(Devices::Cuda(vec![0, 3])));
+        assert!(devices("cuda:").is_err() && devices("tpu").is_err());
+        assert_eq!(rules("hf-plan:a.json"), Ok(RulesChoice::HfPlan("a.json".into())));
+        assert_eq!(rules("x.toml"), Ok(RulesChoice::File("x.toml".into())));
+    }
+
+    #[test]
+    fn what_comes_later_is_refused_by_name() {
+        for (flags, what) in [
+            (&["--pp", "2"][..], "--pp 2"),
+            (&["--ep", "8"], "--ep 8"),
+            (&["--target", "vllm"], "--target vllm"),
+            (&["--rules", "hf-plan:p.json"], "hf-plan:p.json"),
+            (&["--devices", "cuda:0"], "--devices cuda"),
+            (&["--engine", "cufile"], "--engine cufile"),
+            (&["--dtype", "bf16"], "--dtype"),
+            (&["--repeat", "3"], "--repeat 3"),
+            (&["--trace", "t.json"], "--trace"),
+        ] {
+            let cli = Cli::try_parse_from([&["shardlift", "load", "m"], flags].concat()).unwrap();
+            let Command::Load(args) = cli.command else { panic!("not load") };
+            let error = args.supported().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert!(error.message().starts_with("not in this build") && error.message().contains(what), "{error}");
+        }
+    }
+}

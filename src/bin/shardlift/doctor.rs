@@ -1,0 +1,173 @@
+//! `shardlift doctor`: what this machine can do, and what `auto` would choose.
+
+use std::fs;
+use std::hint::black_box;
+use std::path::Path;
+use std::thread;
+use std::time::Instant;
+
+use serde_json::{Map, Value, json};
+use shardlift::source::{FileSystem, SourceFile};
+use shardlift::{Checkpoint, Loader, Plan, Rules, World};
+
+use crate::args::DoctorArgs;
+use crate::output::{Failure, Output, fields, human_bytes};
+
+pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, Value>, Failure> {
+    let DoctorArgs { path, json: _ } = args;
+    // A path that is not there is an argument that is wrong, not a machine that is.
+    fs::metadata(path).map_err(|error| shardlift::Error::io("look at", path, error))?;
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let [total, available] = memory();
+    let uring = uring();
+    let file_system = file_system(path);
+    let auto = auto(path);
+    let memcpy = memcpy_gb_per_s(cpus);
+    let pread = pread_gb_per_s(cpus);
+
+    output.line(format_args!("cpus: {cpus}"));
+    if let (Some(total), Some(available)) = (total, available) {
+        output.line(format_args!("memory: {}, {} available", human_bytes(total), human_bytes(available)));
+    }
+    match &file_system {
+        Some((kind, name)) => output.line(format_args!("file system of {}: {name} ({kind})", path.display())),
+        None => output.line(format_args!("file system of {}: not known", path.display())),
+    }
+    output.line(format_args!("engine pread: usable"));
+    output.line(format_args!("engine mmap: usable"));
+    match &uring {
+        Ok(()) => output.line(format_args!("engine uring: usable")),
+        Err(why) => output.line(format_args!("engine uring: not usable: {why}")),
+    }
+    match &auto {
+        Ok((engine, reason)) => output.line(format_args!("auto would choose: {engine} ({reason})")),
+        Err(why) => output.line(format_args!("auto would choose: not known ({why})")),
+    }
+    output.line(format_args!("memcpy: {memcpy:.1} GB/s with {cpus} threads"));
+    if let Some(pread) = pread {
+        output.line(format_args!("pread from the page cache: {pread:.1} GB/s with {cpus} threads"));
+    }
+    output.line(format_args!("cuda: not in this build"));
+
+    let usable = |why: Option<&String>| json!({ "usable": why.is_none(), "why": why });
+    Ok(fields(json!({
+        "path": path.to_string_lossy(),
+        "cpus": cpus,
+        "memory_bytes": total,
+        "memory_available_bytes": available,
+        "file_system": file_system.map(|(kind, name)| json!({ "kind": kind, "name": name })),
+        "engines": { "pread": usable(None), "mmap": usable(None), "uring": usable(uring.as_ref().err()) },
+        "auto": match &auto {
+            Ok((engine, reason)) => json!({ "engine": engine, "reason": reason }),
+            Err(why) => json!({ "engine": null, "reason": why }),
+        },
+        "memcpy_gb_per_s": memcpy,
+        "page_cache_gb_per_s": pread,
+        "cuda": { "usable": false, "why": "not in this build" },
+    })))
+}
+
+/// All of this machine's memory, and what can still be had, in bytes.
+fn memory() -> [Option<u64>; 2] {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    ["MemTotal:", "MemAvailable:"].map(|key| {
+        let line = text.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok().map(|kib| kib * 1024)
+    })
+}
+
+/// Kind and name of the file system that PATH lies on.
+fn file_system(path: &Path) -> Option<(&'static str, String)> {
+    let file_system = SourceFile::open(path).and_then(|file| file.file_system()).ok()?;
+    Some(match file_system {
+        FileSystem::Local(name) => ("local", name.into()),
+        FileSystem::Memory(name) => ("memory", name.into()),
+        FileSystem::Network(name) => ("network", name.into()),
+        FileSystem::Unknown(magic) => ("unknown", format!("{magic:#x}")),
+        _ => return None,
+    })
+}
+
+#[cfg(target_os = "linux")]
+fn uring() -> Result<(), String> {
+    io_uring::IoUring::new(2).map(drop).map_err(|error| error.to_string())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn uring() -> Result<(), String> {
+    Err("only on linux".into())
+}
+
+/// What `auto` answers for the smallest tensor of the checkpoint at PATH.
+fn auto(path: &Path) -> Result<(String, String), String> {
+    let asked = || -> shardlift::Result<Option<(String, String)>> {
+        let checkpoint = Checkpoint::open(path)?;
+        let Some(tensor) = checkpoint.tensors().iter().filter(|tensor| tensor.bytes() > 0).min_by_key(|it| it.bytes())
+        else {
+            return Ok(None);
+        };
+        let rules = Rules::replicate_all().keeping(&tensor.name);
+        let plan = Plan::new(&checkpoint, &rules, &World::host(1))?;
+        let mut load = Loader::new().start(&plan)?;
+        for tensor in &mut load {
+            tensor?;
+        }
+        let (_, report) = load.finish()?;
+        Ok(Some((report.engine, report.engine_reason)))
+    };
+    match asked() {
+        Ok(Some(answer)) => Ok(answer),
+        Ok(None) => Err("the checkpoint has no data".into()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Copies between buffers that fit no cache, on all cores.
+fn memcpy_gb_per_s(threads: usize) -> f64 {
+    let each = |_| {
+        let from = vec![1u8; CEILING_BYTES];
+        let mut to = vec![2u8; CEILING_BYTES];
+        move || to.copy_from_slice(black_box(&from))
+    };
+    best_gb_per_s(threads, each)
+}
+
+/// Reads from a file that lies in the page cache, on all cores.
+#[cfg(target_os = "linux")]
+fn pread_gb_per_s(threads: usize) -> Option<f64> {
+    use std::os::unix::fs::FileExt;
+
+    let memfd = rustix::fs::memfd_create("shardlift-doctor", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
+    let file = fs::File::from(memfd);
+    file.write_all_at(&vec![1; CEILING_BYTES], 0).ok()?;
+    let file = &file;
+    let each = |_| {
+        let mut to = vec![2u8; CEILING_BYTES];
+        move || {
+            // A read that fails is as good as none: the best of several counts.
+            let _ = file.read_exact_at(black_box(&mut to), 0);
+        }
+    };
+    Some(best_gb_per_s(threads, each))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn pread_gb_per_s(_: usize) -> Option<f64> {
+    None
+}
+
+/// The best of several rounds in which every thread moves its bytes once: a ceiling, not an average.
+fn best_gb_per_s<W: FnMut() + Send>(threads: usize, worker: impl Fn(usize) -> W) -> f64 {
+    let mut workers: Vec<W> = (0..threads).map(worker).collect();
+    let mut best = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        let start = Instant::now();
+        thread::scope(|scope| workers.iter_mut().for_each(|worker| drop(scope.spawn(worker))));
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    (threads * CEILING_BYTES) as f64 / best / 1e9
+}
+
+/// Bytes that each thread moves in a round: more than its share of any cache.
+const CEILING_BYTES: usize = 64 << 20;
+const ROUNDS: usize = 4;

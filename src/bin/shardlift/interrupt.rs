@@ -1,0 +1,109 @@
+//! Ctrl-C and SIGTERM: a load that is running is cancelled and drained, anything else ends at once; the exit status is
+//! 130 or 143.
+
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use shardlift::{Error, ErrorKind, Monitor, Result};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::output::{Failure, Output};
+
+/// The signals of this process from now on.
+#[derive(Debug)]
+pub(crate) struct Interrupt {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// The first signal; 0 before it came.
+    signal: AtomicI32,
+    then: Mutex<Then>,
+}
+
+/// What a signal does.
+#[derive(Debug)]
+enum Then {
+    /// Cancels the load; its error ends the command.
+    Cancel(Monitor),
+    /// Ends the process: nothing needs to be drained or removed.
+    Exit { command: &'static str, json: bool },
+    /// Nothing: the command asks, or is about to end anyway.
+    Note,
+}
+
+impl Interrupt {
+    /// Watches for signals; until something else is said they end the process.
+    pub(crate) fn install(command: &'static str, json: bool) -> Result<Interrupt> {
+        let shared = Arc::new(Shared { signal: AtomicI32::new(0), then: Mutex::new(Then::Exit { command, json }) });
+        let failed = |error| Error::new(ErrorKind::Io, "install signal handlers").with_source(error);
+        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+        let theirs = Arc::clone(&shared);
+        let watch = move || {
+            for signal in signals.forever() {
+                if theirs.signal.swap(signal, Ordering::SeqCst) != 0 {
+                    // Asked twice: whoever asks does not want to wait for the drain.
+                    std::process::exit(128 + signal);
+                }
+                match &*theirs.then() {
+                    Then::Cancel(monitor) => monitor.cancel(),
+                    Then::Exit { command, json } => {
+                        let status = Output::new(command, *json).finish(Err(interrupted(signal)));
+                        std::process::exit(status.into());
+                    }
+                    Then::Note => {}
+                }
+            }
+        };
+        std::thread::Builder::new().name("shardlift-signals".into()).spawn(watch).map_err(failed)?;
+        Ok(Interrupt { shared })
+    }
+
+    /// From now on a signal cancels this load; one that has come already does so now.
+    pub(crate) fn cancels(&self, monitor: Monitor) {
+        let mut then = self.shared.then();
+        if self.signal().is_some() {
+            monitor.cancel();
+        }
+        *then = Then::Cancel(monitor);
+    }
+
+    /// From now on a signal ends the process; one that has come already is an error.
+    pub(crate) fn exits(&self, command: &'static str, json: bool) -> Result<(), Failure> {
+        *self.shared.then() = Then::Exit { command, json };
+        self.check()
+    }
+
+    /// From now on a signal is only noted.
+    pub(crate) fn waits(&self) {
+        *self.shared.then() = Then::Note;
+    }
+
+    /// The signal that came, if one did.
+    pub(crate) fn signal(&self) -> Option<i32> {
+        match self.shared.signal.load(Ordering::SeqCst) {
+            0 => None,
+            signal => Some(signal),
+        }
+    }
+
+    /// An error if a signal came.
+    pub(crate) fn check(&self) -> Result<(), Failure> {
+        match self.signal() {
+            None => Ok(()),
+            Some(signal) => Err(interrupted(signal)),
+        }
+    }
+}
+
+impl Shared {
+    fn then(&self) -> MutexGuard<'_, Then> {
+        self.then.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn interrupted(signal: i32) -> Failure {
+    Failure::from(Error::new(ErrorKind::Cancelled, "interrupted")).with_signal(Some(signal))
+}

@@ -1,0 +1,207 @@
+//! `shardlift load`: the whole journey, and what it took.
+
+use std::collections::BTreeMap;
+use std::io::IsTerminal;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+use shardlift::read::EngineChoice;
+use shardlift::{Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, limits};
+
+use crate::args::{Devices, Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
+use crate::interrupt::Interrupt;
+use crate::model;
+use crate::output::{Failure, Output, fields, hex, human_bytes};
+
+pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -> Result<Map<String, Value>, Failure> {
+    args.supported()?;
+    let loader = loader(args)?;
+    let LoadArgs { model, mesh, rank, devices, only, skip, check, .. } = args;
+
+    let opened = Instant::now();
+    let checkpoint = model::open(model)?;
+    let open_seconds = opened.elapsed().as_secs_f64();
+    output.warn(checkpoint.warnings());
+
+    let planned = Instant::now();
+    let world = model::world(mesh, *rank, devices)?;
+    let rules = model::rules(&checkpoint, mesh, &world)?;
+    let rules = only.iter().fold(rules, |rules: Rules, pattern| rules.keeping(pattern));
+    let rules = skip.iter().fold(rules, |rules, pattern| rules.skipping(pattern));
+    let plan = Plan::new(&checkpoint, &rules, &world)?;
+    let plan_seconds = planned.elapsed().as_secs_f64();
+    interrupt.waits(); // memory and threads come into being from here on
+    interrupt.check()?;
+
+    let failed = |error| Failure::started(error).with_signal(interrupt.signal());
+    let mut load = loader.start(&plan).map_err(failed)?;
+    interrupt.cancels(load.monitor());
+    let progress = Progress::show(load.monitor());
+    let mut tensors: BTreeMap<Rank, u64> = world.driven().iter().map(|rank| (*rank, 0)).collect();
+    for tensor in &mut load {
+        let tensor = tensor.map_err(failed)?;
+        *tensors.entry(tensor.rank()).or_default() += 1;
+    }
+    let (weights, report) = load.finish().map_err(failed)?;
+    drop(progress);
+    output.warn(&report.warnings);
+
+    let mut digests: BTreeMap<Rank, u64> = BTreeMap::new();
+    if *check {
+        // Nothing of the load is left to drain.
+        interrupt.exits("load", args.json)?;
+        digests.extend(weights.check().map_err(failed)?);
+    }
+
+    let device = match devices {
+        Devices::HostStaged => "host:staged",
+        Devices::Host | Devices::Cuda(_) => "host",
+    };
+    let ranks: Vec<Value> = world
+        .driven()
+        .iter()
+        .map(|rank| {
+            json!({
+                "rank": rank.0,
+                "device": device,
+                "bytes": plan.bytes_on(*rank),
+                "tensors": tensors[rank],
+                "digest": digests.get(rank).map(|digest| hex(*digest)),
+            })
+        })
+        .collect();
+
+    print(&report, output);
+    for rank in world.driven() {
+        let bytes = human_bytes(plan.bytes_on(*rank));
+        let digest = digests.get(rank).map(|digest| format!(", digest {}", hex(*digest))).unwrap_or_default();
+        output.line(format_args!("rank {rank}: {} tensors, {bytes}{digest}", tensors[rank]));
+    }
+    if *check {
+        output.line(format_args!("check: every byte as in the files"));
+    }
+    let mut object = report_object(&report);
+    object.extend(fields(json!({
+        "open_seconds": open_seconds,
+        "plan_seconds": plan_seconds,
+        "checkpoint_bytes": checkpoint.bytes(),
+        "checked": check,
+        "ranks": ranks,
+        "plan_digest": hex(plan.digest()),
+    })));
+    Ok(object)
+}
+
+fn loader(args: &LoadArgs) -> shardlift::Result<Loader> {
+    let LoadArgs { engine, staging, memory, residency, page_cache, throttle, .. } = args;
+    let engine = match engine {
+        Engine::Auto => EngineChoice::Auto,
+        Engine::Pread => EngineChoice::Pread,
+        Engine::Mmap => EngineChoice::Mmap,
+        Engine::Uring => EngineChoice::Uring,
+        Engine::Cufile => return Err(crate::args::not_in_this_build("--engine cufile")),
+    };
+    let memory = match memory {
+        MemoryChoice::Blocks => Memory::Blocks,
+        MemoryChoice::PerTensor => Memory::PerTensor,
+    };
+    let residency = match residency {
+        ResidencyChoice::Owned => Residency::Owned,
+        ResidencyChoice::Mapped => Residency::Mapped,
+    };
+    let staging = staging.map_or(limits::STAGING, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+    Ok(Loader::new()
+        .engine(engine)
+        .staging(staging)
+        .memory(memory)
+        .residency(residency)
+        .drop_page_cache(*page_cache == PageCache::Drop)
+        .throttle(*throttle))
+}
+
+fn print(report: &Report, output: &mut Output) {
+    let needed = human_bytes(report.needed_bytes);
+    let landed = human_bytes(report.landed_bytes);
+    let rate = gb_per_s(report);
+    output.line(format_args!("loaded {needed} into {landed} in {:.3} s: {rate:.2} GB/s", report.seconds));
+    output.line(format_args!("engine: {} ({})", report.engine, report.engine_reason));
+    output.line(format_args!(
+        "read {}, peak beyond destinations {}, bottleneck {}",
+        human_bytes(report.storage_bytes_read),
+        human_bytes(report.peak_extra_bytes),
+        report.bottleneck
+    ));
+}
+
+/// The fields that every command with a load in it reports.
+pub(crate) fn report_object(report: &Report) -> Map<String, Value> {
+    let stage = |busy: f64, waiting: f64| json!({ "busy_seconds": busy, "waiting_seconds": waiting });
+    let stages = &report.stages;
+    fields(json!({
+        "seconds": report.seconds,
+        "cpu_seconds": report.cpu_seconds,
+        "needed_bytes": report.needed_bytes,
+        "landed_bytes": report.landed_bytes,
+        "storage_bytes_read": report.storage_bytes_read,
+        "gb_per_s": gb_per_s(report),
+        "engine": report.engine,
+        "engine_reason": report.engine_reason,
+        "peak_extra_bytes": report.peak_extra_bytes,
+        "peak_pinned_bytes": report.peak_pinned_bytes,
+        "abandoned_bytes": report.abandoned_bytes,
+        "stages": {
+            "read": stage(stages.read.busy, stages.read.waiting),
+            "copy": stage(stages.copy.busy, stages.copy.waiting),
+        },
+        "bottleneck": report.bottleneck,
+    }))
+}
+
+fn gb_per_s(report: &Report) -> f64 {
+    if report.seconds > 0.0 { report.needed_bytes as f64 / report.seconds / 1e9 } else { 0.0 }
+}
+
+/// A bar on stderr while it lives, if stderr is a terminal.
+struct Progress {
+    done: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Progress {
+    fn show(monitor: Monitor) -> Progress {
+        let done = Arc::new(AtomicBool::new(false));
+        if !std::io::stderr().is_terminal() {
+            return Progress { done, thread: None };
+        }
+        let style =
+            ProgressStyle::with_template("{bar:40} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::new(monitor.progress().bytes_total).with_style(style);
+        let theirs = Arc::clone(&done);
+        let draw = move || {
+            while !theirs.load(Ordering::Acquire) {
+                bar.set_position(monitor.progress().bytes_done);
+                thread::park_timeout(Duration::from_millis(100));
+            }
+            bar.finish_and_clear();
+        };
+        // No bar is no reason not to load.
+        let thread = thread::Builder::new().name("shardlift-progress".into()).spawn(draw).ok();
+        Progress { done, thread }
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Release);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // The bar is gone either way; a panic while drawing it is not the load's error.
+            let _ = thread.join();
+        }
+    }
+}

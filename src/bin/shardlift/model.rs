@@ -1,0 +1,85 @@
+//! MODEL and MESH: from words on the command line to a checkpoint, a world and rules.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use shardlift::plan::Mesh;
+use shardlift::{Checkpoint, Error, ErrorKind, HubCache, Plan, Rank, Result, Rules, World};
+
+use crate::args::{Devices, MeshArgs, RulesChoice};
+
+/// Opens MODEL; an existing path wins over a name in the Hugging Face cache.
+pub(crate) fn open(model: &str) -> Result<Checkpoint> {
+    if !Path::new(model).exists() && is_hub_id(model) {
+        return Checkpoint::open_hub(model, &HubCache::from_env());
+    }
+    Checkpoint::open(model)
+}
+
+/// Whether this reads as `org/name[@revision]`.
+fn is_hub_id(model: &str) -> bool {
+    let (id, revision) = model.split_once('@').unwrap_or((model, "main"));
+    let word = |text: &str| {
+        !text.is_empty()
+            && !text.starts_with('.')
+            && text.chars().all(|char| char.is_ascii_alphanumeric() || matches!(char, '-' | '_' | '.'))
+    };
+    let named = id.split_once('/').is_some_and(|(org, name)| word(org) && word(name));
+    named && !id.ends_with(".safetensors") && !revision.is_empty()
+}
+
+/// The world that MESH describes, as this process drives it.
+pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Result<World> {
+    let MeshArgs { tp, pp, ep: _, dp, cp, rules: _, target: _ } = *mesh;
+    let base = match devices {
+        Devices::HostStaged => World::host_staged(tp),
+        Devices::Host | Devices::Cuda(_) => World::host(tp),
+    };
+    let ranks = [dp, pp, cp, tp].iter().try_fold(1u32, |product, size| product.checked_mul(*size));
+    let Some(ranks) = ranks else {
+        return Err(Error::new(ErrorKind::Usage, "too many ranks"));
+    };
+    let world = base.with_mesh(Mesh { dp, pp, cp, tp });
+    match rank {
+        Some(rank) if rank >= ranks => {
+            Err(Error::new(ErrorKind::Usage, "no such rank").with_expected(format!("less than {ranks}"), rank))
+        }
+        Some(rank) => Ok(world.driving(Rank(rank))),
+        None => Ok(world),
+    }
+}
+
+/// The rules that `--rules` names.
+pub(crate) fn rules(checkpoint: &Checkpoint, mesh: &MeshArgs, world: &World) -> Result<Rules> {
+    match &mesh.rules {
+        RulesChoice::Replicate => Ok(Rules::replicate_all()),
+        RulesChoice::File(path) => Rules::from_file(path),
+        RulesChoice::HfPlan(_) => Err(crate::args::not_in_this_build("--rules hf-plan")),
+        RulesChoice::Auto if checkpoint.config().is_some() => Rules::for_model(checkpoint),
+        RulesChoice::Auto if world.size() == 1 => Ok(Rules::replicate_all()),
+        RulesChoice::Auto => Err(Error::new(ErrorKind::Rules, "no config.json that says how to divide the tensors")
+            .with_file(checkpoint.path())),
+    }
+}
+
+/// The names of the tensors that match a pattern of the rules' language.
+pub(crate) fn matching(checkpoint: &Checkpoint, pattern: &str) -> Result<HashSet<String>> {
+    let rules = Rules::replicate_all().keeping(pattern);
+    let plan = Plan::new(checkpoint, &rules, &World::host(1))?;
+    Ok(plan.params().iter().map(|param| param.name.clone()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_hub_id;
+
+    #[test]
+    fn names_in_the_cache() {
+        for id in ["a/b", "meta-llama/Llama-3.1-8B", "a/b@main", "a/b@refs/pr/1"] {
+            assert!(is_hub_id(id), "{id}");
+        }
+        for path in ["a", "a/b/c", "./a", "../b", "/a", "a/", "a/b@", "a/b.safetensors", "a/.b"] {
+            assert!(!is_hub_id(path), "{path}");
+        }
+    }
+}

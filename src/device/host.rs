@@ -1,0 +1,162 @@
+//! Host memory as a device: in place (`host`), and behind a queue the way a GPU is reached (`host:staged`).
+
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::Duration;
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::{Device, Queue, RawCopy};
+use crate::error::{Error, ErrorKind, Result};
+use crate::stride::for_each_run;
+
+/// Page-aligned anonymous memory, huge pages advised.
+#[derive(Debug)]
+pub(crate) struct Pages(MmapRaw);
+
+impl Pages {
+    /// Maps `bytes` (at least one page) of zeroed memory. Pages are populated where they are first written, so in
+    /// parallel by the threads that read into them.
+    pub(crate) fn new(bytes: usize) -> Result<Pages> {
+        let map = MmapOptions::new().len(bytes.max(1)).map_anon().map_err(|error| {
+            Error::new(ErrorKind::DeviceMemory, format!("no memory for {bytes} bytes: {error}")).with_source(error)
+        })?;
+        let map = MmapRaw::from(map);
+        advise_huge_pages(map.as_mut_ptr(), bytes);
+        Ok(Pages(map))
+    }
+
+    /// The first byte.
+    pub(crate) fn address(&self) -> *mut u8 {
+        self.0.as_mut_ptr()
+    }
+}
+
+/// Advises huge pages for the whole ones in a range; a refusal costs speed, nothing else.
+pub(super) fn advise_huge_pages(address: *mut u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        const HUGE: usize = 2 << 20;
+        let start = address.addr().next_multiple_of(HUGE);
+        let end = (address.addr() + bytes) / HUGE * HUGE;
+        if start < end {
+            let start = address.with_addr(start);
+            // SAFETY: the range lies in memory of the caller; the advice changes no contents.
+            let _ = unsafe { rustix::mm::madvise(start.cast(), end - start.addr(), rustix::mm::Advice::LinuxHugepage) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (address, bytes);
+}
+
+/// Makes one copy now, on this thread.
+///
+/// # Safety
+/// - every source byte that `copy` names is readable, every destination byte writable host memory;
+/// - nobody else writes either or reads the destination meanwhile, and the two do not overlap.
+pub(crate) unsafe fn copy_now(copy: &RawCopy) {
+    let dst = std::ptr::with_exposed_provenance_mut::<u8>(copy.dst as usize);
+    for_each_run(&copy.loops, 0, 0, &mut |src_offset, dst_offset| {
+        // SAFETY: the caller answers for every run of the copy.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                copy.src.add(src_offset as usize),
+                dst.add(dst_offset as usize),
+                copy.run as usize,
+            );
+        }
+    });
+}
+
+/// Host memory, reached directly.
+#[derive(Debug)]
+pub(crate) struct Host;
+
+impl Device for Host {
+    fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
+        Ok(None)
+    }
+}
+
+/// Host memory behind a queue and a thread of its own.
+#[derive(Debug)]
+pub(crate) struct HostStaged;
+
+impl Device for HostStaged {
+    fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
+        // SAFETY: `Queue::submit`'s caller answers for the copies until they are done.
+        Ok(Some(Box::new(ThreadQueue::new("shardlift-host", |copy| unsafe {
+            copy_now(copy);
+            Ok(())
+        })?)))
+    }
+}
+
+/// A queue whose copies a thread makes one after the other.
+#[derive(Debug)]
+pub(super) struct ThreadQueue {
+    work: Option<Sender<Vec<RawCopy>>>,
+    done: Receiver<Result<u64>>,
+    submitted: u64,
+    finished: u64,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl ThreadQueue {
+    /// A queue that makes each copy with `copy`.
+    pub(super) fn new(
+        name: &str,
+        mut copy: impl FnMut(&RawCopy) -> Result<()> + Send + 'static,
+    ) -> Result<ThreadQueue> {
+        let (work, inbox) = mpsc::channel::<Vec<RawCopy>>();
+        let (outbox, done) = mpsc::channel();
+        let thread = thread::Builder::new()
+            .name(name.into())
+            .spawn(move || {
+                for (ticket, copies) in (1..).zip(inbox) {
+                    let outcome = copies.iter().try_for_each(&mut copy).map(|()| ticket);
+                    if outbox.send(outcome).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(|error| Error::new(ErrorKind::Device, format!("cannot start a copy thread: {error}")))?;
+        Ok(ThreadQueue { work: Some(work), done, submitted: 0, finished: 0, thread: Some(thread) })
+    }
+
+    fn lost() -> Error {
+        Error::new(ErrorKind::Device, "the copy thread died")
+    }
+}
+
+impl Queue for ThreadQueue {
+    unsafe fn submit(&mut self, copies: Vec<RawCopy>) -> Result<u64> {
+        let work = self.work.as_ref().expect("bug in shardlift: submit after drop");
+        work.send(copies).map_err(|_| ThreadQueue::lost())?;
+        self.submitted += 1;
+        Ok(self.submitted)
+    }
+
+    fn wait(&mut self, bound: Duration) -> Result<u64> {
+        if self.finished < self.submitted {
+            match self.done.recv_timeout(bound) {
+                Ok(outcome) => self.finished = outcome?,
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Err(ThreadQueue::lost()),
+            }
+        }
+        while let Ok(outcome) = self.done.try_recv() {
+            self.finished = outcome?;
+        }
+        Ok(self.finished)
+    }
+}
+
+impl Drop for ThreadQueue {
+    fn drop(&mut self) {
+        self.work = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! Memory that is not ours: tensors lent from mapped files, and destinations that the caller supplies.
+
+use std::sync::Arc;
+
+use crate::device::Allocation;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{FileId, Rank};
+use crate::place::{Destinations, Place};
+use crate::plan::{Dest, Plan};
+use crate::source::{Mapping, SourceFile};
+
+/// Memory of the caller for one destination.
+#[derive(Debug, Clone)]
+pub struct CallerMemory {
+    /// The rank.
+    pub rank: Rank,
+    /// The name of the destination.
+    pub name: String,
+    /// The first byte.
+    pub address: *mut u8,
+    /// The size, which must be that of the destination.
+    pub bytes: usize,
+}
+
+/// Lends every destination that is a whole, untransformed tensor from a mapping of its file, and returns the files.
+pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Result<Vec<(FileId, Arc<SourceFile>)>> {
+    let mut files: Vec<Option<(Arc<SourceFile>, Arc<Mapping>)>> = vec![None; plan.checkpoint().files().len()];
+    for &rank in plan.world().driven() {
+        for (position, dest) in plan.rank(rank).dests.iter().enumerate() {
+            let Some((id, start)) = whole_tensor(plan, rank, dest) else { continue };
+            let mapping = match &files[id.0 as usize] {
+                Some((_, mapping)) => Arc::clone(mapping),
+                None => {
+                    let planned = plan.file(id);
+                    let file = Arc::new(SourceFile::open(&planned.path)?);
+                    file.verify_identity(planned.identity)?;
+                    let mapping = Arc::new(Mapping::new(&file)?);
+                    files[id.0 as usize] = Some((file, Arc::clone(&mapping)));
+                    mapping
+                }
+            };
+            let address = mapping.address().wrapping_add(start as usize).cast_mut();
+            // SAFETY: the range lies in the mapping (the header was checked against the file's size), which `keep`
+            // holds; a lent place is never copied to.
+            let owner = unsafe { Allocation::lent(address, mapping) };
+            let place = Place { address: address.expose_provenance() as u64, owner: Some(Arc::new(owner)), lent: true };
+            destinations.replace(rank, position as u32, place);
+        }
+    }
+    let opened = files.into_iter().enumerate();
+    Ok(opened.filter_map(|(id, file)| Some((FileId(id as u32), file?.0))).collect())
+}
+
+/// The file and offset of the tensor that this destination is, if it is one unchanged.
+fn whole_tensor(plan: &Plan, rank: Rank, dest: &Dest) -> Option<(FileId, u64)> {
+    let [piece] = &plan.rank(rank).pieces[dest.pieces.start as usize..dest.pieces.end as usize] else { return None };
+    let tensor = plan.tensor(piece.tensor);
+    let whole = piece.loops.is_empty() && piece.run == tensor.bytes() && dest.bytes == tensor.bytes();
+    whole.then_some((tensor.file, tensor.start))
+}
+
+/// Replaces destinations by the caller's memory.
+///
+/// # Safety
+/// As [`Loader::start_into`](crate::Loader::start_into).
+pub(super) unsafe fn place_into(plan: &Plan, destinations: &mut Destinations, memory: &[CallerMemory]) -> Result<()> {
+    for CallerMemory { rank, name, address, bytes } in memory {
+        let at = |error: Error| error.with_tensor(name).with_rank(*rank);
+        let params = plan.params();
+        let found = params
+            .binary_search_by(|param| param.name.as_str().cmp(name))
+            .ok()
+            .filter(|_| plan.world().driven().contains(rank))
+            .and_then(|param| plan.rank(*rank).dests.binary_search_by_key(&(param as u32), |dest| dest.param).ok())
+            .ok_or_else(|| at(Error::new(ErrorKind::NotFound, "no such tensor")))?;
+        let dest = &plan.rank(*rank).dests[found];
+        if dest.bytes != *bytes as u64 {
+            return Err(at(Error::new(ErrorKind::Usage, "the caller's memory has another size")
+                .with_expected(format!("{} bytes", dest.bytes), format!("{bytes} bytes"))));
+        }
+        // SAFETY: the caller of this function answers for the memory.
+        let owner = unsafe { Allocation::lent(*address, Arc::new(())) };
+        let place = Place { address: address.expose_provenance() as u64, owner: Some(Arc::new(owner)), lent: false };
+        destinations.replace(*rank, found as u32, place);
+    }
+    Ok(())
+}

@@ -1,0 +1,294 @@
+//! How to load: [`Loader`]; and a load in progress: [`Load`].
+
+mod check;
+mod lend;
+mod reshard;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits;
+use crate::observe::{Progress, Report};
+use crate::pipeline::{Job, Running, Setup, devices};
+use crate::place::{Destinations, Tensor, Weights};
+use crate::plan::{Plan, Rules, World};
+#[cfg(target_os = "linux")]
+use crate::read::Uring;
+use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, default_threads};
+use crate::stage::Ring;
+
+pub use lend::CallerMemory;
+
+/// How to load. Owns the staging ring, which its loads share and reuse.
+#[derive(Debug)]
+pub struct Loader {
+    engine: EngineSource,
+    memory: Memory,
+    residency: Residency,
+    staging: usize,
+    throttle: Option<u64>,
+    drop_page_cache: bool,
+    stall_warning: Duration,
+    stall_error: Duration,
+    ring: Ring,
+}
+
+#[derive(Debug)]
+enum EngineSource {
+    Choice(EngineChoice),
+    Custom(Arc<dyn Engine>),
+}
+
+/// How destination memory is allocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Memory {
+    /// Few large blocks, each tensor on a multiple of 256 bytes.
+    #[default]
+    Blocks,
+    /// One allocation for each tensor, which [`Tensor::into_vec`] can take over.
+    PerTensor,
+}
+
+/// Whether tensors own their bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Residency {
+    /// Every tensor is a copy in memory of its own.
+    #[default]
+    Owned,
+    /// Whole, untransformed tensors are lent from a read-only mapping of their file, without a copy; the others are
+    /// owned. A lent tensor starts where the file has it, and shows what the file holds: keep the file unchanged. If
+    /// it is cut short all the same, the missing pages read as zeros.
+    Mapped,
+}
+
+impl Default for Loader {
+    fn default() -> Loader {
+        Loader::new()
+    }
+}
+
+impl Loader {
+    /// A loader with the defaults of [`limits`].
+    pub fn new() -> Loader {
+        Loader {
+            engine: EngineSource::Choice(EngineChoice::Auto),
+            memory: Memory::default(),
+            residency: Residency::default(),
+            staging: limits::STAGING,
+            throttle: None,
+            drop_page_cache: false,
+            stall_warning: limits::STALL_WARNING,
+            stall_error: limits::STALL_ERROR,
+            ring: Ring::new(limits::STAGING, limits::SLOT),
+        }
+    }
+
+    /// Chooses the engine that reads.
+    pub fn engine(mut self, engine: EngineChoice) -> Loader {
+        self.engine = EngineSource::Choice(engine);
+        self
+    }
+
+    /// Reads with an engine of the caller's own.
+    pub fn custom_engine(mut self, engine: Arc<dyn Engine>) -> Loader {
+        self.engine = EngineSource::Custom(engine);
+        self
+    }
+
+    /// Bounds the staging memory in bytes; at least [`limits::STAGING_MIN`].
+    pub fn staging(mut self, bytes: usize) -> Loader {
+        self.staging = bytes.max(limits::STAGING_MIN);
+        self.ring = Ring::new(self.staging, limits::SLOT.min(self.staging / 2));
+        self
+    }
+
+    /// Chooses how destination memory is allocated.
+    pub fn memory(mut self, memory: Memory) -> Loader {
+        self.memory = memory;
+        self
+    }
+
+    /// Chooses whether tensors own their bytes.
+    pub fn residency(mut self, residency: Residency) -> Loader {
+        self.residency = residency;
+        self
+    }
+
+    /// Limits reading to this many bytes per second.
+    pub fn throttle(mut self, bytes_per_second: Option<u64>) -> Loader {
+        self.throttle = bytes_per_second;
+        self
+    }
+
+    /// Whether to drop what was read from the page cache.
+    pub fn drop_page_cache(mut self, drop: bool) -> Loader {
+        self.drop_page_cache = drop;
+        self
+    }
+
+    /// How long a read may make no progress before a warning, and before the load fails.
+    pub fn stall(mut self, warning: Duration, error: Duration) -> Loader {
+        (self.stall_warning, self.stall_error) = (warning, error);
+        self
+    }
+
+    /// Plans a load; the same as [`Plan::new`].
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn plan(&self, checkpoint: &Checkpoint, rules: &Rules, world: &World) -> Result<Plan> {
+        Plan::new(checkpoint, rules, world)
+    }
+
+    /// Starts a load.
+    ///
+    /// # Errors
+    /// No memory for the destinations, or no threads. Everything later is an error of the [`Load`].
+    pub fn start(&self, plan: &Plan) -> Result<Load> {
+        // SAFETY: no memory of the caller.
+        unsafe { self.start_into(plan, &[]) }
+    }
+
+    /// Starts a load in which these destinations are the caller's memory; the others are allocated as usual.
+    ///
+    /// # Errors
+    /// As [`start`](Loader::start); [`ErrorKind::NotFound`] and [`ErrorKind::Usage`] for memory that fits no
+    /// destination.
+    ///
+    /// # Safety
+    /// For each entry, until the load, its weights and all their tensors are dropped:
+    /// - `address..address + bytes` is valid for reads and writes;
+    /// - nobody else reads or writes it before its tensor is complete, nor writes it after;
+    /// - no two entries overlap.
+    pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
+        let started = Instant::now();
+        let mut destinations = match self.memory {
+            Memory::Blocks => Destinations::in_blocks(plan)?,
+            Memory::PerTensor => Destinations::per_tensor(plan)?,
+        };
+        let opened = match self.residency {
+            Residency::Owned => Vec::new(),
+            Residency::Mapped => lend::lend_mapped(plan, &mut destinations)?,
+        };
+        // SAFETY: the same duties.
+        unsafe { lend::place_into(plan, &mut destinations, memory)? };
+        let (engine, engine_reason) = self.choose_engine();
+        let running = Running::start(Setup {
+            plan: plan.clone(),
+            destinations,
+            devices: devices(plan.world()),
+            engine,
+            engine_reason,
+            ring: self.ring.clone(),
+            stall_warning: self.stall_warning,
+            stall_error: self.stall_error,
+            drop_page_cache: self.drop_page_cache,
+            opened,
+            started,
+        })?;
+        Ok(Load { plan: plan.clone(), running })
+    }
+
+    /// Loads and waits: [`start`](Loader::start) and [`finish`](Load::finish).
+    ///
+    /// # Errors
+    /// As both.
+    pub fn load(&self, plan: &Plan) -> Result<(Weights, Report)> {
+        self.start(plan)?.finish()
+    }
+
+    /// Gives staging memory that no load uses back to the system.
+    pub fn release(&self) {
+        self.ring.release();
+    }
+
+    fn choose_engine(&self) -> (Arc<dyn Engine>, String) {
+        let threads = default_threads();
+        let (engine, reason): (Arc<dyn Engine>, String) = match &self.engine {
+            EngineSource::Custom(engine) => (Arc::clone(engine), "the caller's own engine".into()),
+            EngineSource::Choice(EngineChoice::Pread) => (Arc::new(Pread::new(threads)), "asked for".into()),
+            EngineSource::Choice(EngineChoice::Mmap) => (Arc::new(Mmap::new(threads)), "asked for".into()),
+            EngineSource::Choice(EngineChoice::Uring) => uring(threads),
+            EngineSource::Choice(EngineChoice::Auto) => {
+                (Arc::new(Pread::new(threads)), "auto: buffered reads suit every file system".into())
+            }
+        };
+        match self.throttle {
+            Some(rate) => (Arc::new(Throttled::new(engine, rate)), reason),
+            None => (engine, reason),
+        }
+    }
+}
+
+/// io_uring, or buffered reads and the reason why not.
+fn uring(threads: usize) -> (Arc<dyn Engine>, String) {
+    #[cfg(target_os = "linux")]
+    let refused = match Uring::new(threads.min(limits::URING_THREADS_MAX), limits::URING_DEPTH, true) {
+        Ok(engine) => return (Arc::new(engine), "asked for".into()),
+        Err(error) => error.to_string(),
+    };
+    #[cfg(not(target_os = "linux"))]
+    let refused = "io_uring needs Linux";
+    (Arc::new(Pread::new(threads)), format!("asked for uring, but {refused}"))
+}
+
+/// A load in progress: an iterator over tensors in the order in which they become complete. Dropping it cancels the
+/// load and waits for its threads.
+#[derive(Debug)]
+pub struct Load {
+    plan: Plan,
+    running: Running,
+}
+
+impl Load {
+    /// A handle for progress and cancel, for any thread.
+    pub fn monitor(&self) -> Monitor {
+        Monitor { job: Arc::clone(self.running.job()) }
+    }
+
+    /// Waits for the end of the load.
+    ///
+    /// # Errors
+    /// The load's first error; then there are no weights and all memory is given back (but see
+    /// [`Report::abandoned_bytes`]).
+    pub fn finish(mut self) -> Result<(Weights, Report)> {
+        let mut report = self.running.finish()?;
+        report.needed_bytes = self.plan.needed_bytes(self.plan.world().driven());
+        let weights = Weights::new(&self.plan, &self.running.job().setup().destinations);
+        Ok((weights, report))
+    }
+}
+
+impl Iterator for Load {
+    type Item = Result<Tensor>;
+
+    /// The next tensor to become complete. `None` at the end, and after a failure: then
+    /// [`finish`](Load::finish) tells the error.
+    fn next(&mut self) -> Option<Result<Tensor>> {
+        let (rank, dest) = self.running.job().next_completed()?;
+        let tensor = Tensor::new(&self.plan, &self.running.job().setup().destinations, rank, dest);
+        Some(tensor.ok_or_else(|| Error::new(ErrorKind::Unsupported, "not memory of this process").with_rank(rank)))
+    }
+}
+
+/// A handle to a load: how far it is, and a way to cancel it. Keeps the load's memory alive.
+#[derive(Debug, Clone)]
+pub struct Monitor {
+    job: Arc<Job>,
+}
+
+impl Monitor {
+    /// How far the load is.
+    pub fn progress(&self) -> Progress {
+        self.job.progress()
+    }
+
+    /// Cancels the load: nothing new starts, what is in flight is drained, and the load's error says so.
+    pub fn cancel(&self) {
+        self.job.cancel();
+    }
+}

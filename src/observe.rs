@@ -1,0 +1,138 @@
+//! What a load reports: [`Progress`] while it runs, [`Report`] afterwards, and the counters both come from.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// How far a load is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Bytes that have landed in destinations, over all ranks of this process.
+    pub bytes_done: u64,
+    /// Bytes that will have landed at the end.
+    pub bytes_total: u64,
+    /// Destinations that are complete.
+    pub tensors_done: u64,
+    /// Destinations in all.
+    pub tensors_total: u64,
+}
+
+/// What a load did. Sizes are bytes, times seconds.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct Report {
+    /// From `start` to the last tensor complete, allocation included.
+    pub seconds: f64,
+    /// Processor time of the whole process in that time.
+    pub cpu_seconds: f64,
+    /// Union of the source bytes over this process's ranks.
+    pub needed_bytes: u64,
+    /// Bytes that landed, summed over this process's ranks.
+    pub landed_bytes: u64,
+    /// Bytes asked of files after the headers, padding and retries included.
+    pub storage_bytes_read: u64,
+    /// Reads asked of files after the headers.
+    pub reads: u64,
+    /// The engine that read.
+    pub engine: String,
+    /// Why this engine.
+    pub engine_reason: String,
+    /// Peak anonymous and shared memory over destinations and plan.
+    pub peak_extra_bytes: u64,
+    /// Peak pinned memory.
+    pub peak_pinned_bytes: u64,
+    /// Memory given up because a stalled read or copy may still write to it.
+    pub abandoned_bytes: u64,
+    /// Busy and waiting seconds of each stage, summed over its threads.
+    pub stages: Stages,
+    /// The stage that bounds the load: `storage`, `cpu`, `link` or `consumer`.
+    pub bottleneck: String,
+    /// What was odd but no error.
+    pub warnings: Vec<String>,
+}
+
+/// Times of the stages of a load.
+#[derive(Debug, Clone, Copy, Default)]
+#[non_exhaustive]
+pub struct Stages {
+    /// Reading: busy in reads, waiting for a free slot.
+    pub read: StageTime,
+    /// Copying: busy in copies, waiting for filled slots.
+    pub copy: StageTime,
+}
+
+/// Times of one stage, in seconds, summed over its threads.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StageTime {
+    /// Doing its work.
+    pub busy: f64,
+    /// Waiting for its neighbours.
+    pub waiting: f64,
+}
+
+/// The counters of one load, added to from all its threads.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) bytes_landed: AtomicU64,
+    pub(crate) tensors_landed: AtomicU64,
+    pub(crate) storage_bytes: AtomicU64,
+    pub(crate) reads: AtomicU64,
+    pub(crate) abandoned_bytes: AtomicU64,
+    read_busy_ns: AtomicU64,
+    read_waiting_ns: AtomicU64,
+    copy_busy_ns: AtomicU64,
+    copy_waiting_ns: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn read_busy(&self, time: Duration) {
+        add_time(&self.read_busy_ns, time);
+    }
+
+    pub(crate) fn read_waiting(&self, time: Duration) {
+        add_time(&self.read_waiting_ns, time);
+    }
+
+    pub(crate) fn copy_busy(&self, time: Duration) {
+        add_time(&self.copy_busy_ns, time);
+    }
+
+    pub(crate) fn copy_waiting(&self, time: Duration) {
+        add_time(&self.copy_waiting_ns, time);
+    }
+
+    pub(crate) fn stages(&self) -> Stages {
+        let seconds = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64 / 1e9;
+        Stages {
+            read: StageTime { busy: seconds(&self.read_busy_ns), waiting: seconds(&self.read_waiting_ns) },
+            copy: StageTime { busy: seconds(&self.copy_busy_ns), waiting: seconds(&self.copy_waiting_ns) },
+        }
+    }
+}
+
+impl Stages {
+    /// The stage that the others wait for.
+    pub(crate) fn bottleneck(&self) -> &'static str {
+        let Stages { read, copy } = *self;
+        if read.waiting > read.busy {
+            "link"
+        } else if copy.busy > read.busy {
+            "cpu"
+        } else {
+            "storage"
+        }
+    }
+}
+
+fn add_time(counter: &AtomicU64, time: Duration) {
+    counter.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+}
+
+/// Anonymous and shared memory of this process in bytes, or `None` where the system does not say.
+pub(crate) fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kib = |key: &str| -> Option<u64> {
+        status.lines().find_map(|line| line.strip_prefix(key))?.split_whitespace().next()?.parse().ok()
+    };
+    Some((kib("RssAnon:")? + kib("RssShmem:")?) * 1024)
+}

@@ -1,0 +1,307 @@
+//! The state that all threads of one load share.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
+
+use super::Setup;
+use crate::copy::{Filled, Landed, Landing};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{Extent, FileId, Rank};
+use crate::limits;
+use crate::observe::{Counters, Progress};
+use crate::plan::{Cursor, Cutting, Piece, Reads};
+use crate::read::Request;
+use crate::source::SourceFile;
+use crate::sync::lock;
+
+/// One load in progress.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(super) setup: Setup,
+    pub(super) reads: Reads,
+    pub(super) cursor: Mutex<Cursor>,
+    /// Remainders of short reads, and interrupted ones.
+    pub(super) again: Mutex<VecDeque<Request>>,
+    /// Files as they were opened, by id.
+    files: Vec<Mutex<Option<Arc<SourceFile>>>>,
+    /// For each rank, where its filled slots go; `None` where bytes land at once.
+    pub(super) inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>,
+    /// Bytes that each destination still waits for.
+    remaining: Vec<Vec<AtomicU64>>,
+    completed: Mutex<VecDeque<(Rank, u32)>>,
+    /// Signalled when a destination completes, the load ends, or it fails.
+    changed: Condvar,
+    pub(super) in_flight: Mutex<HashMap<u64, InFlight, foldhash::fast::FixedState>>,
+    next_id: AtomicU64,
+    failure: Mutex<Option<Error>>,
+    stopped: AtomicBool,
+    ended: AtomicBool,
+    pub(super) counters: Counters,
+    pub(super) totals: Totals,
+    last_landing: OnceLock<Instant>,
+    pub(super) warnings: Mutex<Vec<String>>,
+}
+
+/// A read that an engine has.
+#[derive(Debug, Clone)]
+pub(super) struct InFlight {
+    pub(super) extent: Extent,
+    pub(super) bytes: u64,
+    pub(super) since: Instant,
+    pub(super) thread: ThreadId,
+    pub(super) warned: bool,
+}
+
+/// What the end of the load will have moved.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Totals {
+    pub(super) bytes: u64,
+    pub(super) tensors: u64,
+}
+
+impl Job {
+    /// The shared state of a load that has not begun; `inboxes` has one entry for each rank of the world.
+    pub(super) fn new(setup: Setup, inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>) -> Job {
+        let plan = setup.plan.clone();
+        let world = plan.world();
+        let alignment = setup.engine.alignment();
+        let in_place = inboxes.iter().all(Option::is_none);
+        let slot = setup.ring.slot_bytes() as u64;
+        let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
+        let cutting = Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment, direct: in_place && alignment == 1 };
+        let driven = |rank: Rank| world.driven().binary_search(&rank).is_ok();
+        let lands = |rank: Rank, dest: u32| setup.destinations.place(rank, dest).is_some_and(|place| !place.lent);
+        let reads = Reads::new(&plan, cutting, |extent| {
+            driven(extent.reader) && plan.consumers(extent).iter().any(|consumer| lands(consumer.rank, consumer.dest))
+        });
+
+        let mut totals = Totals::default();
+        let mut remaining: Vec<Vec<AtomicU64>> = (0..world.size()).map(|_| Vec::new()).collect();
+        let mut completed = VecDeque::new();
+        for &rank in world.driven() {
+            for (dest, planned) in plan.rank(rank).dests.iter().enumerate() {
+                let dest = dest as u32;
+                totals.tensors += 1;
+                let awaited = if lands(rank, dest) { planned.bytes } else { 0 };
+                totals.bytes += awaited;
+                // An alias is complete when its original is.
+                if awaited == 0 && plan.params()[planned.param as usize].alias_of.is_none() {
+                    completed.push_back((rank, dest));
+                }
+                remaining[rank.index()].push(AtomicU64::new(awaited));
+            }
+        }
+        let files: Vec<_> = plan.checkpoint().files().iter().map(|_| Mutex::new(None)).collect();
+        for (id, file) in &setup.opened {
+            *lock(&files[id.0 as usize]) = Some(Arc::clone(file));
+        }
+        let job = Job {
+            files,
+            setup,
+            reads,
+            cursor: Mutex::default(),
+            again: Mutex::default(),
+            inboxes,
+            remaining,
+            completed: Mutex::default(),
+            changed: Condvar::new(),
+            in_flight: Mutex::default(),
+            next_id: AtomicU64::new(0),
+            failure: Mutex::default(),
+            stopped: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+            counters: Counters::default(),
+            totals,
+            last_landing: OnceLock::new(),
+            warnings: Mutex::default(),
+        };
+        for (rank, dest) in completed {
+            job.complete(rank, dest);
+        }
+        job
+    }
+
+    /// The file, opened at first use and compared with the identity that it had when its header was parsed.
+    pub(super) fn file(&self, id: FileId) -> Result<Arc<SourceFile>> {
+        let mut slot = lock(&self.files[id.0 as usize]);
+        if let Some(file) = &*slot {
+            return Ok(Arc::clone(file));
+        }
+        let planned = self.setup.plan.file(id);
+        let _span = tracing::debug_span!("file", path = %planned.path.display()).entered();
+        let file = Arc::new(SourceFile::open(&planned.path)?);
+        file.verify_identity(planned.identity)?;
+        *slot = Some(Arc::clone(&file));
+        Ok(file)
+    }
+
+    /// Compares every opened file, descriptor and path, with the identity that it had when its header was parsed.
+    pub(super) fn verify_files(&self) -> Result<()> {
+        for (planned, slot) in self.setup.plan.checkpoint().files().iter().zip(&self.files) {
+            if let Some(file) = &*lock(slot) {
+                file.verify_identity(planned.identity)?;
+                file.verify_path()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Enters a request in the list of reads in flight.
+    pub(super) fn begin(&self, request: &Request) {
+        let extent = Extent {
+            file: request.pending.op.extent.file,
+            start: request.offset,
+            end: request.offset + request.bytes as u64,
+        };
+        let entry = InFlight {
+            extent,
+            bytes: request.bytes as u64,
+            since: Instant::now(),
+            thread: std::thread::current().id(),
+            warned: false,
+        };
+        lock(&self.in_flight).insert(request.id, entry);
+    }
+
+    /// A fresh number for a request.
+    pub(super) fn request_id(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Whether bytes of this piece are wanted here.
+    pub(super) fn lands(&self, piece: &Piece) -> bool {
+        self.setup.destinations.place(piece.rank, piece.dest).is_some_and(|place| !place.lent)
+    }
+
+    /// Adds file, tensor and bytes to an error about an extent.
+    pub(super) fn locate(&self, error: Error, extent: Extent) -> Error {
+        let plan = &self.setup.plan;
+        let tensors = plan.checkpoint().tensors();
+        let end = tensors.partition_point(|tensor| (tensor.file, tensor.start) <= (extent.file, extent.start));
+        let tensor = end.checked_sub(1).map(|position| &tensors[position]);
+        let error = error.with_file(&plan.file(extent.file).path).with_bytes(extent.start, extent.end);
+        match tensor {
+            Some(tensor) if tensor.file == extent.file && tensor.end > extent.start => error.with_tensor(&tensor.name),
+            _ => error,
+        }
+    }
+
+    /// Makes this the load's error unless it has one, and stops everything that has not begun.
+    pub(crate) fn fail(&self, error: Error) {
+        lock(&self.failure).get_or_insert(error);
+        self.stop();
+    }
+
+    /// Stops the load: nothing new starts, what is in flight is drained.
+    pub(crate) fn cancel(&self) {
+        if !self.ended.load(Ordering::Acquire) {
+            self.fail(Error::new(ErrorKind::Cancelled, "the load was cancelled"));
+        }
+    }
+
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::Release);
+        self.setup.ring.wake();
+        let _completed = lock(&self.completed);
+        self.changed.notify_all();
+    }
+
+    /// The load's error, if it has one.
+    pub(super) fn take_failure(&self) -> Option<Error> {
+        lock(&self.failure).take()
+    }
+
+    /// Whether nothing new should start.
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped.load(Ordering::Acquire)
+    }
+
+    /// What the load was started with.
+    pub(crate) fn setup(&self) -> &Setup {
+        &self.setup
+    }
+
+    /// Marks the load as over: nothing will land any more.
+    pub(super) fn end(&self) {
+        self.ended.store(true, Ordering::Release);
+        let _completed = lock(&self.completed);
+        self.changed.notify_all();
+    }
+
+    /// The next complete destination; `None` when there are no more, or the load failed.
+    pub(crate) fn next_completed(&self) -> Option<(Rank, u32)> {
+        let mut completed = lock(&self.completed);
+        loop {
+            if self.is_stopped() {
+                return None;
+            }
+            if let Some(next) = completed.pop_front() {
+                return Some(next);
+            }
+            if self.ended.load(Ordering::Acquire) {
+                return None;
+            }
+            completed = self.changed.wait(completed).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+    }
+
+    /// How far the load is.
+    pub(crate) fn progress(&self) -> Progress {
+        Progress {
+            bytes_done: self.counters.bytes_landed.load(Ordering::Relaxed),
+            bytes_total: self.totals.bytes,
+            tensors_done: self.counters.tensors_landed.load(Ordering::Relaxed),
+            tensors_total: self.totals.tensors,
+        }
+    }
+
+    /// When the last destination became complete.
+    pub(super) fn completed_at(&self) -> Option<Instant> {
+        self.last_landing.get().copied()
+    }
+
+    fn complete(&self, rank: Rank, dest: u32) {
+        let plan = &self.setup.plan;
+        let ranked = plan.rank(rank);
+        let param = ranked.dests[dest as usize].param;
+        let mut completed = lock(&self.completed);
+        completed.push_back((rank, dest));
+        let mut count = 1;
+        for (alias, planned) in ranked.dests.iter().enumerate() {
+            if plan.params()[planned.param as usize].alias_of == Some(param) {
+                completed.push_back((rank, alias as u32));
+                count += 1;
+            }
+        }
+        let done = self.counters.tensors_landed.fetch_add(count, Ordering::Relaxed) + count;
+        if done == self.totals.tensors {
+            let _ = self.last_landing.set(Instant::now());
+        }
+        self.changed.notify_all();
+    }
+}
+
+impl Landed for Job {
+    fn landed(&self, Landing { rank, dest, bytes }: Landing) {
+        self.counters.bytes_landed.fetch_add(bytes, Ordering::Relaxed);
+        // AcqRel: whoever completes the destination has seen every thread's bytes of it.
+        let before = self.remaining[rank.index()][dest as usize].fetch_sub(bytes, Ordering::AcqRel);
+        assert!(before >= bytes, "bug in shardlift: more bytes landed than the destination has");
+        if before == bytes {
+            self.complete(rank, dest);
+        }
+    }
+
+    fn spent(&self, busy: Duration, waiting: Duration) {
+        self.counters.copy_busy(busy);
+        self.counters.copy_waiting(waiting);
+    }
+
+    fn stopped(&self) -> bool {
+        self.is_stopped()
+    }
+}

@@ -1,0 +1,252 @@
+//! The threads of a load, and the supervisor that starts them, watches them, and ends the load.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::{Job, Setup};
+use crate::copy::{self, Filled};
+use crate::device::Queue;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+use crate::limits;
+use crate::observe::{Report, resident_bytes};
+use crate::sync::lock;
+
+/// A load whose threads run.
+#[derive(Debug)]
+pub(crate) struct Running {
+    job: Arc<Job>,
+    supervisor: Option<JoinHandle<Report>>,
+}
+
+impl Running {
+    /// Starts the threads of a load.
+    ///
+    /// # Errors
+    /// A device refused a queue, or the system a thread.
+    pub(crate) fn start(setup: Setup) -> Result<Running> {
+        let world = setup.plan.world().clone();
+        let mut inboxes = Vec::new();
+        inboxes.resize_with(world.size() as usize, || None);
+        let mut copiers = Vec::new();
+        for (&rank, device) in world.driven().iter().zip(&setup.devices) {
+            if let Some(queue) = device.queue().map_err(|error| error.with_rank(rank))? {
+                let (inbox, filled) = mpsc::channel();
+                inboxes[rank.index()] = Some(Mutex::new(Some(inbox)));
+                copiers.push((rank, queue, filled));
+            }
+        }
+        let job = Arc::new(Job::new(setup, inboxes));
+        let shared = Arc::clone(&job);
+        let supervisor = spawn("shardlift-load", move || supervise(&shared, copiers))?;
+        Ok(Running { job, supervisor: Some(supervisor) })
+    }
+
+    /// The shared state.
+    pub(crate) fn job(&self) -> &Arc<Job> {
+        &self.job
+    }
+
+    /// Waits for the end of the load.
+    pub(crate) fn finish(&mut self) -> Result<Report> {
+        let supervisor = self.supervisor.take().expect("bug in shardlift: a load finishes once");
+        let report = supervisor.join().map_err(panicked)?;
+        match self.job.take_failure() {
+            Some(error) => Err(error),
+            None => Ok(report),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Some(supervisor) = self.supervisor.take() {
+            self.job.cancel();
+            let _ = supervisor.join();
+        }
+    }
+}
+
+struct Worker {
+    thread: JoinHandle<()>,
+    reads: bool,
+}
+
+fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled>)>) -> Report {
+    let _span = tracing::info_span!("load", engine = job.setup.engine.name(), bytes = job.totals.bytes).entered();
+    let mut memory = MemoryWatch::new();
+    let cpu_before = cpu_seconds();
+    let mut workers = Vec::new();
+    if let Err(error) = start_workers(job, copiers, &mut workers) {
+        job.fail(error);
+    }
+    let mut abandoned = false;
+    while let Some(reader) = workers.iter().position(|worker| worker.reads) {
+        if workers[reader].thread.is_finished() {
+            let _ = workers.swap_remove(reader).thread.join();
+            continue;
+        }
+        thread::park_timeout(limits::SUPERVISE_EVERY);
+        memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
+        if watch_reads(job) {
+            abandoned = true;
+            break;
+        }
+    }
+    // No reader is left (or it is stuck): closing the inboxes lets the copiers drain and end.
+    for inbox in job.inboxes.iter().flatten() {
+        lock(inbox).take();
+    }
+    for worker in workers {
+        if !(abandoned && worker.reads) {
+            let _ = worker.thread.join();
+        }
+    }
+    memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
+    if !job.is_stopped()
+        && let Err(error) = job.verify_files()
+    {
+        job.fail(error);
+    }
+    job.end();
+    report(job, &memory, cpu_before)
+}
+
+fn start_workers(
+    job: &Arc<Job>,
+    copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled>)>,
+    workers: &mut Vec<Worker>,
+) -> Result<()> {
+    let supervisor = thread::current();
+    for (rank, queue, inbox) in copiers {
+        let job = Arc::clone(job);
+        let thread = spawn(&format!("shardlift-copy-{rank}"), move || {
+            let outcome = catch_unwind(AssertUnwindSafe(|| copy::run(queue, &inbox, &*job, job.setup.stall_error)));
+            if let Err(error) = outcome.unwrap_or_else(|payload| Err(panicked(payload))) {
+                job.fail(error.with_rank(rank));
+            }
+        })?;
+        workers.push(Worker { thread, reads: false });
+    }
+    for index in 0..job.setup.engine.threads().max(1) {
+        let (job, supervisor) = (Arc::clone(job), supervisor.clone());
+        let thread = spawn(&format!("shardlift-read-{index}"), move || {
+            let outcome = catch_unwind(AssertUnwindSafe(|| job.setup.engine.run(&*job)));
+            if let Err(error) = outcome.unwrap_or_else(|payload| Err(panicked(payload))) {
+                fail_with_reads_of_this_thread(&job, error);
+            }
+            supervisor.unpark();
+        })?;
+        workers.push(Worker { thread, reads: true });
+    }
+    Ok(())
+}
+
+/// Fails the load because of what happened on this thread, naming the read that it had, if any.
+fn fail_with_reads_of_this_thread(job: &Job, error: Error) {
+    let mut in_flight = lock(&job.in_flight);
+    let this = thread::current().id();
+    let extent = in_flight.values().filter(|read| read.thread == this).min_by_key(|read| read.since).map(|r| r.extent);
+    in_flight.retain(|_, read| read.thread != this);
+    drop(in_flight);
+    job.fail(match extent {
+        Some(extent) => job.locate(error, extent),
+        None => error,
+    });
+}
+
+/// Warns of reads that make no progress, and fails the load past the bound; then what they may still write to is
+/// counted as abandoned, and true is returned.
+fn watch_reads(job: &Job) -> bool {
+    let (warning, bound) = (job.setup.stall_warning, job.setup.stall_error);
+    let mut stalled = None;
+    let mut abandoned = 0;
+    for read in lock(&job.in_flight).values_mut() {
+        let waited = read.since.elapsed();
+        if waited >= bound {
+            abandoned += read.bytes;
+            stalled = Some(read.extent);
+        } else if waited >= warning && !read.warned {
+            read.warned = true;
+            let file = job.setup.plan.file(read.extent.file).path.display();
+            let message = format!("a read of {file} has made no progress for {warning:?}");
+            tracing::warn!("{message}");
+            lock(&job.warnings).push(message);
+        }
+    }
+    let Some(extent) = stalled else { return false };
+    job.counters.abandoned_bytes.fetch_add(abandoned, Ordering::Relaxed);
+    let error = Error::new(ErrorKind::Stalled, format!("a read made no progress for {bound:?}"));
+    job.fail(job.locate(error, extent));
+    true
+}
+
+fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
+    let counters = &job.counters;
+    let stages = counters.stages();
+    let ended = job.completed_at().unwrap_or_else(Instant::now);
+    Report {
+        seconds: (ended - job.setup.started).as_secs_f64(),
+        cpu_seconds: cpu_seconds() - cpu_before,
+        needed_bytes: 0,
+        landed_bytes: counters.bytes_landed.load(Ordering::Relaxed),
+        storage_bytes_read: counters.storage_bytes.load(Ordering::Relaxed),
+        reads: counters.reads.load(Ordering::Relaxed),
+        engine: job.setup.engine.name().into(),
+        engine_reason: job.setup.engine_reason.clone(),
+        peak_extra_bytes: memory.peak_extra.max(job.setup.ring.bytes()),
+        peak_pinned_bytes: 0,
+        abandoned_bytes: counters.abandoned_bytes.load(Ordering::Relaxed),
+        stages,
+        bottleneck: stages.bottleneck().into(),
+        warnings: lock(&job.warnings).clone(),
+    }
+}
+
+/// Processor time of this process.
+fn cpu_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+/// Samples the memory of the process during a load. What has landed is counted as destination memory.
+struct MemoryWatch {
+    before: Option<u64>,
+    peak_extra: u64,
+}
+
+impl MemoryWatch {
+    fn new() -> MemoryWatch {
+        MemoryWatch { before: resident_bytes(), peak_extra: 0 }
+    }
+
+    fn sample(&mut self, landed: u64) {
+        if let (Some(before), Some(now)) = (self.before, resident_bytes()) {
+            self.peak_extra = self.peak_extra.max(now.saturating_sub(before + landed));
+        }
+    }
+}
+
+fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+    thread::Builder::new()
+        .name(name.into())
+        .spawn(body)
+        .map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a thread: {error}")).with_source(error))
+}
+
+fn panicked(payload: Box<dyn Any + Send>) -> Error {
+    let message = payload
+        .downcast_ref::<&str>()
+        .map(ToString::to_string)
+        .or_else(|| payload.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".into());
+    Error::new(ErrorKind::Panicked, format!("a thread of the load panicked: {message}"))
+}
+
+/// The longest that a cancel may take on a healthy disk is one read; the supervisor adds at most this.
+const _: () = assert!(limits::SUPERVISE_EVERY.as_millis() < Duration::from_millis(100).as_millis());

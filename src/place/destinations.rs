@@ -1,0 +1,107 @@
+//! Where each destination of the ranks of this process lies, and who owns that memory.
+
+use std::sync::Arc;
+
+use crate::device::Allocation;
+use crate::error::Result;
+use crate::extent::Rank;
+use crate::limits;
+use crate::plan::{Layout, Plan};
+
+/// The memory of all ranks that this process drives.
+#[derive(Debug)]
+pub(crate) struct Destinations {
+    /// One per rank of the world; empty for ranks of other processes.
+    ranks: Vec<Vec<Place>>,
+}
+
+/// The memory of one destination.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    /// The first byte, in the address space of the rank's device.
+    pub(crate) address: u64,
+    /// What keeps it alive; `None` where the address space is a file.
+    pub(crate) owner: Option<Arc<Allocation>>,
+    /// Lent from a mapping: the bytes are there already and nothing is copied.
+    pub(crate) lent: bool,
+}
+
+impl Destinations {
+    /// Few large blocks for each rank (`Memory::Blocks`).
+    pub(crate) fn in_blocks(plan: &Plan) -> Result<Destinations> {
+        Destinations::for_each_rank(plan, |rank| {
+            let layout = Layout::in_blocks(plan.rank(rank), plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX);
+            // A rank without bytes still needs an address for its empty tensors.
+            let sizes: &[u64] = if layout.blocks.is_empty() { &[0] } else { &layout.blocks };
+            let blocks = sizes
+                .iter()
+                .map(|&bytes| Ok(Arc::new(Allocation::pages(bytes as usize)?)))
+                .collect::<Result<Vec<_>>>()
+                .map_err(|error| error.with_rank(rank))?;
+            Ok(layout
+                .locations
+                .iter()
+                .map(|location| {
+                    let block = &blocks[location.block as usize];
+                    Place {
+                        address: block.address().expose_provenance() as u64 + location.offset,
+                        owner: Some(Arc::clone(block)),
+                        lent: false,
+                    }
+                })
+                .collect())
+        })
+    }
+
+    /// An allocation of its own for each tensor, such that a `Vec` can take it over (`Memory::PerTensor`).
+    pub(crate) fn per_tensor(plan: &Plan) -> Result<Destinations> {
+        Destinations::for_each_rank(plan, |rank| {
+            let ranked = plan.rank(rank);
+            let mut places = Vec::with_capacity(ranked.dests.len());
+            for dest in &ranked.dests {
+                let param = &plan.params()[dest.param as usize];
+                let owner = Allocation::heap(dest.bytes as usize, param.dtype.alignment())
+                    .map(Arc::new)
+                    .map_err(|error| error.with_tensor(&param.name).with_rank(rank))?;
+                places.push(Place {
+                    address: owner.address().expose_provenance() as u64,
+                    owner: Some(owner),
+                    lent: false,
+                });
+            }
+            // An alias shares the memory of its original.
+            for (position, dest) in ranked.dests.iter().enumerate() {
+                let Some(original) = plan.params()[dest.param as usize].alias_of else { continue };
+                if let Ok(found) = ranked.dests.binary_search_by_key(&original, |dest| dest.param) {
+                    places[position] = places[found].clone();
+                }
+            }
+            Ok(places)
+        })
+    }
+
+    /// Each rank's tensors at these offsets of its own output file.
+    pub(crate) fn in_files(plan: &Plan, mut offsets: impl FnMut(Rank) -> Vec<u64>) -> Result<Destinations> {
+        Destinations::for_each_rank(plan, |rank| {
+            Ok(offsets(rank).into_iter().map(|address| Place { address, owner: None, lent: false }).collect())
+        })
+    }
+
+    fn for_each_rank(plan: &Plan, mut places: impl FnMut(Rank) -> Result<Vec<Place>>) -> Result<Destinations> {
+        let mut ranks = vec![Vec::new(); plan.world().size() as usize];
+        for &rank in plan.world().driven() {
+            ranks[rank.index()] = places(rank)?;
+        }
+        Ok(Destinations { ranks })
+    }
+
+    /// The memory of a destination, or `None` if another process drives its rank.
+    pub(crate) fn place(&self, rank: Rank, dest: u32) -> Option<&Place> {
+        self.ranks[rank.index()].get(dest as usize)
+    }
+
+    /// Replaces the memory of a destination, before anything moves.
+    pub(crate) fn replace(&mut self, rank: Rank, dest: u32, place: Place) {
+        self.ranks[rank.index()][dest as usize] = place;
+    }
+}

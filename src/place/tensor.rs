@@ -1,0 +1,230 @@
+//! What the caller gets: complete tensors that keep their memory alive.
+
+use std::fmt;
+use std::sync::Arc;
+
+use super::destinations::{Destinations, Place};
+use crate::device::Allocation;
+use crate::dtype::Dtype;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+use crate::plan::{Dest, Param, Plan};
+use crate::shape::Shape;
+
+/// One tensor of one rank, complete in its memory, which lives for as long as the tensor or a clone of it does.
+#[derive(Clone)]
+pub struct Tensor {
+    plan: Plan,
+    rank: Rank,
+    dest: u32,
+    address: u64,
+    owner: Arc<Allocation>,
+}
+
+impl Tensor {
+    /// The tensor at a place that is complete; `None` if it is not memory of this process.
+    pub(crate) fn new(plan: &Plan, destinations: &Destinations, rank: Rank, dest: u32) -> Option<Tensor> {
+        let Place { address, owner, lent: _ } = destinations.place(rank, dest)?;
+        Some(Tensor { plan: plan.clone(), rank, dest, address: *address, owner: Arc::clone(owner.as_ref()?) })
+    }
+
+    /// The rank that holds it.
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// The name of the destination.
+    pub fn name(&self) -> &str {
+        &self.param().name
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> Dtype {
+        self.param().dtype
+    }
+
+    /// The shape of this rank's part.
+    pub fn shape(&self) -> &Shape {
+        &self.dest().shape
+    }
+
+    /// The size in bytes.
+    pub fn nbytes(&self) -> usize {
+        // The shape's size was checked when the plan was made; an alias has the size of its original.
+        self.shape().bytes(self.dtype()).expect("bug in shardlift: a planned shape overflows") as usize
+    }
+
+    /// The largest power of two that the address is a multiple of: at least 256 in memory of ours, what the file or
+    /// the caller chose otherwise.
+    pub fn alignment(&self) -> usize {
+        1 << (self.address.trailing_zeros().min(63))
+    }
+
+    /// The bytes, row-major and dense, in the file's (little-endian) element format.
+    pub fn as_bytes(&self) -> &[u8] {
+        let address = std::ptr::with_exposed_provenance::<u8>(self.address as usize);
+        // SAFETY: a `Tensor` exists only for complete destinations in host memory: every byte was written, none is
+        // written again, and `owner` keeps the memory alive.
+        unsafe { std::slice::from_raw_parts(address, self.nbytes()) }
+    }
+
+    /// The address of the first byte, in the address space of the rank's device.
+    pub fn device_ptr(&self) -> u64 {
+        self.address
+    }
+
+    /// Takes the memory over as a vector, without a copy.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] if the tensor was not loaded with `Memory::PerTensor`, if another handle to it (or an
+    /// alias) lives, or if `T` is not the element type of its dtype.
+    pub fn into_vec<T: Element>(self) -> Result<Vec<T>> {
+        let refuse = |tensor: &Tensor, why: &str| {
+            Error::new(ErrorKind::Usage, format!("cannot become a vector: {why}"))
+                .with_tensor(tensor.name())
+                .with_rank(tensor.rank)
+        };
+        if !T::DTYPES.contains(&self.dtype()) {
+            return Err(refuse(&self, "another element type"));
+        }
+        let Tensor { plan, rank, dest, address, owner } = self;
+        let allocation = match Arc::try_unwrap(owner) {
+            Ok(allocation) => allocation,
+            Err(owner) => {
+                return Err(refuse(&Tensor { plan, rank, dest, address, owner }, "another handle shares its memory"));
+            }
+        };
+        match allocation.into_vec_parts(size_of::<T>(), align_of::<T>()) {
+            // SAFETY: the memory came from the global allocator with this alignment and `count * size_of::<T>()`
+            // bytes, all of which are written (the tensor is complete); every bit pattern is a `T`; nobody else
+            // holds it (the only handle was unwrapped).
+            Ok((pointer, count)) => Ok(unsafe { Vec::from_raw_parts(pointer.cast(), count, count) }),
+            Err(allocation) => {
+                let owner = Arc::new(allocation);
+                Err(refuse(&Tensor { plan, rank, dest, address, owner }, "its memory is not of the global allocator"))
+            }
+        }
+    }
+
+    /// Position in the rank's destinations.
+    pub(crate) fn position(&self) -> usize {
+        self.dest as usize
+    }
+
+    fn dest(&self) -> &Dest {
+        &self.plan.rank(self.rank).dests[self.dest as usize]
+    }
+
+    fn param(&self) -> &Param {
+        &self.plan.params()[self.dest().param as usize]
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Tensor({} {} {} rank {})", self.name(), self.dtype(), self.shape(), self.rank)
+    }
+}
+
+/// A type that elements of a tensor can be taken as.
+///
+/// # Safety
+/// Every bit pattern is a value of the type, and its size is that of each of its dtypes' elements (or 1, for packed
+/// ones).
+pub unsafe trait Element: Copy {
+    /// The dtypes whose elements have this type.
+    const DTYPES: &'static [Dtype];
+}
+
+macro_rules! elements {
+    ($($type:ty: $($dtype:ident)*,)*) => {
+        $(
+            // SAFETY: a plain number of the dtypes' size.
+            unsafe impl Element for $type {
+                const DTYPES: &'static [Dtype] = &[$(Dtype::$dtype,)*];
+            }
+        )*
+    };
+}
+
+elements! {
+    u8: U8 Bool F4 F6E2M3 F6E3M2 F8E5M2 F8E4M3 F8E8M0 F8E4M3Fnuz F8E5M2Fnuz,
+    i8: I8,
+    i16: I16,
+    u16: U16,
+    half::f16: F16,
+    half::bf16: Bf16,
+    i32: I32,
+    u32: U32,
+    f32: F32,
+    f64: F64,
+    i64: I64,
+    u64: U64,
+}
+
+/// All tensors of the ranks of this process: whole, or it does not exist.
+#[derive(Debug)]
+pub struct Weights {
+    plan: Plan,
+    /// One list for each rank of the world, parallel to the rank's destinations; `None` where taken.
+    tensors: Vec<Vec<Option<Tensor>>>,
+}
+
+impl Weights {
+    pub(crate) fn new(plan: &Plan, destinations: &Destinations) -> Weights {
+        let mut tensors = vec![Vec::new(); plan.world().size() as usize];
+        for &rank in plan.world().driven() {
+            tensors[rank.index()] = (0..plan.rank(rank).dests.len() as u32)
+                .map(|dest| Tensor::new(plan, destinations, rank, dest))
+                .collect();
+        }
+        Weights { plan: plan.clone(), tensors }
+    }
+
+    /// A tensor of a rank.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if the rank holds no tensor of this name (any more), or is not driven here.
+    pub fn tensor(&self, rank: Rank, name: &str) -> Result<&Tensor> {
+        let position = self.position(rank, name)?;
+        self.tensors[rank.index()][position].as_ref().ok_or_else(|| missing(rank, name))
+    }
+
+    /// Takes a tensor of a rank out, for instance for [`Tensor::into_vec`].
+    ///
+    /// # Errors
+    /// As [`tensor`](Weights::tensor).
+    pub fn take(&mut self, rank: Rank, name: &str) -> Result<Tensor> {
+        let position = self.position(rank, name)?;
+        self.tensors[rank.index()][position].take().ok_or_else(|| missing(rank, name))
+    }
+
+    /// The tensors of a rank, sorted by name.
+    pub fn of_rank(&self, rank: Rank) -> impl Iterator<Item = &Tensor> {
+        self.tensors.get(rank.index()).into_iter().flatten().flatten()
+    }
+
+    /// All tensors, by rank and name.
+    pub fn iter(&self) -> impl Iterator<Item = &Tensor> {
+        self.tensors.iter().flatten().flatten()
+    }
+
+    /// The plan that was carried out.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    fn position(&self, rank: Rank, name: &str) -> Result<usize> {
+        let params = self.plan.params();
+        let param = params.binary_search_by(|param| param.name.as_str().cmp(name)).map_err(|_| missing(rank, name))?;
+        if self.tensors.get(rank.index()).is_none_or(Vec::is_empty) {
+            return Err(missing(rank, name));
+        }
+        let dests = &self.plan.rank(rank).dests;
+        dests.binary_search_by_key(&(param as u32), |dest| dest.param).map_err(|_| missing(rank, name))
+    }
+}
+
+fn missing(rank: Rank, name: &str) -> Error {
+    Error::new(ErrorKind::NotFound, "no such tensor").with_tensor(name).with_rank(rank)
+}

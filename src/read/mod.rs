@@ -1,0 +1,133 @@
+//! Engines: requests in, filled buffers out. Knows no devices.
+//!
+//! An engine is dumb on purpose: it reports how many bytes arrived. That short reads are continued, interrupted
+//! ones repeated, and an early end noticed, is decided in one place above all engines.
+
+mod mmap;
+mod pread;
+mod throttle;
+#[cfg(target_os = "linux")]
+mod uring;
+
+use std::fmt::Debug;
+use std::io;
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::source::SourceFile;
+use crate::stage::Slot;
+
+pub use mmap::Mmap;
+pub use pread::Pread;
+pub use throttle::Throttled;
+#[cfg(target_os = "linux")]
+pub use uring::Uring;
+
+/// Which engine reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum EngineChoice {
+    /// The one that suits file system, page cache and size best.
+    #[default]
+    Auto,
+    /// Copies out of memory-mapped files.
+    Mmap,
+    /// Buffered positional reads on several threads.
+    Pread,
+    /// io_uring, past the page cache where files allow it.
+    Uring,
+}
+
+/// A way to read files. Every thread of a load calls [`run`](Engine::run) once.
+pub trait Engine: Debug + Send + Sync {
+    /// The name in reports.
+    fn name(&self) -> &'static str;
+
+    /// How many threads should call [`run`](Engine::run).
+    fn threads(&self) -> usize;
+
+    /// What offsets and lengths of requests must be a multiple of. Above 1 every read goes through a slot, because
+    /// tensors start anywhere; requests may then reach past the end of the file.
+    fn alignment(&self) -> u64 {
+        1
+    }
+
+    /// Takes requests from `work` and completes each one exactly once, until there are no more.
+    ///
+    /// # Errors
+    /// Only if the engine itself cannot go on; failed reads are reported through [`Work::done`].
+    fn run(&self, work: &dyn Work) -> Result<()>;
+}
+
+/// Where an engine gets its requests from.
+pub trait Work: Sync {
+    /// The next request. With `may_wait` this waits for one, and never answers [`Next::Later`]; an engine that has
+    /// requests in flight asks without and completes those first.
+    fn next(&self, may_wait: bool) -> Next;
+
+    /// Takes a request back with the number of bytes that arrived at the start of its buffer.
+    fn done(&self, request: Request, outcome: io::Result<usize>);
+}
+
+/// The answer to [`Work::next`].
+#[derive(Debug)]
+pub enum Next {
+    /// Read this.
+    Request(Request),
+    /// Nothing can start until a request in flight has completed.
+    Later,
+    /// There will be no more.
+    Finished,
+}
+
+/// One read: fill the buffer from `offset` of the file. The request owns its buffer until it is handed back.
+#[derive(Debug)]
+pub struct Request {
+    pub(crate) id: u64,
+    pub(crate) file: Arc<SourceFile>,
+    pub(crate) offset: u64,
+    pub(crate) address: *mut u8,
+    pub(crate) bytes: usize,
+    pub(crate) slot: Option<Slot>,
+    pub(crate) pending: Pending,
+}
+
+/// What the pipeline remembers of a request while it is in flight.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    pub(crate) op: crate::plan::ReadOp,
+    /// File offset that the first byte of the (whole) buffer stands for.
+    pub(crate) base: u64,
+    /// Destinations of a direct read; the first is the one it lands in.
+    pub(crate) pieces: Vec<crate::plan::Piece>,
+}
+
+// SAFETY: the buffer belongs to the request alone (a slot that it holds, or a destination range that no other
+// request of the load names), so it may move to and be written from any thread.
+unsafe impl Send for Request {}
+
+impl Request {
+    /// The file.
+    pub fn file(&self) -> &SourceFile {
+        &self.file
+    }
+
+    /// The first byte of the file to read.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The buffer to fill, at least one byte long.
+    pub fn buffer(&mut self) -> &mut [MaybeUninit<u8>] {
+        // SAFETY: the pipeline makes requests only over memory that is writable for `bytes` bytes, lives until the
+        // request came back, and is named by no other request.
+        unsafe { std::slice::from_raw_parts_mut(self.address.cast(), self.bytes) }
+    }
+}
+
+/// How many threads read by default: those that the machine grants this process, within bounds.
+pub(crate) fn default_threads() -> usize {
+    use crate::limits::{READ_THREADS_MAX, READ_THREADS_MIN};
+    std::thread::available_parallelism().map_or(READ_THREADS_MIN, usize::from).clamp(READ_THREADS_MIN, READ_THREADS_MAX)
+}

@@ -1,0 +1,171 @@
+//! What the operating system says of a file beyond its bytes: file system, alignment, page cache. Linux answers all
+//! of it; elsewhere the answer is "not known".
+
+use std::fs::File;
+use std::io::Result;
+use std::path::Path;
+
+/// What kind of file system a file lies on, as far as the choice of an engine needs to know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FileSystem {
+    /// A disk of this machine, with this file system name (`ext4`, `xfs`, `btrfs`, ...).
+    Local(&'static str),
+    /// Memory (`tmpfs`, `ramfs`): every read is a copy.
+    Memory(&'static str),
+    /// Another machine, or a host below this one (`nfs`, `lustre`, `virtiofs`, `fuse`, ...).
+    Network(&'static str),
+    /// Not known, with its magic number.
+    Unknown(i64),
+}
+
+impl FileSystem {
+    /// The name, `"unknown"` if it is not known.
+    pub fn name(self) -> &'static str {
+        match self {
+            FileSystem::Local(name) | FileSystem::Memory(name) | FileSystem::Network(name) => name,
+            FileSystem::Unknown(_) => "unknown",
+        }
+    }
+
+    /// The file system with this magic number, as `statfs(2)` reports it.
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+    fn of_magic(magic: i64) -> FileSystem {
+        // linux/magic.h and the headers of file systems kept outside the kernel.
+        match magic as u32 {
+            0xEF53 => FileSystem::Local("ext4"),
+            0x5846_5342 => FileSystem::Local("xfs"),
+            0x9123_683E => FileSystem::Local("btrfs"),
+            0xF2F5_2010 => FileSystem::Local("f2fs"),
+            0x2FC1_2FC1 => FileSystem::Local("zfs"),
+            0xCA45_1A4E => FileSystem::Local("bcachefs"),
+            0x794C_7630 => FileSystem::Local("overlay"),
+            0x7371_7368 => FileSystem::Local("squashfs"),
+            0x5346_544E => FileSystem::Local("ntfs"),
+            0x4D44 => FileSystem::Local("vfat"),
+            0x2011_BAB0 => FileSystem::Local("exfat"),
+            0xE0F5_E1E2 => FileSystem::Local("erofs"),
+            0x0102_1994 => FileSystem::Memory("tmpfs"),
+            0x8584_58F6 => FileSystem::Memory("ramfs"),
+            0x9584_58F6 => FileSystem::Memory("hugetlbfs"),
+            0x6969 => FileSystem::Network("nfs"),
+            0x517B => FileSystem::Network("smb"),
+            0xFE53_4D42 => FileSystem::Network("smb2"),
+            0xFF53_4D42 => FileSystem::Network("cifs"),
+            0x6573_5546 => FileSystem::Network("fuse"),
+            0x6A65_6A63 => FileSystem::Network("virtiofs"),
+            0x0102_1997 => FileSystem::Network("9p"),
+            0x0BD0_0BD0 => FileSystem::Network("lustre"),
+            0x00C3_6400 => FileSystem::Network("ceph"),
+            0x4750_4653 => FileSystem::Network("gpfs"),
+            0x1983_0326 => FileSystem::Network("beegfs"),
+            0x0116_1970 => FileSystem::Network("gfs2"),
+            0x7461_636F => FileSystem::Network("ocfs2"),
+            0x5346_414F => FileSystem::Network("afs"),
+            _ => FileSystem::Unknown(magic),
+        }
+    }
+}
+
+/// What O_DIRECT reads must be multiples of, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DirectAlignment {
+    /// The address in memory.
+    pub memory: u32,
+    /// The offset in the file and the length.
+    pub offset: u32,
+}
+
+pub(super) use platform::{direct_alignment, drop_cache, file_system, is_resident, open_direct};
+
+#[cfg(target_os = "linux")]
+mod platform {
+    use std::fs::OpenOptions;
+    use std::io::IoSliceMut;
+    use std::num::NonZeroU64;
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use rustix::fs::{Advice, AtFlags, OFlags, StatxFlags};
+    use rustix::io::{Errno, ReadWriteFlags};
+
+    use super::*;
+
+    pub(in crate::source) fn file_system(file: &File) -> Result<FileSystem> {
+        // The field's type differs between targets.
+        #[allow(clippy::unnecessary_cast)]
+        let magic = rustix::fs::fstatfs(file)?.f_type as i64;
+        Ok(FileSystem::of_magic(magic))
+    }
+
+    pub(in crate::source) fn direct_alignment(file: &File) -> Option<DirectAlignment> {
+        let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
+        let told = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::DIOALIGN);
+        let alignment = DirectAlignment { memory: stat.stx_dio_mem_align, offset: stat.stx_dio_offset_align };
+        // Zero says that this file takes no such reads.
+        (told && alignment.memory > 0 && alignment.offset > 0).then_some(alignment)
+    }
+
+    pub(in crate::source) fn open_direct(path: &Path) -> Result<File> {
+        OpenOptions::new().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path)
+    }
+
+    /// Whether the page that holds the byte at `offset` is cached. mincore would lie to readers who do not own the file.
+    pub(in crate::source) fn is_resident(file: &File, offset: u64) -> Option<bool> {
+        let mut byte = [0];
+        loop {
+            match rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut byte)], offset, ReadWriteFlags::NOWAIT) {
+                Ok(read) => return Some(read == 1),
+                Err(Errno::AGAIN) => return Some(false),
+                Err(Errno::INTR) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+
+    pub(in crate::source) fn drop_cache(file: &File, from: u64, to: u64) -> Result<()> {
+        // A length of zero would mean all up to the end.
+        match NonZeroU64::new(to.saturating_sub(from)) {
+            Some(length) => Ok(rustix::fs::fadvise(file, from, Some(length), Advice::DontNeed)?),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod platform {
+    use std::io::{Error, ErrorKind};
+
+    use super::*;
+
+    pub(in crate::source) fn file_system(_file: &File) -> Result<FileSystem> {
+        Ok(FileSystem::Unknown(0))
+    }
+
+    pub(in crate::source) fn direct_alignment(_file: &File) -> Option<DirectAlignment> {
+        None
+    }
+
+    pub(in crate::source) fn open_direct(_path: &Path) -> Result<File> {
+        Err(Error::from(ErrorKind::Unsupported))
+    }
+
+    pub(in crate::source) fn is_resident(_file: &File, _offset: u64) -> Option<bool> {
+        None
+    }
+
+    pub(in crate::source) fn drop_cache(_file: &File, _from: u64, _to: u64) -> Result<()> {
+        Err(Error::from(ErrorKind::Unsupported))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn magic_numbers() {
+        assert_eq!(FileSystem::of_magic(0xEF53), FileSystem::Local("ext4"));
+        assert_eq!(FileSystem::of_magic(0x9123_683E_u32 as i32 as i64), FileSystem::Local("btrfs"));
+        assert_eq!(FileSystem::of_magic(1), FileSystem::Unknown(1));
+    }
+}

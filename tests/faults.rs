@@ -1,0 +1,206 @@
+//! Every read of a load made to fail, end short, return nothing, stall or panic: always an error that names its
+//! place, never a hang, never wrong bytes.
+
+#[path = "support/model.rs"]
+mod model;
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use shardlift::read::{Engine, EngineChoice, Mmap, Next, Pread, Request, Uring, Work};
+use shardlift::{Checkpoint, ErrorKind, Loader, Rank, Result, Rules, World};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    None,
+    Fails,
+    OneShort,
+    Nothing,
+    Interrupted,
+    Stalls,
+    Panics,
+}
+
+/// An engine whose n-th completion goes wrong.
+#[derive(Debug)]
+struct Faulty {
+    engine: Arc<dyn Engine>,
+    fault: Fault,
+    at: usize,
+    count: AtomicUsize,
+}
+
+const STALL: Duration = Duration::from_millis(1500);
+
+impl Engine for Faulty {
+    fn name(&self) -> &'static str {
+        self.engine.name()
+    }
+    fn threads(&self) -> usize {
+        self.engine.threads()
+    }
+    fn alignment(&self) -> u64 {
+        self.engine.alignment()
+    }
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        self.engine.run(&FaultyWork { work, faulty: self })
+    }
+}
+
+struct FaultyWork<'a> {
+    work: &'a dyn Work,
+    faulty: &'a Faulty,
+}
+
+impl Work for FaultyWork<'_> {
+    fn next(&self, may_wait: bool) -> Next {
+        self.work.next(may_wait)
+    }
+
+    fn done(&self, mut request: Request, outcome: io::Result<usize>) {
+        let outcome = if self.faulty.count.fetch_add(1, Ordering::Relaxed) == self.faulty.at {
+            match self.faulty.fault {
+                Fault::None => outcome,
+                Fault::Fails => Err(io::Error::from_raw_os_error(5)),
+                Fault::OneShort => outcome.map(|bytes| {
+                    // What did not arrive must be read again: spoil it.
+                    request.buffer()[bytes - 1].write(0xAA);
+                    bytes - 1
+                }),
+                Fault::Nothing => Ok(0),
+                Fault::Interrupted => Err(io::ErrorKind::Interrupted.into()),
+                Fault::Stalls => {
+                    std::thread::sleep(STALL);
+                    outcome
+                }
+                Fault::Panics => panic!("a fault of the test"),
+            }
+        } else {
+            outcome
+        };
+        self.work.done(request, outcome);
+    }
+}
+
+fn engines() -> Vec<Arc<dyn Engine>> {
+    vec![Arc::new(Pread::new(2)), Arc::new(Mmap::new(2)), Arc::new(Uring::new(2, 4, true).unwrap())]
+}
+
+#[test]
+fn every_read_of_a_load_can_go_wrong() {
+    std::panic::set_hook(Box::new(|_| {}));
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 11);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(model::RULES).unwrap();
+    for world in [World::host(2), World::host_staged(2)] {
+        for engine in engines() {
+            let load = |fault, at| {
+                let faulty = Arc::new(Faulty { engine: Arc::clone(&engine), fault, at, count: AtomicUsize::new(0) });
+                let loader = Loader::new().staging(8 << 20).custom_engine(faulty);
+                let plan = loader.plan(&checkpoint, &rules, &world).unwrap();
+                loader.load(&plan)
+            };
+            let (_, report) = load(Fault::None, 0).unwrap();
+            for at in 0..report.reads as usize {
+                for fault in [Fault::Fails, Fault::Nothing, Fault::Panics] {
+                    let error = load(fault, at).unwrap_err();
+                    let kind = match fault {
+                        Fault::Fails => ErrorKind::Io,
+                        Fault::Nothing => ErrorKind::Truncated,
+                        _ => ErrorKind::Panicked,
+                    };
+                    assert_eq!(error.kind(), kind, "{fault:?} {at} {error:?}");
+                    if fault != Fault::Panics {
+                        assert!(error.file().is_some() && error.tensor().is_some(), "{error:?}");
+                        assert!(error.at().bytes.is_some(), "{error:?}");
+                    }
+                }
+                for fault in [Fault::OneShort, Fault::Interrupted] {
+                    let (weights, _) = load(fault, at).unwrap();
+                    for rank in 0..2 {
+                        for tensor in &tensors {
+                            let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
+                            let expected = model::expected(tensor, rank as usize, 2);
+                            assert!(landed.as_bytes() == expected, "{fault:?} {at} {}", tensor.name);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// An engine that takes requests and does not come back with them for a while.
+#[derive(Debug)]
+struct Stuck;
+
+impl Engine for Stuck {
+    fn name(&self) -> &'static str {
+        "stuck"
+    }
+    fn threads(&self) -> usize {
+        2
+    }
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        while let Next::Request(request) = work.next(true) {
+            std::thread::sleep(STALL);
+            work.done(request, Ok(0));
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_stalled_read_is_a_warning_and_then_an_error_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 12);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let loader =
+        Loader::new().custom_engine(Arc::new(Stuck)).stall(Duration::from_millis(50), Duration::from_millis(200));
+    let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
+    let began = Instant::now();
+    let error = loader.load(&plan).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Stalled);
+    assert!(error.file().is_some() && error.tensor().is_some() && error.at().bytes.is_some(), "{error:?}");
+    assert!(began.elapsed() < STALL, "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_read_that_is_only_slow_is_no_error() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 13);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let engine = Faulty { engine: Arc::new(Pread::new(2)), fault: Fault::Stalls, at: 1, count: AtomicUsize::new(0) };
+    let loader = Loader::new().custom_engine(Arc::new(engine));
+    let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(1)).unwrap();
+    loader.load(&plan).unwrap().0.check().unwrap();
+}
+
+#[test]
+fn a_file_cut_short_or_replaced_is_an_error_with_every_engine() {
+    for engine in [EngineChoice::Pread, EngineChoice::Mmap, EngineChoice::Uring] {
+        for replace in [false, true] {
+            let folder = tempfile::tempdir().unwrap();
+            model::write(folder.path(), 14);
+            let checkpoint = Checkpoint::open(folder.path()).unwrap();
+            let loader = Loader::new().engine(engine).throttle(Some(30 << 20));
+            let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
+            let mut load = loader.start(&plan).unwrap();
+            load.next();
+            let path = folder.path().join("two.safetensors");
+            if replace {
+                let copy = folder.path().join("copy");
+                std::fs::copy(&path, &copy).unwrap();
+                std::fs::rename(&copy, &path).unwrap();
+            } else {
+                std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(100_000).unwrap();
+            }
+            let error = load.finish().unwrap_err();
+            assert!(matches!(error.kind(), ErrorKind::Changed | ErrorKind::Truncated), "{engine:?} {error:?}");
+            assert!(error.file().is_some_and(|file| file.ends_with("two.safetensors")), "{error:?}");
+        }
+    }
+}

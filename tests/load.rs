@@ -1,0 +1,197 @@
+//! Loads of real files: every engine, rank count, cut, memory policy and device, bit for bit.
+
+#[path = "support/model.rs"]
+mod model;
+
+use std::time::{Duration, Instant};
+
+use shardlift::read::EngineChoice;
+use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Rank, Residency, Rules, World};
+
+const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::Mmap, EngineChoice::Uring];
+
+fn worlds() -> Vec<World> {
+    [1, 2, 3, 4, 8].iter().flat_map(|&n| [World::host(n), World::host_staged(n)]).collect()
+}
+
+#[test]
+fn every_engine_and_world_is_bit_exact() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 1);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(model::RULES).unwrap();
+    for engine in ENGINES {
+        for memory in [Memory::Blocks, Memory::PerTensor] {
+            for world in worlds() {
+                let loader = Loader::new().engine(engine).memory(memory).staging(8 << 20);
+                let plan = loader.plan(&checkpoint, &rules, &world).unwrap();
+                let mut load = loader.start(&plan).unwrap();
+                let seen = load.by_ref().map(|tensor| tensor.unwrap().name().to_owned()).count();
+                let (weights, report) = load.finish().unwrap();
+                assert_eq!(seen, tensors.len() * world.size() as usize);
+                for rank in 0..world.size() {
+                    for tensor in &tensors {
+                        let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
+                        let expected = model::expected(tensor, rank as usize, world.size() as usize);
+                        assert!(
+                            landed.as_bytes() == expected,
+                            "{engine:?} {memory:?} {world:?} {} rank {rank}",
+                            tensor.name
+                        );
+                        if memory == Memory::Blocks {
+                            assert_eq!(landed.as_bytes().as_ptr().addr() % 256, 0);
+                        }
+                    }
+                }
+                weights.check().unwrap();
+                // Aligned reads may ask for up to a page before and after each span.
+                let slack = if report.engine == "uring" { 32 * 4096 } else { 0 };
+                assert!(report.storage_bytes_read >= report.needed_bytes);
+                assert!(report.storage_bytes_read <= report.needed_bytes + slack, "{report:?}");
+                assert_eq!(report.needed_bytes, checkpoint.bytes());
+            }
+        }
+    }
+}
+
+#[test]
+fn mapped_tensors_are_lent_and_the_rest_is_copied() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 2);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(model::RULES).unwrap();
+    for ranks in [1, 2] {
+        let loader = Loader::new().residency(Residency::Mapped);
+        let plan = loader.plan(&checkpoint, &rules, &World::host(ranks)).unwrap();
+        let (weights, report) = loader.load(&plan).unwrap();
+        for rank in 0..ranks {
+            for tensor in &tensors {
+                let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
+                assert!(landed.as_bytes() == model::expected(tensor, rank as usize, ranks as usize));
+            }
+        }
+        if ranks == 1 {
+            assert_eq!(report.storage_bytes_read, 0);
+        } else {
+            assert!(report.storage_bytes_read > 0);
+        }
+    }
+}
+
+#[test]
+fn tensors_outlive_the_weights_and_become_vectors() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 3);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let loader = Loader::new().memory(Memory::PerTensor);
+    let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
+    let (mut weights, _) = loader.load(&plan).unwrap();
+    let kept = weights.tensor(Rank(0), "d.rows").unwrap().clone();
+    let taken = weights.take(Rank(1), "e.columns").unwrap();
+    assert_eq!(weights.tensor(Rank(1), "e.columns").unwrap_err().kind(), ErrorKind::NotFound);
+    let shared = weights.take(Rank(0), "d.rows").unwrap();
+    assert_eq!(shared.into_vec::<half::bf16>().unwrap_err().kind(), ErrorKind::Usage);
+    drop(weights);
+    assert!(kept.as_bytes() == model::expected(&tensors[3], 0, 2));
+    let vector = taken.into_vec::<half::bf16>().unwrap();
+    let bytes: Vec<u8> = vector.iter().flat_map(|value| value.to_bits().to_le_bytes()).collect();
+    assert!(bytes == model::expected(&tensors[4], 1, 2));
+    assert_eq!(kept.into_vec::<f32>().unwrap_err().kind(), ErrorKind::Usage);
+}
+
+#[test]
+fn the_callers_memory_is_filled_and_its_size_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 4);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let loader = Loader::new();
+    let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(1)).unwrap();
+    let mut buffer = vec![0u8; tensors[3].bytes.len()];
+    let mut entry =
+        CallerMemory { rank: Rank(0), name: "d.rows".into(), address: buffer.as_mut_ptr(), bytes: buffer.len() };
+    // SAFETY: `buffer` outlives the load and its weights, and is not touched until they are dropped.
+    let load = unsafe { loader.start_into(&plan, std::slice::from_ref(&entry)) }.unwrap();
+    drop(load.finish().unwrap());
+    assert!(buffer == tensors[3].bytes);
+    entry.bytes -= 1;
+    // SAFETY: as above; the size is refused before anything is written.
+    let refused = unsafe { loader.start_into(&plan, &[entry]) }.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Usage);
+    assert_eq!(refused.tensor(), Some("d.rows"));
+}
+
+#[test]
+fn a_cancel_from_another_thread_ends_the_load_soon() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 5);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let loader = Loader::new().throttle(Some(20 << 20));
+    for world in [World::host(2), World::host_staged(2)] {
+        let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &world).unwrap();
+        let load = loader.start(&plan).unwrap();
+        let monitor = load.monitor();
+        let canceller = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(30));
+            monitor.cancel();
+            Instant::now()
+        });
+        let error = load.finish().unwrap_err();
+        let cancelled = canceller.join().unwrap();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        assert!(cancelled.elapsed() < Duration::from_millis(200), "{:?}", cancelled.elapsed());
+    }
+}
+
+#[test]
+fn a_slow_consumer_does_not_stop_the_load() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 6);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let loader = Loader::new().staging(2 << 20);
+    let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host_staged(4)).unwrap();
+    let mut load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    let first = load.next().unwrap().unwrap();
+    let began = Instant::now();
+    while monitor.progress().tensors_done < monitor.progress().tensors_total {
+        assert!(began.elapsed() < Duration::from_secs(20), "{:?}", monitor.progress());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(1 + load.by_ref().count(), tensors.len() * 4);
+    drop(first);
+    load.finish().unwrap();
+}
+
+#[test]
+fn reshard_writes_partitions_that_join_to_the_original() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 7);
+    std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(model::RULES).unwrap();
+    let outside = tempfile::tempdir().unwrap();
+    for ranks in [1, 2, 4] {
+        let out = outside.path().join(format!("tp{ranks}"));
+        let loader = Loader::new().staging(4 << 20);
+        let plan = loader.plan(&checkpoint, &rules, &World::host(ranks)).unwrap();
+        loader.reshard(&plan, &out, false).unwrap();
+        assert_eq!(loader.reshard(&plan, &out, false).unwrap_err().kind(), ErrorKind::Usage);
+        loader.reshard(&plan, &out, true).unwrap();
+        assert!(out.join("config.json").is_file());
+        for rank in 0..ranks {
+            let file = out.join(format!("model-rank-{rank}-part-0.safetensors"));
+            let bytes = std::fs::read(&file).unwrap();
+            let read = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+            let part = Checkpoint::open(&file).unwrap();
+            assert_eq!(part.tensors().len(), tensors.len());
+            for tensor in &tensors {
+                let expected = model::expected(tensor, rank as usize, ranks as usize);
+                assert!(read.tensor(&tensor.name).unwrap().data() == expected, "{} of {ranks}", tensor.name);
+            }
+        }
+        assert_eq!(
+            std::fs::read_dir(outside.path()).unwrap().filter(|e| e.is_ok()).count(),
+            ranks.ilog2() as usize + 1
+        );
+    }
+}
