@@ -132,8 +132,6 @@ fn rules(case: &Case) -> Rules {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
     #[test]
     fn every_rank_gets_what_the_oracle_says((dtype, case) in shards(), per_process in any::<bool>()) {
         let bytes = case.dims.iter().product::<u64>() * case.bits / 8;

@@ -118,15 +118,22 @@ impl Checkpoint {
         &self.inner.warnings
     }
 
-    /// A checkpoint of these headers, for tests of what never opens a file.
+    /// A checkpoint of one file with these tensors, for tests of what never opens a file.
     #[cfg(test)]
-    pub(crate) fn synthetic(
-        tensors: Vec<TensorMeta>,
-        files: Vec<CheckpointFile>,
-        config: Option<serde_json::Value>,
-    ) -> Checkpoint {
+    pub(crate) fn synthetic(tensors: Vec<TensorMeta>, config: Option<serde_json::Value>) -> Checkpoint {
+        let name = "model.safetensors";
         let path = PathBuf::from("model");
-        Checkpoint { inner: Arc::new(Inner { path, files, tensors, config, warnings: Vec::new() }) }
+        let size = tensors.iter().map(|tensor| tensor.end).max().unwrap_or(0);
+        let data_start = tensors.iter().map(|tensor| tensor.start).min().unwrap_or(0);
+        let file = CheckpointFile {
+            name: name.into(),
+            path: path.join(name),
+            identity: Identity { device: 0, inode: 0, size, modified_ns: 0 },
+            data_start,
+            header_hash: 1,
+            metadata: Vec::new(),
+        };
+        Checkpoint { inner: Arc::new(Inner { path, files: vec![file], tensors, config, warnings: Vec::new() }) }
     }
 
     /// The bytes of all tensors.

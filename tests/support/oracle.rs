@@ -38,7 +38,7 @@ impl Case {
             let source = self.source(&shape, element, taken.start);
             // Wherever the source jumps, both sides of the jump must be whole bytes.
             if before.is_none_or(|before| before + 1 != source)
-                && (source * self.bits % 8 != 0 || before.is_some_and(|before| (before + 1) * self.bits % 8 != 0))
+                && (!self.on_byte(source) || before.is_some_and(|before| !self.on_byte(before + 1)))
             {
                 return Err(Refusal::Misaligned);
             }
@@ -47,11 +47,15 @@ impl Case {
                 bits.push(data[bit as usize / 8] >> (bit % 8) & 1);
             }
         }
-        if before.is_some_and(|before| (before + 1) * self.bits % 8 != 0) {
+        if before.is_some_and(|before| !self.on_byte(before + 1)) {
             return Err(Refusal::Misaligned);
         }
         let byte = |bits: &[u8]| bits.iter().enumerate().fold(0, |byte, (at, bit)| byte | bit << at);
         Ok((shape, bits.chunks(8).map(byte).collect()))
+    }
+
+    fn on_byte(&self, element: u64) -> bool {
+        (element * self.bits).is_multiple_of(8)
     }
 
     /// The indices of the sharded dimension that a rank gets.
@@ -64,7 +68,8 @@ impl Case {
             units.push(at..(at + self.unit).min(size));
             at += self.unit;
         }
-        if !self.ceil && (size % self.unit != 0 || units.len() as u64 % self.ranks != 0) {
+        let whole = size.is_multiple_of(self.unit) && (units.len() as u64).is_multiple_of(self.ranks);
+        if !self.ceil && !whole {
             return Err(Refusal::Uneven);
         }
         let each = (units.len() as u64).div_ceil(self.ranks).max(1);
