@@ -205,7 +205,10 @@ fn fits(schema: &Value, value: &Value, defs: &Value, at: &str) -> Result<(), Str
                 }
                 true
             }
-            "required" => rule.as_array().unwrap().iter().all(|name| value.get(name.as_str().unwrap()).is_some()),
+            "required" => {
+                let names = || rule.as_array().unwrap().iter().map(|name| name.as_str().unwrap());
+                !value.is_object() || names().all(|name| value.get(name).is_some())
+            }
             "properties" => {
                 for (name, item) in value.as_object().into_iter().flatten() {
                     if let Some(schema) = rule.get(name) {
