@@ -78,7 +78,14 @@ fn memory() -> [Option<u64>; 2] {
 
 /// Kind and name of the file system that PATH lies on.
 fn file_system(path: &Path) -> Option<(&'static str, String)> {
-    let file_system = SourceFile::open(path).and_then(|file| file.file_system()).ok()?;
+    // A folder is asked through one of its files, which may lie elsewhere by a link.
+    let files = if path.is_dir() {
+        fs::read_dir(path).ok()?.flatten().map(|entry| entry.path()).collect()
+    } else {
+        vec![path.to_owned()]
+    };
+    let file = files.into_iter().filter(|file| file.is_file()).find_map(|file| SourceFile::open(file).ok())?;
+    let file_system = file.file_system().ok()?;
     Some(match file_system {
         FileSystem::Local(name) => ("local", name.into()),
         FileSystem::Memory(name) => ("memory", name.into()),

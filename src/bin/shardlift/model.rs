@@ -11,7 +11,7 @@ use crate::args::{Devices, MeshArgs, RulesChoice};
 /// Opens MODEL; an existing path wins over a name in the Hugging Face cache.
 pub(crate) fn open(model: &str) -> Result<Checkpoint> {
     if !Path::new(model).exists() && is_hub_id(model) {
-        return Checkpoint::open_hub(model, &HubCache::from_env());
+        return Checkpoint::open_hub(model, &HubCache::from_env()?);
     }
     Checkpoint::open(model)
 }

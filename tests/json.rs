@@ -1,0 +1,252 @@
+//! Every object of the command line against `docs/json.schema.json`, and the exit status beside it.
+#![cfg(feature = "cli")]
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+#[test]
+fn inspect() {
+    let model = model();
+    let object = run(&["inspect", path(model.path())], 0);
+    assert_eq!(object["checkpoint_bytes"], 4 * 8 * 4 + 8);
+    assert_eq!(object["tensors"][0]["name"], "a.weight");
+    assert_eq!(object["files"][0]["metadata"]["format"], "pt");
+    let object = run(&["inspect", path(model.path()), "--filter", "b.*", "--sort", "name"], 0);
+    assert_eq!(object["tensors"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn verify() {
+    let model = model();
+    let object = run(&["verify", path(model.path())], 0);
+    assert_eq!(object["tensors"], Value::Null);
+    let object = run(&["verify", path(model.path()), "--deep"], 0);
+    assert_eq!(object["tensors"].as_array().unwrap().len(), 2);
+    assert_eq!(object["files"][0]["sha256"].as_str().unwrap().len(), 64);
+}
+
+#[test]
+fn plan() {
+    let (model, rules) = (model(), rules());
+    let rules = path(rules.path());
+    let object = run(&["plan", path(model.path()), "--tp", "2", "--rules", rules, "--audit"], 0);
+    assert_eq!(object["predicted_seconds"], Value::Null);
+    let ranks = object["ranks"].as_array().unwrap();
+    assert_eq!(ranks.len(), 2);
+    assert_eq!(ranks[1]["coord"], json!({ "dp": 0, "pp": 0, "cp": 0, "tp": 1 }));
+    let args =
+        ["plan", path(model.path()), "--tp", "2", "--rules", rules, "--rank", "1", "--storage", "1", "--link", "2"];
+    let one = run(&args, 0);
+    assert_eq!(one["ranks"].as_array().unwrap().len(), 1);
+    assert_eq!(one["ranks"][0], ranks[1]);
+    assert_eq!(one["plan_digest"], object["plan_digest"]);
+    assert!(one["predicted_seconds"].as_f64().unwrap() > 0.0);
+    let object = run(&["plan", path(model.path()), "--explain", "a.weight"], 0);
+    assert!(object["explain"].as_str().unwrap().contains("a.weight"));
+}
+
+#[test]
+fn load() {
+    let (model, rules) = (model(), rules());
+    let args = ["load", path(model.path()), "--tp", "2", "--rules", path(rules.path()), "--check"];
+    let mut digests = Vec::new();
+    for more in [&[][..], &["--devices", "host:staged"], &["--engine", "mmap"], &["--memory", "per-tensor"]] {
+        let object = run(&[&args[..], more].concat(), 0);
+        assert_eq!(object["needed_bytes"], 4 * 8 * 4 + 8);
+        assert_eq!(object["landed_bytes"], 4 * 8 * 4 + 2 * 8);
+        let ranks = object["ranks"].as_array().unwrap();
+        digests.push(ranks.iter().map(|rank| rank["digest"].as_str().unwrap().to_owned()).collect::<Vec<_>>());
+    }
+    assert!(digests.iter().all(|other| *other == digests[0]), "{digests:?}");
+    let object = run(&["load", path(model.path())], 0);
+    assert_eq!(object["ranks"][0]["digest"], Value::Null);
+}
+
+#[test]
+fn reshard_and_open_what_it_wrote() {
+    let (model, rules, out) = (model(), rules(), tempfile::tempdir().unwrap());
+    let out = out.path().join("out");
+    let args = ["reshard", path(model.path()), path(&out), "--tp", "2", "--rules", path(rules.path())];
+    let object = run(&args, 0);
+    for rank in object["ranks"].as_array().unwrap() {
+        let file = out.join(rank["file"].as_str().unwrap());
+        let object = run(&["verify", path(&file)], 0);
+        assert_eq!(object["checkpoint_bytes"], rank["bytes"]);
+    }
+    assert_eq!(run(&args, 2)["error"]["kind"], "usage");
+    run(&[&args[..], &["--force"]].concat(), 0);
+}
+
+#[test]
+fn doctor() {
+    let model = model();
+    let object = run(&["doctor", path(model.path())], 0);
+    assert!(object["auto"]["engine"].is_string());
+    assert!(object["memcpy_gb_per_s"].as_f64().unwrap() > 0.0);
+}
+
+#[test]
+fn failures() {
+    let model = model();
+    let model = path(model.path());
+    let error = |args: &[&str], status: i32, kind: &str| {
+        let object = run(args, status);
+        assert_eq!(object["error"]["kind"], kind, "{args:?}: {object}");
+    };
+    error(&["load", "no-such-model"], 2, "not-found");
+    error(&["load", "no-such-org/no-such-model"], 2, "not-found");
+    error(&["load", model, "--tp", "0"], 2, "usage");
+    error(&["load", model, "--tp", "2", "--rank", "2"], 2, "usage");
+    error(&["load"], 2, "usage");
+    error(&["frobnicate"], 2, "usage");
+    error(&["load", model, "--tp", "2"], 2, "rules");
+    error(&["plan", model, "--explain", "no.such.tensor"], 2, "not-found");
+    for flags in [
+        &["--devices", "cuda"][..],
+        &["--devices", "cuda:0,1"],
+        &["--engine", "cufile"],
+        &["--dtype", "bf16"],
+        &["--repeat", "2"],
+        &["--trace", "trace.json"],
+        &["--pp", "2"],
+        &["--ep", "2"],
+        &["--target", "hf"],
+        &["--rules", "hf-plan:plan.json"],
+    ] {
+        error(&[&["load", model][..], flags].concat(), 2, "unsupported");
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    fs::write(&file, b"\x02\0\0\0\0\0\0\0{]").unwrap();
+    error(&["verify", path(&file)], 3, "format");
+    fs::remove_file(&file).unwrap();
+    fs::write(folder.path().join("model.safetensors.index.json"), r#"{"weight_map": {"a": "gone.safetensors"}}"#)
+        .unwrap();
+    error(&["verify", path(folder.path())], 3, "index");
+}
+
+/// Two tensors in one file, and no config.json: `a.weight` of [8, 4] F32 and `b.bias` of [4] F16.
+fn model() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let mut header = json!({
+        "__metadata__": { "format": "pt" },
+        "a.weight": { "dtype": "F32", "shape": [8, 4], "data_offsets": [0, 128] },
+        "b.bias": { "dtype": "F16", "shape": [4], "data_offsets": [128, 136] },
+    })
+    .to_string();
+    while !header.len().is_multiple_of(8) {
+        header.push(' ');
+    }
+    let mut file = (header.len() as u64).to_le_bytes().to_vec();
+    file.extend(header.bytes());
+    file.extend(0..136u8);
+    fs::write(folder.path().join("model.safetensors"), file).unwrap();
+    folder
+}
+
+fn rules() -> tempfile::NamedTempFile {
+    let file = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+    let text = "rule = [ { match = \"**.weight\", shard = { dim = 0 } }, { match = \"**\", replicate = true } ]\n";
+    fs::write(file.path(), text).unwrap();
+    file
+}
+
+/// Runs a command with `--json`, and holds its one object against the schema.
+fn run(args: &[&str], status: i32) -> Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_shardlift")).args(args).arg("--json").output().unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(status), "{args:?}\n{stdout}\n{stderr}");
+    let object: Value = serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{args:?}: {error}\n{stdout}"));
+    assert_eq!(object["ok"], status == 0);
+    let schema = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/json.schema.json")).unwrap();
+    let schema: Value = serde_json::from_str(&schema).unwrap();
+    // The one schema of this object, rather than `oneOf`: its errors say what is wrong.
+    let name = if status == 0 { object["command"].as_str().unwrap() } else { "failure" };
+    if let Err(error) = fits(&schema["$defs"][name], &object, &schema["$defs"], name) {
+        panic!("{args:?}: {error}\n{stdout}");
+    }
+    object
+}
+
+/// Whether `value` fits: exactly the keywords that the schema uses; an unknown one is an error.
+fn fits(schema: &Value, value: &Value, defs: &Value, at: &str) -> Result<(), String> {
+    let wrong = |keyword: &str, rule: &Value| Err(format!("{at}: {value} does not fit {keyword} {rule}"));
+    let length = value.as_array().map_or(0, Vec::len) as u64;
+    for (keyword, rule) in schema.as_object().ok_or(format!("{at}: no schema"))? {
+        let holds = match keyword.as_str() {
+            "$ref" => {
+                let name = rule.as_str().unwrap().strip_prefix("#/$defs/").unwrap();
+                fits(&defs[name], value, defs, at)?;
+                true
+            }
+            "anyOf" => rule.as_array().unwrap().iter().any(|one| fits(one, value, defs, at).is_ok()),
+            "const" => value == rule,
+            "enum" => rule.as_array().unwrap().contains(value),
+            "type" => match rule {
+                Value::Array(types) => types.iter().any(|name| is(value, name.as_str().unwrap())),
+                name => is(value, name.as_str().unwrap()),
+            },
+            "minimum" => value.is_null() || value.as_f64() >= rule.as_f64(),
+            "minItems" => value.is_null() || length >= rule.as_u64().unwrap(),
+            "maxItems" => value.is_null() || length <= rule.as_u64().unwrap(),
+            "pattern" => {
+                let digits = if rule.as_str().unwrap().contains("{16}") { 16 } else { 64 };
+                let text = value.as_str().unwrap_or_default();
+                text.len() == digits && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+            }
+            "items" => {
+                for (index, item) in value.as_array().into_iter().flatten().enumerate() {
+                    fits(rule, item, defs, &format!("{at}[{index}]"))?;
+                }
+                true
+            }
+            "required" => {
+                let names = || rule.as_array().unwrap().iter().map(|name| name.as_str().unwrap());
+                !value.is_object() || names().all(|name| value.get(name).is_some())
+            }
+            "properties" => {
+                for (name, item) in value.as_object().into_iter().flatten() {
+                    if let Some(schema) = rule.get(name) {
+                        fits(schema, item, defs, &format!("{at}.{name}"))?;
+                    }
+                }
+                true
+            }
+            "additionalProperties" => {
+                let known = |name: &str| schema.get("properties").is_some_and(|known| known.get(name).is_some());
+                let mut others = value.as_object().into_iter().flatten().filter(|(name, _)| !known(name));
+                match rule {
+                    Value::Bool(false) => others.next().is_none(),
+                    rule => others.all(|(_, item)| fits(rule, item, defs, at).is_ok()),
+                }
+            }
+            other => return Err(format!("{at}: the schema uses {other}, which this test does not know")),
+        };
+        if !holds {
+            return wrong(keyword, rule);
+        }
+    }
+    Ok(())
+}
+
+fn is(value: &Value, name: &str) -> bool {
+    match name {
+        "array" => value.is_array(),
+        "boolean" => value.is_boolean(),
+        "integer" => value.is_u64() || value.is_i64(),
+        "null" => value.is_null(),
+        "number" => value.is_number(),
+        "object" => value.is_object(),
+        "string" => value.is_string(),
+        other => panic!("no such type: {other}"),
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
