@@ -269,9 +269,9 @@ impl FormatError {
             HeaderNotUtf8 { at } => return ("utf-8".into(), format!("another byte at {at}")),
             JsonSyntax { message } => (&"json", message),
             JsonTooDeep {} => return (format!("less than {} levels", limits::JSON_DEPTH), "more".into()),
-            HeaderNotObject { found }
-            | MetadataNotObject { found }
-            | TensorNotObject { found, .. } => (&"an object", found),
+            HeaderNotObject { found } | MetadataNotObject { found } | TensorNotObject { found, .. } => {
+                (&"an object", found)
+            }
             MetadataTwice {} => (&"one", &"two"),
             MetadataKeyTwice { key } => return ("distinct keys".into(), format!("{key:?} twice")),
             MetadataNotString { key, found } => return (format!("a string for {key:?}"), found.clone()),
