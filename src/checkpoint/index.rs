@@ -99,10 +99,9 @@ impl<'de> DeserializeSeed<'de> for Root<'_> {
 
 /// Names the rule for a value of the wrong type: serde calls it a data error, and no visitor left another rule.
 fn named<T, E: serde::de::Error>(slot: &Slot, broken: impl Fn() -> Error, result: Result<T, E>) -> Result<T, E> {
-    result.map_err(|error| {
+    result.inspect_err(|error| {
         let left = slot.take();
         slot.set(left.or_else(|| error.to_string().starts_with("invalid type").then(broken)));
-        error
     })
 }
 
