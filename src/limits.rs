@@ -12,6 +12,12 @@ pub const HEADER_MAX: u64 = 100_000_000;
 /// Deepest JSON nesting that is accepted: serde_json's own recursion limit. A header needs 3 levels.
 pub const JSON_DEPTH: usize = 128;
 
+/// Largest index or `config.json` that is accepted: an index of 92,000 tensors takes 10 MB.
+pub const INDEX_MAX: u64 = 100_000_000;
+
+/// Most threads that read headers at once: beyond this storage answers no faster.
+pub const HEADER_THREADS_MAX: usize = 32;
+
 /// Staging memory of one [`Loader`](crate::Loader), shared by its loads: half of what the strongest rival pins, and
 /// enough for 16 slots of 16 MiB in flight.
 pub const STAGING: usize = 256 << 20;

@@ -2,17 +2,25 @@
 
 #![forbid(unsafe_code)]
 
+mod hub;
+mod index;
+mod names;
+mod open;
 mod write;
-pub(crate) use write::NewDirectory;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::extent::FileId;
+use crate::extent::{FileId, Rank};
 use crate::shape::Shape;
 use crate::source::Identity;
+
+pub(crate) use write::NewDirectory;
+pub use hub::HubCache;
+pub use index::Index;
 
 /// The headers of a model's files, cross-checked. Cheap to clone; no tensor data is read and no file is kept open.
 #[derive(Debug, Clone)]
@@ -25,6 +33,7 @@ struct Inner {
     path: PathBuf,
     files: Vec<CheckpointFile>,
     tensors: Vec<TensorMeta>,
+    names: names::NameTable,
     config: Option<serde_json::Value>,
     warnings: Vec<String>,
 }
@@ -72,9 +81,44 @@ impl TensorMeta {
 
 impl Checkpoint {
     /// Opens a `.safetensors` file, a directory of them, or a directory with an index. Reads headers only.
+    ///
+    /// A directory means `model.safetensors.index.json` and exactly its files; else `model.safetensors`; else all
+    /// `*.safetensors` directly in it.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is no checkpoint,
+    /// [`Format`](crate::ErrorKind::Format) if a header and [`Index`](crate::ErrorKind::Index) if the index breaks a
+    /// rule, [`Usage`](crate::ErrorKind::Usage) if the directory holds one checkpoint per rank.
     pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint> {
-        let _ = path;
-        todo!()
+        open::open(path.as_ref())
+    }
+
+    /// Opens the checkpoint of one rank in a directory of `model-rank-R-part-P.safetensors` files.
+    ///
+    /// # Errors
+    /// As [`open`](Checkpoint::open); [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is none for `rank`.
+    pub fn open_rank(dir: impl AsRef<Path>, rank: Rank) -> Result<Checkpoint> {
+        open::open_rank(dir.as_ref(), rank)
+    }
+
+    /// The `model-rank-R-part-P.safetensors` files of a directory: per rank the paths, by part. Empty if it holds none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`](crate::ErrorKind::Io) if the directory cannot be listed, and
+    /// [`Index`](crate::ErrorKind::Index) if a rank lacks a part or has one twice.
+    pub fn rank_files(dir: impl AsRef<Path>) -> Result<BTreeMap<Rank, Vec<PathBuf>>> {
+        open::rank_files(dir.as_ref())
+    }
+
+    /// Opens `org/name` or `org/name@revision` from the local Hugging Face cache; no network. The revision is a
+    /// branch, a tag or a commit, and `main` if there is none.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`](crate::ErrorKind::Usage) if the id makes no sense,
+    /// [`NotFound`](crate::ErrorKind::NotFound) if the cache lacks the model or the revision, else as
+    /// [`open`](Checkpoint::open).
+    pub fn open_hub(id: &str, cache: &HubCache) -> Result<Checkpoint> {
+        open::open(&cache.snapshot(id)?)
     }
 
     /// The file or directory that was opened.
@@ -99,8 +143,7 @@ impl Checkpoint {
 
     /// The position in [`tensors`](Checkpoint::tensors) of the tensor with this name.
     pub fn position(&self, name: &str) -> Option<usize> {
-        let _ = name;
-        todo!()
+        self.inner.names.position(name, |position| &self.inner.tensors[position].name)
     }
 
     /// The tensor with this name.
@@ -133,29 +176,15 @@ impl Checkpoint {
             header_hash: 1,
             metadata: Vec::new(),
         };
-        Checkpoint { inner: Arc::new(Inner { path, files: vec![file], tensors, config, warnings: Vec::new() }) }
+        let mut names = names::NameTable::with_capacity(tensors.len());
+        for (position, tensor) in tensors.iter().enumerate() {
+            assert!(names.insert(&tensor.name, position, |at| tensors[at].name.as_str()).is_none(), "two of a name");
+        }
+        Checkpoint { inner: Arc::new(Inner { path, files: vec![file], tensors, names, config, warnings: Vec::new() }) }
     }
 
     /// The bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.inner.tensors.iter().map(TensorMeta::bytes).sum()
-    }
-}
-
-/// Where the local Hugging Face cache lies.
-#[derive(Debug, Clone)]
-pub struct HubCache {
-    path: PathBuf,
-}
-
-impl HubCache {
-    /// The cache in this directory (the folder with `models--org--name` in it).
-    pub fn new(path: impl Into<PathBuf>) -> HubCache {
-        HubCache { path: path.into() }
-    }
-
-    /// The directory.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 }

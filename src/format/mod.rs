@@ -207,7 +207,7 @@ fn warnings(text: &str, data_start: u64) -> Vec<HeaderWarning> {
     if after > 7 {
         warnings.push(HeaderWarning::PaddingAfter(after as u64));
     }
-    if data_start % 8 != 0 {
+    if !data_start.is_multiple_of(8) {
         warnings.push(HeaderWarning::DataUnaligned(data_start));
     }
     warnings

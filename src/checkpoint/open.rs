@@ -1,0 +1,322 @@
+//! From a location to its files, and from their headers to one name space.
+
+use std::collections::BTreeMap;
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::checkpoint::index::{Index, rule};
+use crate::checkpoint::names::NameTable;
+use crate::checkpoint::{Checkpoint, CheckpointFile, Inner, TensorMeta};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::{FileId, Rank};
+use crate::format::Header;
+use crate::limits;
+use crate::source::{Identity, SourceFile};
+
+pub(super) fn open(path: &Path) -> Result<Checkpoint> {
+    let metadata = std::fs::metadata(path).map_err(|error| Error::io("cannot open", path, error))?;
+    if !metadata.is_dir() {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let dir = path.parent().unwrap_or(Path::new(""));
+        return assemble(path, dir, vec![(name, path.to_owned())], None);
+    }
+    if path.join(INDEX).is_file() {
+        let index_path = path.join(INDEX);
+        let index = Index::parse(&read_whole(&index_path)?).map_err(|error| error.with_file(&index_path))?;
+        let files = index.files.iter().map(|name| (name.clone(), path.join(name))).collect();
+        return assemble(path, path, files, Some((&index_path, index)));
+    }
+    let names = list(path)?;
+    if names.iter().any(|name| name == SINGLE) {
+        return assemble(path, path, vec![(SINGLE.into(), path.join(SINGLE))], None);
+    }
+    let ranks = group(path, &names)?;
+    if let (Some((first, _)), Some((last, _))) = (ranks.first_key_value(), ranks.last_key_value()) {
+        let message = format!("directory holds one checkpoint per rank, of ranks {first} to {last}: name the rank");
+        let found = ranks.values().flatten().map(|path| file_name(path)).take(NAMES_SHOWN).collect::<Vec<_>>();
+        return Err(Error::new(ErrorKind::Usage, message)
+            .with_expected("one checkpoint", found.join(", "))
+            .with_file(path));
+    }
+    let files: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
+    if files.is_empty() {
+        let others: Vec<&str> = names.iter().map(String::as_str).filter(|name| is_other_format(name)).collect();
+        let message = match others.is_empty() {
+            true => "directory holds no .safetensors file",
+            false => "directory holds weights, but not as .safetensors: convert them first",
+        };
+        let found = others.iter().take(NAMES_SHOWN).copied().collect::<Vec<_>>().join(", ");
+        let found = if found.is_empty() { "none".to_owned() } else { found };
+        return Err(Error::new(ErrorKind::NotFound, message)
+            .with_expected(".safetensors files", found)
+            .with_file(path));
+    }
+    assemble(path, path, files.into_iter().map(|name| (name.clone(), path.join(name))).collect(), None)
+}
+
+pub(super) fn open_rank(dir: &Path, rank: Rank) -> Result<Checkpoint> {
+    let mut ranks = rank_files(dir)?;
+    let Some(paths) = ranks.remove(&rank) else {
+        let found = match (ranks.first_key_value(), ranks.last_key_value()) {
+            (Some((first, _)), Some((last, _))) => format!("ranks {first} to {last}"),
+            _ => "none".into(),
+        };
+        return Err(Error::new(ErrorKind::NotFound, "directory holds no checkpoint for the rank")
+            .with_expected(format!("model-rank-{rank}-part-0.safetensors"), found)
+            .with_file(dir)
+            .with_rank(rank));
+    };
+    let files = paths.into_iter().map(|path| (file_name(&path), path)).collect();
+    assemble(dir, dir, files, None).map_err(|error| error.with_rank(rank))
+}
+
+pub(super) fn rank_files(dir: &Path) -> Result<BTreeMap<Rank, Vec<PathBuf>>> {
+    group(dir, &list(dir)?)
+}
+
+/// The names in a directory, sorted; those that are not UTF-8 are none of ours.
+fn list(dir: &Path) -> Result<Vec<String>> {
+    let failed = |error| Error::io("cannot list", dir, error);
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(failed)? {
+        names.extend(entry.map_err(failed)?.file_name().into_string());
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn group(dir: &Path, names: &[String]) -> Result<BTreeMap<Rank, Vec<PathBuf>>> {
+    let mut ranks: BTreeMap<Rank, Vec<(u32, &String)>> = BTreeMap::new();
+    for name in names {
+        if let Some((rank, part)) = rank_and_part(name) {
+            ranks.entry(rank).or_default().push((part, name));
+        }
+    }
+    let mut paths = BTreeMap::new();
+    for (rank, mut parts) in ranks {
+        parts.sort_unstable();
+        for (expected, &(found, name)) in parts.iter().enumerate() {
+            if found as usize != expected {
+                return Err(rule("rank-part-missing", "parts of a rank are not 0, 1, 2, ...")
+                    .with_expected(format!("part {expected}"), format!("part {found}"))
+                    .with_file(dir.join(name))
+                    .with_rank(rank));
+            }
+        }
+        paths.insert(rank, parts.into_iter().map(|(_, name)| dir.join(name)).collect());
+    }
+    Ok(paths)
+}
+
+/// `model-rank-R-part-P.safetensors`
+fn rank_and_part(name: &str) -> Option<(Rank, u32)> {
+    let (rank, part) = name.strip_prefix("model-rank-")?.strip_suffix(".safetensors")?.split_once("-part-")?;
+    let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten();
+    Some((Rank(number(rank)?), number(part)?))
+}
+
+fn is_other_format(name: &str) -> bool {
+    [".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack"].iter().any(|end| name.ends_with(end))
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn read_whole(path: &Path) -> Result<Vec<u8>> {
+    let file = SourceFile::open(path)?;
+    let size = file.identity().size;
+    if size > limits::INDEX_MAX {
+        return Err(rule("index-too-large", "json file is too large")
+            .with_expected(format!("at most {} bytes", limits::INDEX_MAX), format!("{size} bytes"))
+            .with_file(path));
+    }
+    let mut bytes = vec![0; size as usize];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Reads all headers and checks them against each other and the index.
+fn assemble(
+    path: &Path,
+    dir: &Path,
+    names: Vec<(String, PathBuf)>,
+    index: Option<(&Path, Index)>,
+) -> Result<Checkpoint> {
+    let mut warnings = Vec::new();
+    let headers = read_headers(&names);
+    let mut files = Vec::with_capacity(names.len());
+    let mut tensors = Vec::new();
+    for (position, ((name, path), header)) in names.into_iter().zip(headers).enumerate() {
+        let (identity, header) = match (header, &index) {
+            (Ok(read), _) => read,
+            (Err(error), Some((_, index))) if error.kind() == ErrorKind::NotFound => {
+                let tensor = index.tensors.iter().find(|(_, file)| *file as usize == position);
+                return Err(rule("index-file-missing", "index names a file that is not there")
+                    .with_expected(name, "no such file")
+                    .with_tensor(tensor.map(|(tensor, _)| tensor.as_str()).unwrap_or_default())
+                    .with_file(path)
+                    .with_source(error));
+            }
+            (Err(error), _) => return Err(error),
+        };
+        let Header { tensors: of_file, metadata, data_start, hash: header_hash, warnings: odd } = header;
+        warnings.extend(odd.iter().map(|warning| format!("{name}: {warning}")));
+        let file = FileId(position as u32);
+        tensors.extend(of_file.into_iter().map(|tensor| {
+            let crate::format::HeaderTensor { name, dtype, shape, start, end } = tensor;
+            TensorMeta { name, file, dtype, shape, start, end }
+        }));
+        files.push(CheckpointFile { name, path, identity, data_start, header_hash, metadata });
+    }
+    let names = match &index {
+        Some((index_path, index)) => {
+            cross_check(index, &files, &mut tensors, &mut warnings).map_err(|error| error.with_file(*index_path))?
+        }
+        None => name_table(&files, &tensors)?,
+    };
+    let config = read_config(&dir.join("config.json"), &mut warnings);
+    Ok(Checkpoint { inner: Arc::new(Inner { path: path.to_owned(), files, tensors, names, config, warnings }) })
+}
+
+fn name_table(files: &[CheckpointFile], tensors: &[TensorMeta]) -> Result<NameTable> {
+    let mut names = NameTable::with_capacity(tensors.len());
+    for (position, tensor) in tensors.iter().enumerate() {
+        if let Some(first) = names.insert(&tensor.name, position, |at| &tensors[at].name) {
+            let file = |tensor: &TensorMeta| &files[tensor.file.0 as usize];
+            return Err(rule("tensor-in-two-files", "two files hold a tensor of this name")
+                .with_expected(&file(&tensors[first]).name, &file(tensor).name)
+                .with_tensor(&tensor.name)
+                .with_file(&file(tensor).path));
+        }
+    }
+    Ok(names)
+}
+
+/// The index against the headers. A copy of a tensor in another file than the index names is left out.
+fn cross_check(
+    index: &Index,
+    files: &[CheckpointFile],
+    tensors: &mut Vec<TensorMeta>,
+    warnings: &mut Vec<String>,
+) -> Result<NameTable> {
+    let mut indexed = NameTable::with_capacity(index.tensors.len());
+    for (position, (name, _)) in index.tensors.iter().enumerate() {
+        indexed.insert(name, position, |at| &index.tensors[at].0);
+    }
+    // Per tensor of the index: whether its file holds it, else another file that does.
+    let mut held = vec![false; index.tensors.len()];
+    let mut elsewhere: BTreeMap<usize, FileId> = BTreeMap::new();
+    let mut orphans = Vec::new();
+    for tensor in tensors.iter() {
+        match indexed.position(&tensor.name, |at| &index.tensors[at].0) {
+            Some(at) if index.tensors[at].1 == tensor.file.0 => held[at] = true,
+            Some(at) => drop(elsewhere.entry(at).or_insert(tensor.file)),
+            None => orphans.push(tensor.name.as_str()),
+        }
+    }
+    if let Some(at) = held.iter().position(|held| !held) {
+        let (tensor, file) = &index.tensors[at];
+        let expected = &files[*file as usize];
+        return Err(match elsewhere.get(&at) {
+            Some(found) => rule("index-tensor-elsewhere", "tensor is in another file than the index says")
+                .with_expected(&expected.name, &files[found.0 as usize].name),
+            None => rule("index-tensor-missing", "tensor that the index names is not in its file")
+                .with_expected(tensor, "nothing"),
+        }
+        .with_tensor(tensor)
+        .with_file(&expected.path));
+    }
+    if !orphans.is_empty() {
+        let shown = orphans[..orphans.len().min(NAMES_SHOWN)].join(", ");
+        warnings.push(format!("index leaves out {} tensors of its files: {shown}", orphans.len()));
+    }
+    if !elsewhere.is_empty() {
+        let shown: Vec<&str> = elsewhere.keys().take(NAMES_SHOWN).map(|&at| index.tensors[at].0.as_str()).collect();
+        let shown = shown.join(", ");
+        warnings.push(format!("{} tensors are also in files that the index does not name: {shown}", elsewhere.len()));
+        tensors.retain(|tensor| match indexed.position(&tensor.name, |at| &index.tensors[at].0) {
+            Some(at) => index.tensors[at].1 == tensor.file.0,
+            None => true,
+        });
+    }
+    let bytes: u64 = tensors.iter().map(TensorMeta::bytes).sum();
+    if let Some(total) = &index.total_size
+        && total.as_u64() != Some(bytes)
+        && total.as_f64() != Some(bytes as f64)
+    {
+        warnings.push(format!("index says total_size {total}, its tensors take {bytes} bytes"));
+    }
+    name_table(files, tensors)
+}
+
+fn read_config(path: &Path, warnings: &mut Vec<String>) -> Option<serde_json::Value> {
+    if !path.exists() {
+        return None;
+    }
+    let parsed = read_whole(path).and_then(|bytes| {
+        serde_json::from_slice(&bytes)
+            .map_err(|error| rule("config-not-json", "not json").with_expected("json", error).with_file(path))
+    });
+    parsed.map_err(|error| warnings.push(format!("config.json is not used: {error}"))).ok()
+}
+
+/// All headers, in the order of the files. Threads of our own: a read that waits must not hold a core of rayon's pool.
+fn read_headers(files: &[(String, PathBuf)]) -> Vec<Result<(Identity, Header)>> {
+    let slots: Vec<_> = files.iter().map(|_| Mutex::new(None)).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut buffer = Vec::new();
+        while let Some((file, slot)) = {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            files.get(at).zip(slots.get(at))
+        } {
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(read_header(&file.1, &mut buffer));
+        }
+    };
+    // Twice the cores: on a network file system most of the time goes to waiting.
+    let cores = thread::available_parallelism().map_or(1, NonZero::get);
+    let threads = files.len().min(2 * cores).min(limits::HEADER_THREADS_MAX);
+    thread::scope(|scope| {
+        for at in 1..threads {
+            // Fewer threads than wanted do the same work.
+            let named = thread::Builder::new().name(format!("shardlift-open-{at}"));
+            if named.spawn_scoped(scope, work).is_err() {
+                break;
+            }
+        }
+        work();
+    });
+    let read = slots.into_iter().map(|slot| slot.into_inner().unwrap_or_else(PoisonError::into_inner));
+    read.map(|header| header.expect("bug in shardlift: a header was left out")).collect()
+}
+
+fn read_header(path: &Path, buffer: &mut Vec<u8>) -> Result<(Identity, Header)> {
+    let file = SourceFile::open(path)?;
+    let identity = file.identity();
+    // One read gets most headers whole.
+    buffer.resize(identity.size.min(FIRST_READ) as usize, 0);
+    file.read_exact_at(buffer, 0)?;
+    let place = |error| Error::from(error).with_file(path);
+    let length = Header::header_len(buffer, identity.size).map_err(place)? + Header::LENGTH_BYTES;
+    let first = buffer.len();
+    if length > first as u64 {
+        buffer.resize(length as usize, 0);
+        file.read_exact_at(&mut buffer[first..], first as u64)?;
+    }
+    let header = Header::parse(buffer, identity.size).map_err(place)?;
+    file.verify_identity(identity)?;
+    Ok((identity, header))
+}
+
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+
+/// Names that a message repeats before it says how many there are.
+const NAMES_SHOWN: usize = 3;
+
+/// Bytes of the first read of a file: the header of most is smaller, and it costs no more than a page.
+const FIRST_READ: u64 = 64 << 10;
