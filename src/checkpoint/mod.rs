@@ -18,9 +18,9 @@ use crate::extent::{FileId, Rank};
 use crate::shape::Shape;
 use crate::source::Identity;
 
-pub(crate) use write::NewDirectory;
 pub use hub::HubCache;
 pub use index::Index;
+pub(crate) use write::NewDirectory;
 
 /// The headers of a model's files, cross-checked. Cheap to clone; no tensor data is read and no file is kept open.
 #[derive(Debug, Clone)]

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use crate::device::Allocation;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{FileId, Rank};
 use crate::place::{Destinations, Place};
@@ -42,8 +41,7 @@ pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Resul
             let address = mapping.address().wrapping_add(start as usize).cast_mut();
             // SAFETY: the range lies in the mapping (the header was checked against the file's size), which `keep`
             // holds; a lent place is never copied to.
-            let owner = unsafe { Allocation::lent(address, mapping) };
-            let place = Place { address: address.expose_provenance() as u64, owner: Some(Arc::new(owner)), lent: true };
+            let place = unsafe { Place::borrowed(address, mapping, true) };
             destinations.replace(rank, position as u32, place);
         }
     }
@@ -79,8 +77,7 @@ pub(super) unsafe fn place_into(plan: &Plan, destinations: &mut Destinations, me
                 .with_expected(format!("{} bytes", dest.bytes), format!("{bytes} bytes"))));
         }
         // SAFETY: the caller of this function answers for the memory.
-        let owner = unsafe { Allocation::lent(*address, Arc::new(())) };
-        let place = Place { address: address.expose_provenance() as u64, owner: Some(Arc::new(owner)), lent: false };
+        let place = unsafe { Place::borrowed(*address, Arc::new(()), false) };
         destinations.replace(*rank, found as u32, place);
     }
     Ok(())

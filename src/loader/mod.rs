@@ -11,13 +11,12 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::observe::{Progress, Report};
-use crate::pipeline::{Job, Running, Setup, devices};
+use crate::pipeline::{Job, Ring, Running, Setup, devices};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Rules, World};
 #[cfg(target_os = "linux")]
 use crate::read::Uring;
 use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, default_threads};
-use crate::stage::Ring;
 
 pub use lend::CallerMemory;
 

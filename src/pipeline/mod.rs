@@ -13,8 +13,8 @@ use crate::place::Destinations;
 use crate::plan::Plan;
 use crate::read::Engine;
 use crate::source::SourceFile;
-use crate::stage::Ring;
 
+pub(crate) use crate::stage::Ring;
 pub(crate) use job::Job;
 pub(crate) use run::Running;
 

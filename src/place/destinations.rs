@@ -1,5 +1,6 @@
 //! Where each destination of the ranks of this process lies, and who owns that memory.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use crate::device::Allocation;
@@ -26,14 +27,26 @@ pub(crate) struct Place {
     pub(crate) lent: bool,
 }
 
+impl Place {
+    /// Memory that `keep` keeps alive. If it is `lent`, its bytes are there already and nothing is copied to it.
+    ///
+    /// # Safety
+    /// - the destination's bytes at `address` are readable for as long as `keep` lives;
+    /// - unless it is `lent`, they are writable too, and nobody else uses them until they have landed.
+    pub(crate) unsafe fn borrowed(address: *mut u8, keep: Arc<dyn Any + Send + Sync>, lent: bool) -> Place {
+        // SAFETY: the same duties.
+        let owner = unsafe { Allocation::lent(address, keep) };
+        Place { address: address.expose_provenance() as u64, owner: Some(Arc::new(owner)), lent }
+    }
+}
+
 impl Destinations {
     /// Few large blocks for each rank (`Memory::Blocks`).
     pub(crate) fn in_blocks(plan: &Plan) -> Result<Destinations> {
         Destinations::for_each_rank(plan, |rank| {
             let layout = Layout::in_blocks(plan.rank(rank), plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX);
-            // A rank without bytes still needs an address for its empty tensors.
-            let sizes: &[u64] = if layout.blocks.is_empty() { &[0] } else { &layout.blocks };
-            let blocks = sizes
+            let blocks = layout
+                .blocks
                 .iter()
                 .map(|&bytes| Ok(Arc::new(Allocation::pages(bytes as usize)?)))
                 .collect::<Result<Vec<_>>>()
