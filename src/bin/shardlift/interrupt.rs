@@ -3,6 +3,7 @@
 
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use shardlift::{Error, ErrorKind, Monitor, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -42,11 +43,16 @@ impl Interrupt {
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
         let theirs = Arc::clone(&shared);
         let watch = move || {
+            let mut first: Option<Instant> = None;
             for signal in signals.forever() {
-                if theirs.signal.swap(signal, Ordering::SeqCst) != 0 {
+                match first {
+                    // Launchers signal a process and then its group: that is asked once.
+                    Some(first) if first.elapsed() < TWICE => continue,
                     // Asked twice: whoever asks does not want to wait for the drain.
-                    std::process::exit(128 + signal);
+                    Some(_) => std::process::exit(128 + signal),
+                    None => first = Some(Instant::now()),
                 }
+                theirs.signal.store(signal, Ordering::SeqCst);
                 match &*theirs.then() {
                     Then::Cancel(monitor) => monitor.cancel(),
                     Then::Exit { command, json } => {
@@ -107,3 +113,6 @@ impl Shared {
 fn interrupted(signal: i32) -> Failure {
     Failure::from(Error::new(ErrorKind::Cancelled, "interrupted")).with_signal(Some(signal))
 }
+
+/// Signals nearer to the first than this are the same request.
+const TWICE: Duration = Duration::from_secs(1);
