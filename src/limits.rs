@@ -79,3 +79,13 @@ pub const URING_DEPTH: u32 = 16;
 
 /// Most threads with a ring of their own: beyond it, completions are handled faster than storage produces them.
 pub const URING_THREADS_MAX: usize = 4;
+
+/// `auto` reads less than this through the page cache whatever the storage: setting up rings would take as long.
+pub const AUTO_SMALL: u64 = 64 << 20;
+
+/// `auto` reads through the page cache if it holds at least this share of the files: copying what is there beats
+/// reading it again.
+pub const AUTO_RESIDENT: f64 = 0.5;
+
+/// How many files `auto` looks at.
+pub const AUTO_FILES: usize = 8;

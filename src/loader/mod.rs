@@ -16,7 +16,7 @@ use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Rules, World};
 #[cfg(target_os = "linux")]
 use crate::read::Uring;
-use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, default_threads};
+use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, choose, default_threads};
 
 pub use lend::CallerMemory;
 
@@ -175,7 +175,7 @@ impl Loader {
         };
         // SAFETY: the same duties.
         unsafe { lend::place_into(plan, &mut destinations, memory)? };
-        let (engine, engine_reason) = self.choose_engine();
+        let (engine, engine_reason) = self.choose_engine(plan);
         let running = Running::start(Setup {
             plan: plan.clone(),
             destinations,
@@ -205,15 +205,20 @@ impl Loader {
         self.ring.release();
     }
 
-    fn choose_engine(&self) -> (Arc<dyn Engine>, String) {
+    fn choose_engine(&self, plan: &Plan) -> (Arc<dyn Engine>, String) {
         let threads = default_threads();
         let (engine, reason): (Arc<dyn Engine>, String) = match &self.engine {
             EngineSource::Custom(engine) => (Arc::clone(engine), "the caller's own engine".into()),
-            EngineSource::Choice(EngineChoice::Pread) => (Arc::new(Pread::new(threads)), "asked for".into()),
-            EngineSource::Choice(EngineChoice::Mmap) => (Arc::new(Mmap::new(threads)), "asked for".into()),
-            EngineSource::Choice(EngineChoice::Uring) => uring(threads),
-            EngineSource::Choice(EngineChoice::Auto) => {
-                (Arc::new(Pread::new(threads)), "auto: buffered reads suit every file system".into())
+            EngineSource::Choice(choice) => {
+                let (choice, reason) = match choice {
+                    EngineChoice::Auto => choose(plan),
+                    asked => (*asked, "asked for".into()),
+                };
+                match choice {
+                    EngineChoice::Mmap => (Arc::new(Mmap::new(threads)), reason),
+                    EngineChoice::Uring => uring(threads, reason),
+                    EngineChoice::Auto | EngineChoice::Pread => (Arc::new(Pread::new(threads)), reason),
+                }
             }
         };
         match self.throttle {
@@ -224,15 +229,15 @@ impl Loader {
 }
 
 /// io_uring, or buffered reads and the reason why not.
-fn uring(threads: usize) -> (Arc<dyn Engine>, String) {
+fn uring(threads: usize, reason: String) -> (Arc<dyn Engine>, String) {
     #[cfg(target_os = "linux")]
     let refused = match Uring::new(threads.min(limits::URING_THREADS_MAX), limits::URING_DEPTH, true) {
-        Ok(engine) => return (Arc::new(engine), "asked for".into()),
+        Ok(engine) => return (Arc::new(engine), reason),
         Err(error) => error.to_string(),
     };
     #[cfg(not(target_os = "linux"))]
     let refused = "io_uring needs Linux";
-    (Arc::new(Pread::new(threads)), format!("asked for uring, but {refused}"))
+    (Arc::new(Pread::new(threads)), format!("{reason}; but {refused}"))
 }
 
 /// A load in progress: an iterator over tensors in the order in which they become complete. Dropping it cancels the

@@ -57,7 +57,7 @@ impl Loader {
                 .collect();
             devices.push(file_device(path, Arc::new(file)));
         }
-        let (engine, engine_reason) = self.choose_engine();
+        let (engine, engine_reason) = self.choose_engine(plan);
         let mut running = Running::start(Setup {
             plan: plan.clone(),
             destinations: Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]))?,

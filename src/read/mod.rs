@@ -3,6 +3,7 @@
 //! An engine is dumb on purpose: it reports how many bytes arrived. That short reads are continued, interrupted
 //! ones repeated, and an early end noticed, is decided in one place above all engines.
 
+mod auto;
 mod mmap;
 mod pread;
 mod throttle;
@@ -18,6 +19,7 @@ use crate::error::Result;
 use crate::source::SourceFile;
 use crate::stage::Slot;
 
+pub(crate) use auto::choose;
 pub use mmap::Mmap;
 pub use pread::Pread;
 pub use throttle::Throttled;
