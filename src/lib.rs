@@ -34,7 +34,7 @@ pub use checkpoint::{Checkpoint, HubCache};
 pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, Result};
 pub use extent::{Extent, FileId, Rank};
-pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Residency};
+pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Reshard, Residency};
 pub use observe::{Progress, Report};
 pub use place::{Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};

@@ -195,3 +195,18 @@ fn reshard_writes_partitions_that_join_to_the_original() {
         );
     }
 }
+
+#[test]
+fn a_cancelled_reshard_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 8);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let outside = tempfile::tempdir().unwrap();
+    let loader = Loader::new().throttle(Some(20 << 20));
+    let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
+    let reshard = loader.start_reshard(&plan, outside.path().join("out"), false).unwrap();
+    let monitor = reshard.monitor();
+    monitor.cancel();
+    assert_eq!(reshard.finish().unwrap_err().kind(), ErrorKind::Cancelled);
+    assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+}

@@ -19,6 +19,7 @@ use crate::read::Uring;
 use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, choose, default_threads};
 
 pub use lend::CallerMemory;
+pub use reshard::Reshard;
 
 /// How to load. Owns the staging ring, which its loads share and reuse.
 #[derive(Debug)]
@@ -251,7 +252,7 @@ pub struct Load {
 impl Load {
     /// A handle for progress and cancel, for any thread.
     pub fn monitor(&self) -> Monitor {
-        Monitor { job: Arc::clone(self.running.job()) }
+        Monitor::new(self.running.job())
     }
 
     /// Waits for the end of the load.
@@ -286,6 +287,10 @@ pub struct Monitor {
 }
 
 impl Monitor {
+    fn new(job: &Arc<Job>) -> Monitor {
+        Monitor { job: Arc::clone(job) }
+    }
+
     /// How far the load is.
     pub fn progress(&self) -> Progress {
         self.job.progress()

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Loader;
+use super::{Loader, Monitor};
 use crate::checkpoint::NewDirectory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::observe::Report;
@@ -22,6 +22,14 @@ impl Loader {
     /// [`ErrorKind::Usage`] if `out` exists and `force` is not set; else as a load, and [`ErrorKind::Io`] if a file
     /// cannot be written.
     pub fn reshard(&self, plan: &Plan, out: impl AsRef<Path>, force: bool) -> Result<Report> {
+        self.start_reshard(plan, out, force)?.finish()
+    }
+
+    /// Starts what [`reshard`](Loader::reshard) does and waits for.
+    ///
+    /// # Errors
+    /// As [`reshard`](Loader::reshard), as far as they are known before anything moves.
+    pub fn start_reshard(&self, plan: &Plan, out: impl AsRef<Path>, force: bool) -> Result<Reshard> {
         let started = Instant::now();
         let out = out.as_ref();
         let model = plan.checkpoint().path();
@@ -58,7 +66,7 @@ impl Loader {
             devices.push(file_device(path, Arc::new(file)));
         }
         let (engine, engine_reason) = self.choose_engine(plan);
-        let mut running = Running::start(Setup {
+        let running = Running::start(Setup {
             plan: plan.clone(),
             destinations: Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]))?,
             devices,
@@ -71,8 +79,35 @@ impl Loader {
             opened: Vec::new(),
             started,
         })?;
+        Ok(Reshard { plan: plan.clone(), running, directory, started })
+    }
+}
+
+/// A reshard in progress. Dropping it cancels it, waits for its threads and removes what was written.
+#[derive(Debug)]
+pub struct Reshard {
+    plan: Plan,
+    // Before the directory: no thread may still write when that is removed.
+    running: Running,
+    directory: NewDirectory,
+    started: Instant,
+}
+
+impl Reshard {
+    /// A handle for progress and cancel, for any thread.
+    pub fn monitor(&self) -> Monitor {
+        Monitor::new(self.running.job())
+    }
+
+    /// Waits for the last byte, makes everything durable and gives the directory its name.
+    ///
+    /// # Errors
+    /// The first error; then nothing of the output is left.
+    pub fn finish(self) -> Result<Report> {
+        let Reshard { plan, mut running, directory, started } = self;
         let mut report = running.finish()?;
         report.needed_bytes = plan.needed_bytes(plan.world().driven());
+        let model = plan.checkpoint().path();
         if model.is_dir() {
             directory.copy_companions(model)?;
         }

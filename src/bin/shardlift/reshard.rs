@@ -25,9 +25,10 @@ pub(crate) fn run(
     interrupt.waits(); // so that no temporary folder stays behind
     interrupt.check()?;
 
-    let report = Loader::new()
-        .reshard(&plan, out, *force)
-        .map_err(|error| Failure::started(error).with_signal(interrupt.signal()))?;
+    let failed = |error| Failure::started(error).with_signal(interrupt.signal());
+    let reshard = Loader::new().start_reshard(&plan, out, *force).map_err(failed)?;
+    interrupt.cancels(reshard.monitor());
+    let report = reshard.finish().map_err(failed)?;
     output.warn(&report.warnings);
 
     let mut files = Vec::new();

@@ -1,0 +1,150 @@
+//! Warm loads against a bare loop of large `pread`s into equally prepared memory, with the same number of threads.
+//!
+//! `cargo bench --bench throughput [-- FOLDER]`: writes a Llama-shaped checkpoint of 2 GB random bytes into FOLDER
+//! (default `target/bench`) unless it is there, reads it once so that the page cache holds it, then measures pairs in
+//! turn (ceiling, load, load, ceiling). Prints medians and their spread, and the ratio that counts.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
+
+use memmap2::{Advice, MmapMut};
+use shardlift::read::EngineChoice;
+use shardlift::{Checkpoint, Loader, Plan, Rules, World};
+
+const PAIRS: usize = 8;
+const CHUNK: usize = 2 << 20;
+
+/// The cuts of a Llama layer, its row-parallel third included.
+const RULES: &str = r#"
+rule = [
+  { match = "**.{q,k,v,gate,up}_proj.weight", shard = { dim = 0 } },
+  { match = "**.{o,down}_proj.weight", shard = { dim = 1 } },
+]
+"#;
+
+fn main() -> io::Result<()> {
+    let folder = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let folder = folder.map_or_else(|| PathBuf::from("target/bench"), PathBuf::from);
+    let file = write_model(&folder)?;
+    let checkpoint = Checkpoint::open(&folder).map_err(io::Error::other)?;
+    let rules = Rules::from_toml(RULES).map_err(io::Error::other)?;
+    let mut out = io::stdout();
+    for ranks in [1, 4] {
+        let plan = Plan::new(&checkpoint, &rules, &World::host(ranks)).map_err(io::Error::other)?;
+        let loader = Loader::new().engine(EngineChoice::Pread);
+        // Warm-up: the page cache, the staging ring, and the answer.
+        let (weights, _) = loader.load(&plan).map_err(io::Error::other)?;
+        weights.check().map_err(io::Error::other)?;
+        drop(weights);
+        ceiling(&file)?;
+        let (mut bare, mut loads, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        for pair in 0..PAIRS {
+            let mut measured = [0.0; 2];
+            let order = if pair % 2 == 0 { [0, 1] } else { [1, 0] };
+            for which in order {
+                measured[which] = if which == 0 { ceiling(&file)? } else { load(&loader, &plan)? };
+            }
+            bare.push(measured[0]);
+            loads.push(measured[1]);
+            ratios.push(measured[1] / measured[0]);
+        }
+        writeln!(
+            out,
+            "{{\"ranks\": {ranks}, \"ceiling_gb_per_s\": {}, \"load_gb_per_s\": {}, \"ratio\": {}}}",
+            spread(&mut bare),
+            spread(&mut loads),
+            spread(&mut ratios)
+        )?;
+    }
+    Ok(())
+}
+
+/// GB/s of one load, its memory allocated in the time and freed after it.
+fn load(loader: &Loader, plan: &Plan) -> io::Result<f64> {
+    let began = Instant::now();
+    let (weights, report) = loader.load(plan).map_err(io::Error::other)?;
+    let seconds = began.elapsed().as_secs_f64();
+    drop(weights);
+    Ok(report.needed_bytes as f64 / seconds / 1e9)
+}
+
+/// GB/s of the bare loop: the file in chunks, into fresh memory with huge pages advised, as many threads as a load.
+fn ceiling(file: &Path) -> io::Result<f64> {
+    let threads = thread::available_parallelism().map_or(2, usize::from).max(2);
+    let file = File::open(file)?;
+    let bytes = file.metadata()?.len() as usize;
+    let began = Instant::now();
+    let mut memory = MmapMut::map_anon(bytes)?;
+    memory.advise(Advice::HugePage)?;
+    let next = std::sync::Mutex::new(memory.chunks_mut(CHUNK).enumerate());
+    thread::scope(|scope| {
+        let readers: Vec<_> = (0..threads)
+            .map(|_| {
+                scope.spawn(|| {
+                    loop {
+                        let taken = next.lock().map_err(|_| io::Error::other("poisoned"))?.next();
+                        let Some((index, chunk)) = taken else { return Ok::<_, io::Error>(()) };
+                        file.read_exact_at(chunk, (index * CHUNK) as u64)?;
+                    }
+                })
+            })
+            .collect();
+        readers.into_iter().try_for_each(|reader| reader.join().map_err(|_| io::Error::other("panicked"))?)
+    })?;
+    Ok(bytes as f64 / began.elapsed().as_secs_f64() / 1e9)
+}
+
+/// The median with the smallest and the largest value.
+fn spread(values: &mut [f64]) -> String {
+    values.sort_by(f64::total_cmp);
+    let median = (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0;
+    format!("[{:.3}, {median:.3}, {:.3}]", values[0], values[values.len() - 1])
+}
+
+/// A Llama-shaped checkpoint of five layers of a 7B model (2.02 GB, a third of it row-parallel).
+fn write_model(folder: &Path) -> io::Result<PathBuf> {
+    let file = folder.join("model.safetensors");
+    if file.is_file() {
+        return Ok(file);
+    }
+    std::fs::create_dir_all(folder)?;
+    let (hidden, intermediate) = (4096u64, 11008u64);
+    let mut header = serde_json::Map::new();
+    let mut end = 0;
+    for layer in 0..5 {
+        for (name, rows, columns) in [
+            ("self_attn.q_proj", hidden, hidden),
+            ("self_attn.k_proj", hidden, hidden),
+            ("self_attn.v_proj", hidden, hidden),
+            ("self_attn.o_proj", hidden, hidden),
+            ("mlp.gate_proj", intermediate, hidden),
+            ("mlp.up_proj", intermediate, hidden),
+            ("mlp.down_proj", hidden, intermediate),
+        ] {
+            let start = end;
+            end += rows * columns * 2;
+            let entry = serde_json::json!({"dtype": "BF16", "shape": [rows, columns], "data_offsets": [start, end]});
+            header.insert(format!("model.layers.{layer}.{name}.weight"), entry);
+        }
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    let partial = folder.join("model.partial");
+    let mut out = io::BufWriter::with_capacity(1 << 20, File::create(&partial)?);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(header.as_bytes())?;
+    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+    for _ in 0..end / 8 {
+        // xorshift64 (Marsaglia 2003): bytes that no layer below can compress or share.
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        out.write_all(&state.to_le_bytes())?;
+    }
+    out.into_inner()?.sync_all()?;
+    std::fs::rename(partial, &file)?;
+    Ok(file)
+}
