@@ -152,11 +152,9 @@ impl Job {
 
     /// Enters a request in the list of reads in flight.
     pub(super) fn begin(&self, request: &Request) {
-        let extent = Extent {
-            file: request.pending.op.extent.file,
-            start: request.offset,
-            end: request.offset + request.bytes as u64,
-        };
+        // Aligned requests reach beyond the bytes that are needed; errors name those.
+        let needed = request.pending.op.extent;
+        let extent = Extent { start: needed.start.max(request.offset), ..needed };
         let entry = InFlight {
             extent,
             bytes: request.bytes as u64,
