@@ -210,3 +210,36 @@ fn a_cancelled_reshard_leaves_nothing_behind() {
     assert_eq!(reshard.finish().unwrap_err().kind(), ErrorKind::Cancelled);
     assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn an_alias_shows_its_original_wherever_that_lies() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 9);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules =
+        Rules::from_toml(&format!("alias = [{{ name = \"tied\", of = \"f.whole\" }}]\n{}", model::RULES)).unwrap();
+    let expected = &tensors[5].bytes;
+    let mut buffer = vec![0u8; expected.len()];
+    let entry =
+        CallerMemory { rank: Rank(0), name: "f.whole".into(), address: buffer.as_mut_ptr(), bytes: buffer.len() };
+    for world in [World::host(2), World::host_staged(2)] {
+        for residency in [Residency::Owned, Residency::Mapped] {
+            for memory in [Memory::Blocks, Memory::PerTensor] {
+                for callers in [&[][..], std::slice::from_ref(&entry)] {
+                    let loader = Loader::new().residency(residency).memory(memory);
+                    let plan = loader.plan(&checkpoint, &rules, &world).unwrap();
+                    // SAFETY: `buffer` outlives each load and its weights, and is not touched meanwhile.
+                    let mut load = unsafe { loader.start_into(&plan, callers) }.unwrap();
+                    let seen = load.by_ref().collect::<shardlift::Result<Vec<_>>>().unwrap();
+                    assert_eq!(seen.iter().filter(|tensor| tensor.name() == "tied").count(), 2);
+                    let (weights, _) = load.finish().unwrap();
+                    for rank in [Rank(0), Rank(1)] {
+                        let tied = weights.tensor(rank, "tied").unwrap();
+                        assert!(tied.as_bytes() == expected, "{world:?} {residency:?} {memory:?} {rank}");
+                        assert_eq!(tied.device_ptr(), weights.tensor(rank, "f.whole").unwrap().device_ptr());
+                    }
+                }
+            }
+        }
+    }
+}

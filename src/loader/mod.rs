@@ -176,6 +176,7 @@ impl Loader {
         };
         // SAFETY: the same duties.
         unsafe { lend::place_into(plan, &mut destinations, memory)? };
+        destinations.share_aliases(plan);
         let (engine, engine_reason) = self.choose_engine(plan);
         let running = Running::start(Setup {
             plan: plan.clone(),

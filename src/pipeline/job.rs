@@ -32,6 +32,8 @@ pub(crate) struct Job {
     pub(super) inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>,
     /// Bytes that each destination still waits for.
     remaining: Vec<Vec<AtomicU64>>,
+    /// For each rank, its aliases: (position of the original in the plan's parameters, destination of the alias).
+    aliases: Vec<Vec<(u32, u32)>>,
     completed: Mutex<VecDeque<(Rank, u32)>>,
     /// Signalled when a destination completes, the load ends, or it fails.
     changed: Condvar,
@@ -81,6 +83,7 @@ impl Job {
 
         let mut totals = Totals::default();
         let mut remaining: Vec<Vec<AtomicU64>> = (0..world.size()).map(|_| Vec::new()).collect();
+        let mut aliases = vec![Vec::new(); world.size() as usize];
         let mut completed = VecDeque::new();
         for &rank in world.driven() {
             for (dest, planned) in plan.rank(rank).dests.iter().enumerate() {
@@ -89,8 +92,10 @@ impl Job {
                 let awaited = if lands(rank, dest) { planned.bytes } else { 0 };
                 totals.bytes += awaited;
                 // An alias is complete when its original is.
-                if awaited == 0 && plan.params()[planned.param as usize].alias_of.is_none() {
-                    completed.push_back((rank, dest));
+                match plan.params()[planned.param as usize].alias_of {
+                    Some(original) => aliases[rank.index()].push((original, dest)),
+                    None if awaited == 0 => completed.push_back((rank, dest)),
+                    None => {}
                 }
                 remaining[rank.index()].push(AtomicU64::new(awaited));
             }
@@ -107,6 +112,7 @@ impl Job {
             again: Mutex::default(),
             inboxes,
             remaining,
+            aliases,
             completed: Mutex::default(),
             changed: Condvar::new(),
             in_flight: Mutex::default(),
@@ -263,17 +269,13 @@ impl Job {
     }
 
     fn complete(&self, rank: Rank, dest: u32) {
-        let plan = &self.setup.plan;
-        let ranked = plan.rank(rank);
-        let param = ranked.dests[dest as usize].param;
+        let param = self.setup.plan.rank(rank).dests[dest as usize].param;
         let mut completed = lock(&self.completed);
         completed.push_back((rank, dest));
         let mut count = 1;
-        for (alias, planned) in ranked.dests.iter().enumerate() {
-            if plan.params()[planned.param as usize].alias_of == Some(param) {
-                completed.push_back((rank, alias as u32));
-                count += 1;
-            }
+        for &(_, alias) in self.aliases[rank.index()].iter().filter(|(original, _)| *original == param) {
+            completed.push_back((rank, alias));
+            count += 1;
         }
         let done = self.counters.tensors_landed.fetch_add(count, Ordering::Relaxed) + count;
         if done == self.totals.tensors {

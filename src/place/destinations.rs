@@ -82,13 +82,6 @@ impl Destinations {
                     lent: false,
                 });
             }
-            // An alias shares the memory of its original.
-            for (position, dest) in ranked.dests.iter().enumerate() {
-                let Some(original) = plan.params()[dest.param as usize].alias_of else { continue };
-                if let Ok(found) = ranked.dests.binary_search_by_key(&original, |dest| dest.param) {
-                    places[position] = places[found].clone();
-                }
-            }
             Ok(places)
         })
     }
@@ -105,7 +98,23 @@ impl Destinations {
         for &rank in plan.world().driven() {
             ranks[rank.index()] = places(rank)?;
         }
-        Ok(Destinations { ranks })
+        let mut destinations = Destinations { ranks };
+        destinations.share_aliases(plan);
+        Ok(destinations)
+    }
+
+    /// Gives every alias the memory of its original; to be repeated after the last [`replace`](Destinations::replace).
+    pub(crate) fn share_aliases(&mut self, plan: &Plan) {
+        for &rank in plan.world().driven() {
+            let dests = &plan.rank(rank).dests;
+            let places = &mut self.ranks[rank.index()];
+            for (position, dest) in dests.iter().enumerate() {
+                let Some(original) = plan.params()[dest.param as usize].alias_of else { continue };
+                if let Ok(found) = dests.binary_search_by_key(&original, |dest| dest.param) {
+                    places[position] = places[found].clone();
+                }
+            }
+        }
     }
 
     /// The memory of a destination, or `None` if another process drives its rank.
