@@ -36,7 +36,7 @@ pub use error::{At, Error, ErrorKind, Result};
 pub use extent::{Extent, FileId, Rank};
 pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Reshard, Residency};
 pub use observe::{Progress, Report};
-pub use place::{Element, Tensor, Weights};
+pub use place::{Digest, Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};
 pub use shape::Shape;
 

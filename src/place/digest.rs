@@ -1,21 +1,26 @@
 //! The digest of a tensor: a sum, so pieces can be added in any order, on any thread or device.
 
-/// A digest in the making: the wrapping sum over i of splitmix64(word_i ^ (i + 1) * 0x9E3779B97F4A7C15), where
-/// word_i is the i-th little-endian u64 of the tensor, the last one zero-padded.
+/// The digest of a tensor's bytes, in the making: the wrapping sum over i of
+/// splitmix64(word_i xor (i + 1) * 0x9E3779B97F4A7C15), where word_i is the i-th little-endian u64 of the tensor, the
+/// last one padded with zeros. No bytes have the digest 0.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Digest(u64);
+pub struct Digest(u64);
 
 impl Digest {
     /// The digest of a whole tensor.
-    pub(crate) fn of(bytes: &[u8]) -> u64 {
+    pub fn of(bytes: &[u8]) -> u64 {
         let mut digest = Digest::default();
         digest.add(0, bytes);
-        digest.0
+        digest.value()
     }
 
-    /// Adds bytes that lie at `offset` of the tensor, a multiple of 8; only the tensor's last bytes may be no
-    /// multiple of 8.
-    pub(crate) fn add(&mut self, offset: u64, bytes: &[u8]) {
+    /// Adds bytes that lie at `offset` of the tensor. Pieces may come in any order.
+    ///
+    /// # Panics
+    /// If `offset` is no multiple of 8. The length of each piece but the tensor's last must be one too: its last word
+    /// is padded as if the tensor ended there.
+    pub fn add(&mut self, offset: u64, bytes: &[u8]) {
+        assert!(offset.is_multiple_of(8), "a piece must start on a word of the tensor");
         let mut index = offset / 8;
         let (words, rest) = bytes.as_chunks::<8>();
         let mut sum = self.0;
@@ -29,6 +34,11 @@ impl Digest {
             sum = sum.wrapping_add(splitmix64(u64::from_le_bytes(word) ^ (index + 1).wrapping_mul(GOLDEN)));
         }
         self.0 = sum;
+    }
+
+    /// The digest of the pieces so far.
+    pub fn value(self) -> u64 {
+        self.0
     }
 }
 
@@ -48,13 +58,16 @@ mod tests {
 
     #[test]
     fn pieces_add_up_in_any_order() {
-        let bytes: Vec<u8> = (0..107u8).collect();
-        let mut parts = Digest::default();
-        parts.add(64, &bytes[64..]);
-        parts.add(0, &bytes[..8]);
-        parts.add(8, &bytes[8..64]);
-        assert_eq!(parts.0, Digest::of(&bytes));
-        assert_ne!(Digest::of(&bytes), Digest::of(&bytes[..106]));
+        let bytes: Vec<u8> = (0..=255).cycle().take(1003).collect();
+        let whole = Digest::of(&bytes);
+        for words in [1, 3, 8, 100, 200] {
+            let mut parts = Digest::default();
+            for (piece, bytes) in bytes.chunks(words * 8).enumerate().rev() {
+                parts.add((piece * words * 8) as u64, bytes);
+            }
+            assert_eq!(parts.value(), whole, "pieces of {words} words");
+        }
+        assert_ne!(whole, Digest::of(&bytes[..1002]));
         assert_eq!(Digest::of(&[]), 0);
     }
 
@@ -65,5 +78,10 @@ mod tests {
         let mut plain = [0u8; 16];
         plain[0] = 1;
         assert_ne!(Digest::of(&swapped), Digest::of(&plain));
+    }
+
+    #[test]
+    fn splitmix64_is_the_published_one() {
+        assert_eq!(splitmix64(0), 0xE220_A839_7B1D_CDAF);
     }
 }

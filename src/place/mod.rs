@@ -5,5 +5,5 @@ mod digest;
 mod tensor;
 
 pub(crate) use destinations::{Destinations, Place};
-pub(crate) use digest::Digest;
+pub use digest::Digest;
 pub use tensor::{Element, Tensor, Weights};

@@ -1,7 +1,6 @@
 //! The command line: `shardlift inspect|verify|plan|load|reshard|doctor`.
 
 mod args;
-mod digest;
 mod doctor;
 mod inspect;
 mod interrupt;

@@ -7,10 +7,9 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 use shardlift::checkpoint::{CheckpointFile, TensorMeta};
-use shardlift::{Checkpoint, Error, ErrorKind, FileId, Result};
+use shardlift::{Checkpoint, Digest, Error, ErrorKind, FileId, Result};
 
 use crate::args::VerifyArgs;
-use crate::digest::TensorDigest;
 use crate::model;
 use crate::output::{Failure, Output, fields, hex, human_bytes};
 
@@ -75,8 +74,8 @@ fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<Fi
     let mut position = 0;
     let mut tensors: Vec<&TensorMeta> = checkpoint.tensors().iter().filter(|tensor| tensor.file == id).collect();
     tensors.sort_by_key(|tensor| tensor.start);
-    let mut advance = |digest: Option<&mut TensorDigest>, to: u64, tensor: Option<&str>| -> Result<(), Failure> {
-        let mut digest = digest;
+    let mut advance = |mut digest: Option<&mut Digest>, to: u64, tensor: Option<&str>| -> Result<(), Failure> {
+        let start = position;
         while position < to {
             let want = usize::try_from(to - position).unwrap_or(CHUNK).min(CHUNK);
             let truncated = || {
@@ -93,7 +92,7 @@ fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<Fi
             })?;
             sha256.update(&chunk[..want]);
             if let Some(digest) = &mut digest {
-                digest.update(&chunk[..want]);
+                digest.add(position - start, &chunk[..want]);
             }
             position += want as u64;
         }
@@ -102,9 +101,9 @@ fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<Fi
     for tensor in tensors {
         // The header, or nothing: the data has no holes.
         advance(None, tensor.start, None)?;
-        let mut digest = TensorDigest::default();
+        let mut digest = Digest::default();
         advance(Some(&mut digest), tensor.end, Some(&tensor.name))?;
-        sums.tensors.push((tensor.name.clone(), digest.finish()));
+        sums.tensors.push((tensor.name.clone(), digest.value()));
     }
     // An orphan that the index leaves out is no tensor of the checkpoint, but it is in the file's sha256.
     advance(None, file.identity.size, None)?;
