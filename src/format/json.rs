@@ -3,7 +3,6 @@
 //! serde carries errors as text; a visitor that finds a broken rule leaves the [`FormatError`] in a slot and answers
 //! serde with a placeholder.
 
-use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::HashSet;
 use std::fmt;
@@ -13,7 +12,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
 use smallvec::SmallVec;
 
 use crate::dtype::Dtype;
-use crate::format::{FormatError, HeaderTensor};
+use crate::format::{FormatError, HeaderTensor, Text};
 use crate::limits;
 use crate::shape::Shape;
 
@@ -356,32 +355,6 @@ impl<'de> Visitor<'de> for Count<'_> {
 
     fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<u64, E> {
         Ok(value)
-    }
-}
-
-/// A key, borrowed from the header unless it holds escapes.
-struct Text;
-
-impl<'de> DeserializeSeed<'de> for Text {
-    type Value = Cow<'de, str>;
-    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Self::Value, D::Error> {
-        json.deserialize_str(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Text {
-    type Value = Cow<'de, str>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_borrowed_str<E: serde::de::Error>(self, text: &'de str) -> Result<Self::Value, E> {
-        Ok(Cow::Borrowed(text))
-    }
-
-    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Self::Value, E> {
-        Ok(Cow::Owned(text.to_owned()))
     }
 }
 

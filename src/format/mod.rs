@@ -7,6 +7,7 @@
 
 mod error;
 mod json;
+mod text;
 mod write;
 
 use std::collections::HashSet;
@@ -20,6 +21,7 @@ use crate::limits;
 use crate::shape::Shape;
 
 pub use error::FormatError;
+pub(crate) use text::Text;
 pub(crate) use write::NewHeader;
 
 /// The header of one file. One that exists obeys every rule.
