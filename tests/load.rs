@@ -243,3 +243,26 @@ fn an_alias_shows_its_original_wherever_that_lies() {
         }
     }
 }
+
+#[test]
+fn a_check_notices_one_flipped_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 10);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let loader = Loader::new();
+    let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
+    for tensor in tensors.iter().filter(|tensor| !tensor.bytes.is_empty()) {
+        let (weights, _) = loader.load(&plan).unwrap();
+        let before = weights.check().unwrap();
+        let landed = weights.tensor(Rank(1), &tensor.name).unwrap();
+        let last = landed.device_ptr() as usize + landed.nbytes() - 1;
+        // SAFETY: the byte is the last of the tensor's own memory, and nobody holds a slice of it now.
+        unsafe { *std::ptr::with_exposed_provenance_mut::<u8>(last) ^= 0x10 };
+        let error = weights.check().unwrap_err();
+        assert_eq!((error.kind(), error.tensor()), (ErrorKind::Mismatch, Some(&*tensor.name)));
+        assert_eq!(error.at().rank, Some(Rank(1)));
+        // SAFETY: as above.
+        unsafe { *std::ptr::with_exposed_provenance_mut::<u8>(last) ^= 0x10 };
+        assert_eq!(weights.check().unwrap(), before);
+    }
+}

@@ -111,12 +111,17 @@ impl Tensor {
         self.dest as usize
     }
 
+    /// Position of its destination in the plan's parameters.
+    pub(crate) fn param_position(&self) -> usize {
+        self.dest().param as usize
+    }
+
     fn dest(&self) -> &Dest {
         &self.plan.rank(self.rank).dests[self.dest as usize]
     }
 
     fn param(&self) -> &Param {
-        &self.plan.params()[self.dest().param as usize]
+        &self.plan.params()[self.param_position()]
     }
 }
 
