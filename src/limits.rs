@@ -9,6 +9,9 @@ use std::time::Duration;
 /// `MAX_HEADER_SIZE`).
 pub const HEADER_MAX: u64 = 100_000_000;
 
+/// Bytes of the first read of a file: the header of most is smaller, and it costs no more than a page.
+pub const HEADER_FIRST_READ: u64 = 64 << 10;
+
 /// Deepest JSON nesting that is accepted: serde_json's own recursion limit. A header needs 3 levels.
 pub const JSON_DEPTH: usize = 128;
 
@@ -74,6 +77,15 @@ pub const READ_THREADS_MAX: usize = 16;
 
 /// How often the supervisor of a load looks for stalled reads and samples memory.
 pub const SUPERVISE_EVERY: Duration = Duration::from_millis(25);
+
+/// How long a thread that waits for a slot, or for work, sleeps before it looks again: a lost wake-up costs this much.
+pub const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// How long a copier with copies in flight waits for them before it looks for new ones.
+pub const COPY_WAIT: Duration = Duration::from_millis(5);
+
+/// How soon a throttled read notices that its load was stopped.
+pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
 
 /// Reads in flight of one io_uring. With several threads' rings this keeps an NVMe queue full at 1 MiB each.
 pub const URING_DEPTH: u32 = 16;

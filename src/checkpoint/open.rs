@@ -298,7 +298,7 @@ fn read_header(path: &Path, buffer: &mut Vec<u8>) -> Result<(Identity, Header)> 
     let file = SourceFile::open(path)?;
     let identity = file.identity();
     // One read gets most headers whole.
-    buffer.resize(identity.size.min(FIRST_READ) as usize, 0);
+    buffer.resize(identity.size.min(limits::HEADER_FIRST_READ) as usize, 0);
     file.read_exact_at(buffer, 0)?;
     let place = |error| Error::from(error).with_file(path);
     let length = Header::header_len(buffer, identity.size).map_err(place)? + Header::LENGTH_BYTES;
@@ -317,6 +317,3 @@ const SINGLE: &str = "model.safetensors";
 
 /// Names that a message repeats before it says how many there are.
 const NAMES_SHOWN: usize = 3;
-
-/// Bytes of the first read of a file: the header of most is smaller, and it costs no more than a page.
-const FIRST_READ: u64 = 64 << 10;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::device::{Queue, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
+use crate::limits;
 use crate::stage::Staged;
 
 /// A filled slot and the copies that one device takes from it.
@@ -75,7 +76,7 @@ fn feed(
         let began = Instant::now();
         let mut arrived = None;
         if open && in_flight.is_empty() {
-            match inbox.recv_timeout(Duration::from_millis(100)) {
+            match inbox.recv_timeout(limits::LOOK_AGAIN) {
                 Ok(filled) => arrived = Some(filled),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => open = false,
@@ -107,7 +108,7 @@ fn feed(
             return Ok(());
         }
         let began = Instant::now();
-        let done = queue.wait(Duration::from_millis(5))?;
+        let done = queue.wait(limits::COPY_WAIT)?;
         while in_flight.front().is_some_and(|(ticket, _)| *ticket <= done) {
             let (_, filled) = in_flight.pop_front().expect("bug in shardlift: front was there");
             filled.landing.iter().for_each(|&landing| landed.landed(landing));

@@ -11,7 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::observe::{Progress, Report};
-use crate::pipeline::{Job, Ring, Running, Setup, devices};
+use crate::pipeline::{Device, Job, Ring, Running, Setup, devices};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Rules, World};
 #[cfg(target_os = "linux")]
@@ -177,21 +177,8 @@ impl Loader {
         // SAFETY: the same duties.
         unsafe { lend::place_into(plan, &mut destinations, memory)? };
         destinations.share_aliases(plan);
-        let (engine, engine_reason) = self.choose_engine(plan);
-        let running = Running::start(Setup {
-            plan: plan.clone(),
-            destinations,
-            devices: devices(plan.world()),
-            engine,
-            engine_reason,
-            ring: self.ring.clone(),
-            stall_warning: self.stall_warning,
-            stall_error: self.stall_error,
-            drop_page_cache: self.drop_page_cache,
-            opened,
-            started,
-        })?;
-        Ok(Load { plan: plan.clone(), running })
+        let setup = Setup { opened, started, ..self.setup(plan, destinations, devices(plan.world())) };
+        Ok(Load { plan: plan.clone(), running: Running::start(setup)? })
     }
 
     /// Loads and waits: [`start`](Loader::start) and [`finish`](Load::finish).
@@ -205,6 +192,24 @@ impl Loader {
     /// Gives staging memory that no load uses back to the system.
     pub fn release(&self) {
         self.ring.release();
+    }
+
+    /// What a load of this loader begins with.
+    fn setup(&self, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>) -> Setup {
+        let (engine, engine_reason) = self.choose_engine(plan);
+        Setup {
+            plan: plan.clone(),
+            destinations,
+            devices,
+            engine,
+            engine_reason,
+            ring: self.ring.clone(),
+            stall_warning: self.stall_warning,
+            stall_error: self.stall_error,
+            drop_page_cache: self.drop_page_cache,
+            opened: Vec::new(),
+            started: Instant::now(),
+        }
     }
 
     fn choose_engine(&self, plan: &Plan) -> (Arc<dyn Engine>, String) {

@@ -65,20 +65,8 @@ impl Loader {
                 .collect();
             devices.push(file_device(path, Arc::new(file)));
         }
-        let (engine, engine_reason) = self.choose_engine(plan);
-        let running = Running::start(Setup {
-            plan: plan.clone(),
-            destinations: Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]))?,
-            devices,
-            engine,
-            engine_reason,
-            ring: self.ring.clone(),
-            stall_warning: self.stall_warning,
-            stall_error: self.stall_error,
-            drop_page_cache: self.drop_page_cache,
-            opened: Vec::new(),
-            started,
-        })?;
+        let destinations = Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]))?;
+        let running = Running::start(Setup { started, ..self.setup(plan, destinations, devices) })?;
         Ok(Reshard { plan: plan.clone(), running, directory, started })
     }
 }

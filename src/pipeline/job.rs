@@ -13,7 +13,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, FileId, Rank};
 use crate::limits;
 use crate::observe::{Counters, Progress};
-use crate::plan::{Cursor, Cutting, Piece, Reads};
+use crate::plan::{Cursor, Cutting, Reads};
 use crate::read::Request;
 use crate::source::SourceFile;
 use crate::sync::lock;
@@ -76,9 +76,9 @@ impl Job {
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
         let cutting = Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment, direct: in_place && alignment == 1 };
         let driven = |rank: Rank| world.driven().binary_search(&rank).is_ok();
-        let lands = |rank: Rank, dest: u32| setup.destinations.place(rank, dest).is_some_and(|place| !place.lent);
         let reads = Reads::new(&plan, cutting, |extent| {
-            driven(extent.reader) && plan.consumers(extent).iter().any(|consumer| lands(consumer.rank, consumer.dest))
+            driven(extent.reader)
+                && plan.consumers(extent).iter().any(|consumer| setup.destinations.waits(consumer.rank, consumer.dest))
         });
 
         let mut totals = Totals::default();
@@ -89,7 +89,7 @@ impl Job {
             for (dest, planned) in plan.rank(rank).dests.iter().enumerate() {
                 let dest = dest as u32;
                 totals.tensors += 1;
-                let awaited = if lands(rank, dest) { planned.bytes } else { 0 };
+                let awaited = if setup.destinations.waits(rank, dest) { planned.bytes } else { 0 };
                 totals.bytes += awaited;
                 // An alias is complete when its original is.
                 match plan.params()[planned.param as usize].alias_of {
@@ -174,11 +174,6 @@ impl Job {
     /// A fresh number for a request.
     pub(super) fn request_id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
-    }
-
-    /// Whether bytes of this piece are wanted here.
-    pub(super) fn lands(&self, piece: &Piece) -> bool {
-        self.setup.destinations.place(piece.rank, piece.dest).is_some_and(|place| !place.lent)
     }
 
     /// Adds file, tensor and bytes to an error about an extent.

@@ -7,13 +7,13 @@ mod work;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::device::Device;
 use crate::extent::FileId;
 use crate::place::Destinations;
 use crate::plan::Plan;
 use crate::read::Engine;
 use crate::source::SourceFile;
 
+pub(crate) use crate::device::Device;
 pub(crate) use crate::stage::Ring;
 pub(crate) use job::Job;
 pub(crate) use run::Running;

@@ -43,7 +43,15 @@ impl Running {
         }
         let job = Arc::new(Job::new(setup, inboxes));
         let shared = Arc::clone(&job);
-        let supervisor = spawn("shardlift-load", move || supervise(&shared, copiers))?;
+        let supervisor = spawn("shardlift-load", move || {
+            let report = catch_unwind(AssertUnwindSafe(|| supervise(&shared, copiers))).unwrap_or_else(|payload| {
+                shared.fail(panicked(payload));
+                Report::default()
+            });
+            // Whatever happened: nobody waits for another tensor any more.
+            shared.end();
+            report
+        })?;
         Ok(Running { job, supervisor: Some(supervisor) })
     }
 
@@ -113,7 +121,6 @@ fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled
     {
         job.fail(error);
     }
-    job.end();
     report(job, &memory, cpu_before)
 }
 

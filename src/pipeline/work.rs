@@ -9,14 +9,12 @@ use crate::copy::{Filled, Landed, Landing};
 use crate::device::{RawCopy, copy_now};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
+use crate::limits;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
 use crate::stage::Slot;
 use crate::stride::bytes_moved;
 use crate::sync::lock;
-
-/// How long a thread that found no free slot sleeps before it looks whether the load was stopped.
-const SLOT_WAIT: Duration = Duration::from_millis(100);
 
 impl Work for Job {
     fn next(&self, may_wait: bool) -> Next {
@@ -38,7 +36,7 @@ impl Work for Job {
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
                 Ok(Taken::NoSlot) => {
                     let began = Instant::now();
-                    self.setup.ring.wait(SLOT_WAIT);
+                    self.setup.ring.wait(limits::LOOK_AGAIN);
                     self.counters.read_waiting(began.elapsed());
                 }
                 Err(error) => {
@@ -121,7 +119,7 @@ impl Job {
             Some(slot) => slot.address(),
             None => {
                 self.reads.pieces(&op, &mut pieces);
-                pieces.retain(|piece| self.lands(piece));
+                pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
                 match pieces.first() {
                     Some(piece) => std::ptr::with_exposed_provenance_mut(self.address(piece) as usize),
                     None => return Ok(Taken::Skipped),
@@ -175,7 +173,7 @@ impl Job {
         let src = staged.address().wrapping_add((op.extent.start - base) as usize);
         let mut pieces = Vec::new();
         self.reads.pieces(op, &mut pieces);
-        pieces.retain(|piece| self.lands(piece));
+        pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
         let began = Instant::now();
         pieces.sort_by_key(|piece| piece.rank);
         for of_rank in pieces.chunk_by(|a, b| a.rank == b.rank) {

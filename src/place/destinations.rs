@@ -122,6 +122,11 @@ impl Destinations {
         self.ranks[rank.index()].get(dest as usize)
     }
 
+    /// Whether bytes are to be copied to a destination: it is here, and not lent with its bytes in it.
+    pub(crate) fn waits(&self, rank: Rank, dest: u32) -> bool {
+        self.place(rank, dest).is_some_and(|place| !place.lent)
+    }
+
     /// Replaces the memory of a destination, before anything moves.
     pub(crate) fn replace(&mut self, rank: Rank, dest: u32, place: Place) {
         self.ranks[rank.index()][dest as usize] = place;

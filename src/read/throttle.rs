@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::{Engine, Next, Request, Work};
 use crate::error::Result;
+use crate::limits;
 use crate::sync::lock;
 
 /// Wraps an engine and delays its completions so that it moves at most `bytes_per_second`.
@@ -44,9 +45,6 @@ impl Engine for Throttled {
     }
 }
 
-/// How soon a delay notices that the load was stopped.
-const TICK: Duration = Duration::from_millis(10);
-
 struct Delayed<'a> {
     work: &'a dyn Work,
     throttle: &'a Throttled,
@@ -71,7 +69,7 @@ impl Work for Delayed<'_> {
             *due = Some(until);
             drop(due);
             while Instant::now() < until && !self.work.stopped() {
-                thread::sleep(TICK.min(until - Instant::now().min(until)));
+                thread::sleep(limits::THROTTLE_SLEEP.min(until - Instant::now().min(until)));
             }
         }
         self.work.done(request, outcome);
