@@ -1,8 +1,10 @@
-//! Warm loads against a bare loop of large `pread`s into equally prepared memory, with the same number of threads.
+//! Warm loads against a bare loop of large `pread`s into equally prepared memory, with the same number of threads;
+//! and the engines against each other, cold and warm.
 //!
 //! `cargo bench --bench throughput [-- FOLDER]`: writes a Llama-shaped checkpoint of 2 GB random bytes into FOLDER
 //! (default `target/bench`) unless it is there, reads it once so that the page cache holds it, then measures pairs in
-//! turn (ceiling, load, load, ceiling). Prints medians and their spread, and the ratio that counts.
+//! turn (ceiling, load, load, ceiling), then rounds of all engines. Prints medians and their spread, and the ratios
+//! that count.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -17,6 +19,8 @@ use shardlift::{Checkpoint, Loader, Plan, Rules, World};
 
 const PAIRS: usize = 8;
 const CHUNK: usize = 2 << 20;
+const ROUNDS: usize = 7;
+const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::Uring, EngineChoice::Mmap];
 
 /// The cuts of a Llama layer, its row-parallel third included.
 const RULES: &str = r#"
@@ -60,7 +64,53 @@ fn main() -> io::Result<()> {
             spread(&mut ratios)
         )?;
     }
+    let plan = Plan::new(&checkpoint, &rules, &World::host(1)).map_err(io::Error::other)?;
+    for cold in [false, true] {
+        engines(&file, &plan, cold, &mut out)?;
+    }
     Ok(())
+}
+
+/// Every engine in turn, in rounds that start with another one each time; the ratios are to the best of the round.
+fn engines(file: &Path, plan: &Plan, cold: bool, out: &mut impl Write) -> io::Result<()> {
+    let mut speeds: [Vec<f64>; ENGINES.len()] = Default::default();
+    let mut ratios = speeds.clone();
+    let mut chosen = String::new();
+    for round in 0..ROUNDS {
+        let mut measured = [0.0; ENGINES.len()];
+        for turn in 0..ENGINES.len() {
+            let which = (round + turn) % ENGINES.len();
+            // Cold means out of the page cache, or in it.
+            let opened = File::open(file)?;
+            if cold {
+                rustix::fs::fadvise(&opened, 0, None, rustix::fs::Advice::DontNeed)?;
+            } else {
+                io::copy(&mut &opened, &mut io::sink())?;
+            }
+            let loader = Loader::new().engine(ENGINES[which]);
+            let began = Instant::now();
+            let (weights, report) = loader.load(plan).map_err(io::Error::other)?;
+            measured[which] = report.needed_bytes as f64 / began.elapsed().as_secs_f64() / 1e9;
+            drop(weights);
+            if ENGINES[which] == EngineChoice::Auto {
+                chosen = format!("{}: {}", report.engine, report.engine_reason);
+            }
+        }
+        let best = measured.iter().copied().fold(0.0, f64::max);
+        for (which, speed) in measured.into_iter().enumerate() {
+            speeds[which].push(speed);
+            ratios[which].push(speed / best);
+        }
+    }
+    for (which, engine) in ENGINES.iter().enumerate() {
+        writeln!(
+            out,
+            "{{\"engine\": \"{engine:?}\", \"cold\": {cold}, \"gb_per_s\": {}, \"of_the_best\": {}}}",
+            spread(&mut speeds[which]),
+            spread(&mut ratios[which])
+        )?;
+    }
+    writeln!(out, "{{\"auto_chose\": \"{chosen}\", \"cold\": {cold}}}")
 }
 
 /// GB/s of one load, its memory allocated in the time and freed after it.

@@ -34,7 +34,8 @@ pub const TENSOR_ALIGNMENT: u64 = 256;
 /// Largest block of destination memory: large enough to need few allocations, small enough to find room for.
 pub const BLOCK_MAX: u64 = 1 << 30;
 
-/// File offsets and memory addresses for O_DIRECT: the page size covers every logical block size in use.
+/// What O_DIRECT reads start and end on: the page size, a multiple of every logical block size in use. A file that asks
+/// for more (statx says) is read through the page cache.
 pub const DIRECT_ALIGNMENT: u64 = 4096;
 
 /// Unneeded bytes between two needed ranges that are read rather than skipped: below this a second request costs
@@ -89,6 +90,9 @@ pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
 
 /// Reads in flight of one io_uring. With several threads' rings this keeps an NVMe queue full at 1 MiB each.
 pub const URING_DEPTH: u32 = 16;
+
+/// Most slots that one io_uring registers: a table of this size costs a page, and more slots are never in flight.
+pub const URING_SLOTS: u16 = 1024;
 
 /// Most threads with a ring of their own: beyond it, completions are handled faster than storage produces them.
 pub const URING_THREADS_MAX: usize = 4;

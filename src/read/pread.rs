@@ -30,14 +30,19 @@ impl Engine for Pread {
     }
 
     fn run(&self, work: &dyn Work) -> Result<()> {
-        while let Next::Request(mut request) = work.next(true) {
-            let offset = request.offset();
-            let file = std::sync::Arc::clone(&request.file);
-            let outcome = read_at(&file, request.buffer(), offset);
-            work.done(request, outcome);
-        }
-        Ok(())
+        run(work)
     }
+}
+
+/// Reads one request after the other.
+pub(super) fn run(work: &dyn Work) -> Result<()> {
+    while let Next::Request(mut request) = work.next(true) {
+        let offset = request.offset();
+        let file = std::sync::Arc::clone(&request.file);
+        let outcome = read_at(&file, request.buffer(), offset);
+        work.done(request, outcome);
+    }
+    Ok(())
 }
 
 /// One `pread`: how many bytes arrived.

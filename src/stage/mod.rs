@@ -23,9 +23,17 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
-    free: Vec<Pages>,
+    free: Vec<SlotMemory>,
     /// Slots that exist, free or not.
     slots: usize,
+    /// Slots that were ever made.
+    made: u64,
+}
+
+#[derive(Debug)]
+struct SlotMemory {
+    pages: Pages,
+    serial: u64,
 }
 
 impl Ring {
@@ -50,7 +58,8 @@ impl Ring {
             None => {
                 let pages = Pages::new(self.shared.slot_bytes)?;
                 state.slots += 1;
-                pages
+                state.made += 1;
+                SlotMemory { pages, serial: state.made }
             }
         };
         Ok(Some(Slot { memory: Some(memory), ring: self.clone() }))
@@ -86,14 +95,31 @@ impl Ring {
 /// A slot lent to an engine: its memory is the holder's alone. Goes back to the ring when dropped.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    memory: Option<Pages>,
+    memory: Option<SlotMemory>,
     ring: Ring,
 }
 
 impl Slot {
     /// The first byte; [`Ring::slot_bytes`] bytes may be written.
     pub(crate) fn address(&self) -> *mut u8 {
-        self.memory.as_ref().expect("bug in shardlift: slot without memory").address()
+        self.memory().pages.address()
+    }
+
+    /// The number of its memory among all that its ring ever made: never that of other memory, also at an address
+    /// that was freed and came again.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn serial(&self) -> u64 {
+        self.memory().serial
+    }
+
+    /// The size.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn bytes(&self) -> usize {
+        self.ring.slot_bytes()
+    }
+
+    fn memory(&self) -> &SlotMemory {
+        self.memory.as_ref().expect("bug in shardlift: slot without memory")
     }
 
     /// Hands the slot over for reading: no one writes to it again until the last handle is dropped.
