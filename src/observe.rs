@@ -15,6 +15,9 @@ pub struct Progress {
     pub tensors_done: u64,
     /// Destinations in all.
     pub tensors_total: u64,
+    /// Bytes of slots and destinations given up because a read or copy that stalled may still write to them. A stalled
+    /// read gives them back when it returns after all; a stalled copy never does.
+    pub abandoned_bytes: u64,
 }
 
 /// What a load did. Sizes are bytes, times seconds.
@@ -41,7 +44,7 @@ pub struct Report {
     pub peak_extra_bytes: u64,
     /// Peak pinned memory.
     pub peak_pinned_bytes: u64,
-    /// Memory given up because a stalled read or copy may still write to it.
+    /// As [`Progress::abandoned_bytes`]; 0, because a load that abandons memory fails.
     pub abandoned_bytes: u64,
     /// Busy and waiting seconds of each stage, summed over its threads.
     pub stages: Stages,

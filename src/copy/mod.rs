@@ -37,95 +37,236 @@ pub(crate) trait Landed {
     fn spent(&self, busy: Duration, waiting: Duration);
     /// Whether new copies are no longer wanted.
     fn stopped(&self) -> bool;
+    /// The device stalled: this many slots are kept for ever, and so must be the destinations of their copies.
+    fn abandoned(&self, slots: usize);
 }
 
-/// Feeds filled slots to a device's queue until the inbox closes, then drains it. A slot is in the list of copies in
-/// flight before its copies are submitted, and leaves it only when they are done (design invariant 7).
+/// Feeds filled slots to a device's queue until the inbox closes, then drains it.
 ///
 /// # Errors
-/// A copy failed, or none completed for `stall`. The slots in flight are then kept for ever: the device may still
-/// read them.
-pub(crate) fn run(
-    mut queue: Box<dyn Queue>,
-    inbox: &Receiver<Filled>,
-    landed: &dyn Landed,
-    stall: Duration,
-) -> Result<()> {
-    let mut in_flight = VecDeque::new();
-    let outcome = feed(&mut *queue, &mut in_flight, inbox, landed, stall);
+/// A copy failed, or none completed for `stall`. In the second case queue and slots are kept for ever (see
+/// [`Landed::abandoned`]): the device may still use them.
+pub(crate) fn run(queue: Box<dyn Queue>, inbox: &Receiver<Filled>, landed: &dyn Landed, stall: Duration) -> Result<()> {
+    let mut copier = Copier { queue, in_flight: VecDeque::new(), progress: Instant::now() };
+    let outcome = copier.feed(inbox, landed, stall);
     if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Stalled) {
-        abandon(queue, in_flight);
-    } else {
-        // The queue first: dropping it ends its copies, and only then may the slots go back.
-        drop(queue);
-        drop(in_flight);
+        landed.abandoned(copier.in_flight.len());
+        copier.abandon();
     }
     outcome
 }
 
-fn feed(
-    queue: &mut dyn Queue,
-    in_flight: &mut VecDeque<(u64, Filled)>,
-    inbox: &Receiver<Filled>,
-    landed: &dyn Landed,
-    stall: Duration,
-) -> Result<()> {
-    let mut open = true;
-    let mut progress = Instant::now();
-    loop {
-        let began = Instant::now();
-        let mut arrived = None;
-        if open && in_flight.is_empty() {
-            match inbox.recv_timeout(limits::LOOK_AGAIN) {
-                Ok(filled) => arrived = Some(filled),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => open = false,
-            }
-            landed.spent(Duration::ZERO, began.elapsed());
-            progress = Instant::now();
-        } else if open {
-            match inbox.try_recv() {
-                Ok(filled) => arrived = Some(filled),
-                Err(TryRecvError::Empty) => {}
-                Err(TryRecvError::Disconnected) => open = false,
+/// A queue and the slots that its copies read from. A slot is in the list before its copies are submitted, and leaves
+/// it only when they are done (design invariant 7).
+struct Copier {
+    // Before the slots: dropping the queue ends its copies, and only then may the slots go back.
+    queue: Box<dyn Queue>,
+    in_flight: VecDeque<(u64, Filled)>,
+    /// When a copy last completed, or there was none to wait for.
+    progress: Instant,
+}
+
+impl Copier {
+    fn feed(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed, stall: Duration) -> Result<()> {
+        loop {
+            match self.next(inbox, landed) {
+                Inbox::Filled(filled) if landed.stopped() => drop(filled),
+                Inbox::Filled(filled) => self.submit(filled)?,
+                Inbox::Closed if self.in_flight.is_empty() => return Ok(()),
+                Inbox::Empty if self.in_flight.is_empty() => {}
+                Inbox::Empty | Inbox::Closed => self.reap(landed, stall)?,
             }
         }
-        if let Some(mut filled) = arrived {
-            if !landed.stopped() {
-                let copies = std::mem::take(&mut filled.copies);
-                in_flight.push_back((u64::MAX, filled));
-                // SAFETY: the slot is in `in_flight` until its ticket is done, so nobody writes to it; the plan's
-                // audit proved that no other copy names these destination bytes, which the load keeps alive.
-                let ticket = unsafe { queue.submit(copies)? };
-                in_flight.back_mut().expect("bug in shardlift: pushed above").0 = ticket;
-            }
-            continue;
-        }
-        if in_flight.is_empty() {
-            if open {
-                continue;
-            }
-            return Ok(());
+    }
+
+    /// The next filled slot. Waits for one only if there are no copies to wait for.
+    fn next(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed) -> Inbox {
+        if !self.in_flight.is_empty() {
+            return match inbox.try_recv() {
+                Ok(filled) => Inbox::Filled(filled),
+                Err(TryRecvError::Empty) => Inbox::Empty,
+                Err(TryRecvError::Disconnected) => Inbox::Closed,
+            };
         }
         let began = Instant::now();
-        let done = queue.wait(limits::COPY_WAIT)?;
-        while in_flight.front().is_some_and(|(ticket, _)| *ticket <= done) {
-            let (_, filled) = in_flight.pop_front().expect("bug in shardlift: front was there");
+        let received = inbox.recv_timeout(limits::LOOK_AGAIN);
+        landed.spent(Duration::ZERO, began.elapsed());
+        self.progress = Instant::now();
+        match received {
+            Ok(filled) => Inbox::Filled(filled),
+            Err(RecvTimeoutError::Timeout) => Inbox::Empty,
+            Err(RecvTimeoutError::Disconnected) => Inbox::Closed,
+        }
+    }
+
+    fn submit(&mut self, mut filled: Filled) -> Result<()> {
+        let copies = std::mem::take(&mut filled.copies);
+        self.in_flight.push_back((u64::MAX, filled));
+        // SAFETY: the slot is in `in_flight` until its ticket is done, so nobody writes to it; the plan's audit proved
+        // that no other copy names these destination bytes, which the load keeps alive.
+        let ticket = unsafe { self.queue.submit(copies)? };
+        self.in_flight.back_mut().expect("bug in shardlift: pushed above").0 = ticket;
+        Ok(())
+    }
+
+    /// Waits a little for copies, and reports those that are done.
+    fn reap(&mut self, landed: &dyn Landed, stall: Duration) -> Result<()> {
+        let began = Instant::now();
+        let done = self.queue.wait(limits::COPY_WAIT)?;
+        while let Some((_, filled)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= done) {
             filled.landing.iter().for_each(|&landing| landed.landed(landing));
-            progress = Instant::now();
+            self.progress = Instant::now();
         }
         landed.spent(began.elapsed(), Duration::ZERO);
-        if progress.elapsed() > stall {
+        if self.progress.elapsed() > stall {
             return Err(Error::new(ErrorKind::Stalled, format!("no copy completed for {stall:?}")));
         }
+        Ok(())
+    }
+
+    /// Keeps what the device may still use for ever.
+    #[expect(clippy::mem_forget, reason = "a stalled device may still read these slots: freeing them is worse")]
+    fn abandon(self) {
+        std::mem::forget(self);
     }
 }
 
-/// Keeps what the device may still use for ever.
-#[expect(
-    clippy::mem_forget,
-    reason = "a stalled device may still read these slots: freeing them is worse than leaking"
-)]
-fn abandon(queue: Box<dyn Queue>, in_flight: VecDeque<(u64, Filled)>) {
-    std::mem::forget((queue, in_flight));
+enum Inbox {
+    Filled(Filled),
+    Empty,
+    Closed,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::{self, Sender};
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::stage::Ring;
+
+    /// A device under the test's control: copies are done when the test says so.
+    struct Slow {
+        submitted: u64,
+        tell: Sender<u64>,
+        done: Receiver<Result<u64>>,
+        finished: u64,
+        dropped: Arc<Mutex<Vec<&'static str>>>,
+    }
+
+    impl Queue for Slow {
+        unsafe fn submit(&mut self, _: Vec<RawCopy>) -> Result<u64> {
+            self.submitted += 1;
+            let _ = self.tell.send(self.submitted);
+            Ok(self.submitted)
+        }
+
+        fn wait(&mut self, bound: Duration) -> Result<u64> {
+            if let Ok(done) = self.done.recv_timeout(bound) {
+                self.finished = done?;
+            }
+            Ok(self.finished)
+        }
+    }
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            self.dropped.lock().unwrap().push("queue");
+        }
+    }
+
+    #[derive(Default)]
+    struct Seen {
+        landed: Mutex<Vec<u32>>,
+        abandoned: AtomicUsize,
+    }
+
+    impl Landed for Seen {
+        fn landed(&self, landing: Landing) {
+            self.landed.lock().unwrap().push(landing.dest);
+        }
+        fn spent(&self, _: Duration, _: Duration) {}
+        fn stopped(&self) -> bool {
+            false
+        }
+        fn abandoned(&self, slots: usize) {
+            self.abandoned.store(slots, Ordering::Relaxed);
+        }
+    }
+
+    struct Rig {
+        ring: Ring,
+        inbox: Option<Sender<Filled>>,
+        submitted: Receiver<u64>,
+        done: Sender<Result<u64>>,
+        seen: Arc<Seen>,
+        dropped: Arc<Mutex<Vec<&'static str>>>,
+        thread: std::thread::JoinHandle<Result<()>>,
+    }
+
+    /// A copier on a thread of its own, and a ring of two slots.
+    fn rig(stall: Duration) -> Rig {
+        let (inbox, filled) = mpsc::channel();
+        let (tell, submitted) = mpsc::channel();
+        let (done, told) = mpsc::channel();
+        let (seen, dropped) = (Arc::new(Seen::default()), Arc::default());
+        let queue = Slow { submitted: 0, tell, done: told, finished: 0, dropped: Arc::clone(&dropped) };
+        let landed = Arc::clone(&seen);
+        let thread = std::thread::spawn(move || run(Box::new(queue), &filled, &*landed, stall));
+        Rig { ring: Ring::new(8192, 4096), inbox: Some(inbox), submitted, done, seen, dropped, thread }
+    }
+
+    impl Rig {
+        fn send(&self, dest: u32) {
+            let staged = self.ring.try_lend().unwrap().unwrap().stage();
+            let landing = vec![Landing { rank: Rank(0), dest, bytes: 1 }];
+            self.inbox.as_ref().unwrap().send(Filled { staged, copies: Vec::new(), landing }).unwrap();
+        }
+    }
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_slot_is_free_only_after_its_copies() {
+        let mut rig = rig(LONG);
+        rig.send(1);
+        rig.send(2);
+        assert_eq!((rig.submitted.recv().unwrap(), rig.submitted.recv().unwrap()), (1, 2));
+        assert!(rig.ring.try_lend().unwrap().is_none(), "both are in flight");
+        assert!(rig.seen.landed.lock().unwrap().is_empty());
+        rig.done.send(Ok(1)).unwrap();
+        rig.ring.wait(LONG);
+        assert_eq!(*rig.seen.landed.lock().unwrap(), [1]);
+        let again = rig.ring.try_lend().unwrap().expect("the first slot is back");
+        assert!(rig.ring.try_lend().unwrap().is_none(), "the second is not");
+        drop(again);
+        rig.inbox = None;
+        rig.done.send(Ok(2)).unwrap();
+        rig.thread.join().unwrap().unwrap();
+        assert_eq!(*rig.seen.landed.lock().unwrap(), [1, 2]);
+    }
+
+    #[test]
+    fn a_failed_copy_ends_the_queue_before_its_slots_go_back() {
+        let rig = rig(LONG);
+        rig.send(1);
+        rig.submitted.recv().unwrap();
+        rig.done.send(Err(Error::new(ErrorKind::Device, "of the test"))).unwrap();
+        assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Device);
+        assert_eq!(*rig.dropped.lock().unwrap(), ["queue"]);
+        assert!(rig.seen.landed.lock().unwrap().is_empty());
+        assert_eq!([(); 2].map(|()| rig.ring.try_lend().unwrap().unwrap()).len(), 2);
+    }
+
+    #[test]
+    fn what_a_stalled_device_may_still_use_is_kept() {
+        let rig = rig(Duration::from_millis(20));
+        rig.send(1);
+        assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Stalled);
+        assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
+        assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 1);
+        let free = rig.ring.try_lend().unwrap();
+        assert!(free.is_some() && rig.ring.try_lend().unwrap().is_none(), "the slot in flight is gone for ever");
+    }
 }

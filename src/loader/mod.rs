@@ -160,7 +160,8 @@ impl Loader {
     /// destination.
     ///
     /// # Safety
-    /// For each entry, until the load, its weights and all their tensors are dropped:
+    /// For each entry, until the load, its weights and all their tensors are dropped; and for ever if the load ends
+    /// with [`ErrorKind::Stalled`], because what stalled may still write:
     /// - `address..address + bytes` is valid for reads and writes;
     /// - nobody else reads or writes it before its tensor is complete, nor writes it after;
     /// - no two entries overlap.
@@ -265,7 +266,7 @@ impl Load {
     ///
     /// # Errors
     /// The load's first error; then there are no weights and all memory is given back (but see
-    /// [`Report::abandoned_bytes`]).
+    /// [`Progress::abandoned_bytes`]).
     pub fn finish(mut self) -> Result<(Weights, Report)> {
         let mut report = self.running.finish()?;
         report.needed_bytes = self.plan.needed_bytes(self.plan.world().driven());

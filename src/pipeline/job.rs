@@ -53,6 +53,7 @@ pub(crate) struct Job {
 pub(super) struct InFlight {
     pub(super) extent: Extent,
     pub(super) bytes: u64,
+    pub(super) in_slot: bool,
     pub(super) since: Instant,
     pub(super) thread: ThreadId,
     pub(super) warned: bool,
@@ -164,6 +165,7 @@ impl Job {
         let entry = InFlight {
             extent,
             bytes: request.bytes as u64,
+            in_slot: request.slot.is_some(),
             since: Instant::now(),
             thread: std::thread::current().id(),
             warned: false,
@@ -207,6 +209,16 @@ impl Job {
         self.setup.ring.wake();
         let _completed = lock(&self.completed);
         self.changed.notify_all();
+    }
+
+    /// Counts what is given up because somebody may still write to it: these slots, and all destinations, which the
+    /// job keeps alive until the last one who uses it lets go.
+    pub(super) fn abandon(&self, slots: usize) {
+        let slots = (slots * self.setup.ring.slot_bytes()) as u64;
+        let before = self.counters.abandoned_bytes.fetch_add(slots, Ordering::Relaxed);
+        if before == 0 {
+            self.counters.abandoned_bytes.fetch_add(self.totals.bytes, Ordering::Relaxed);
+        }
     }
 
     /// The load's error, if it has one.
@@ -255,6 +267,7 @@ impl Job {
             bytes_total: self.totals.bytes,
             tensors_done: self.counters.tensors_landed.load(Ordering::Relaxed),
             tensors_total: self.totals.tensors,
+            abandoned_bytes: self.counters.abandoned_bytes.load(Ordering::Relaxed),
         }
     }
 
@@ -298,5 +311,9 @@ impl Landed for Job {
 
     fn stopped(&self) -> bool {
         self.is_stopped()
+    }
+
+    fn abandoned(&self, slots: usize) {
+        self.abandon(slots);
     }
 }

@@ -135,6 +135,9 @@ fn start_workers(
         let thread = spawn(&format!("shardlift-copy-{rank}"), move || {
             let outcome = catch_unwind(AssertUnwindSafe(|| copy::run(queue, &inbox, &*job, job.setup.stall_error)));
             if let Err(error) = outcome.unwrap_or_else(|payload| Err(panicked(payload))) {
+                if error.kind() == ErrorKind::Stalled {
+                    keep_for_ever(&job);
+                }
                 job.fail(error.with_rank(rank));
             }
         })?;
@@ -152,6 +155,12 @@ fn start_workers(
         workers.push(Worker { thread, reads: true });
     }
     Ok(())
+}
+
+/// A stalled device may write to the load's destinations at any later time.
+#[expect(clippy::mem_forget, reason = "freeing memory that a device may still write to is worse than leaking it")]
+fn keep_for_ever(job: &Arc<Job>) {
+    std::mem::forget(Arc::clone(job));
 }
 
 /// Fails the load because of what happened on this thread, naming the read that it had, if any.
@@ -172,11 +181,11 @@ fn fail_with_reads_of_this_thread(job: &Job, error: Error) {
 fn watch_reads(job: &Job) -> bool {
     let (warning, bound) = (job.setup.stall_warning, job.setup.stall_error);
     let mut stalled = None;
-    let mut abandoned = 0;
+    let mut slots = 0;
     for read in lock(&job.in_flight).values_mut() {
         let waited = read.since.elapsed();
         if waited >= bound {
-            abandoned += read.bytes;
+            slots += usize::from(read.in_slot);
             stalled = Some(read.extent);
         } else if waited >= warning && !read.warned {
             read.warned = true;
@@ -187,7 +196,7 @@ fn watch_reads(job: &Job) -> bool {
         }
     }
     let Some(extent) = stalled else { return false };
-    job.counters.abandoned_bytes.fetch_add(abandoned, Ordering::Relaxed);
+    job.abandon(slots);
     let error = Error::new(ErrorKind::Stalled, format!("a read made no progress for {bound:?}"));
     job.fail(job.locate(error, extent));
     true

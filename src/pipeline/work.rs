@@ -18,6 +18,7 @@ use crate::sync::lock;
 
 impl Work for Job {
     fn next(&self, may_wait: bool) -> Next {
+        let asked = Instant::now();
         loop {
             if self.is_stopped() {
                 return Next::Finished;
@@ -34,6 +35,13 @@ impl Work for Job {
                 Ok(Taken::Nothing) => return Next::Finished,
                 Ok(Taken::Skipped) => {}
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
+                Ok(Taken::NoSlot) if asked.elapsed() > self.setup.stall_error => {
+                    self.fail(Error::new(
+                        ErrorKind::Stalled,
+                        format!("no staging slot became free for {:?}", self.setup.stall_error),
+                    ));
+                    return Next::Finished;
+                }
                 Ok(Taken::NoSlot) => {
                     let began = Instant::now();
                     self.setup.ring.wait(limits::LOOK_AGAIN);

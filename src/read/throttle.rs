@@ -10,12 +10,13 @@ use crate::error::Result;
 use crate::limits;
 use crate::sync::lock;
 
-/// Wraps an engine and delays its completions so that it moves at most `bytes_per_second`.
+/// Wraps an engine and delays the requests that it gets so that it moves at most `bytes_per_second`, apart from the
+/// first request of each thread.
 #[derive(Debug)]
 pub struct Throttled {
     engine: Arc<dyn Engine>,
     bytes_per_second: f64,
-    /// When the bytes that were let through so far may have arrived.
+    /// When the next request may start.
     due: Mutex<Option<Instant>>,
 }
 
@@ -50,10 +51,38 @@ struct Delayed<'a> {
     throttle: &'a Throttled,
 }
 
+impl Delayed<'_> {
+    /// How long until the next request may start.
+    fn early(&self) -> Duration {
+        lock(&self.throttle.due).map_or(Duration::ZERO, |due| due.saturating_duration_since(Instant::now()))
+    }
+
+    fn charge(&self, bytes: usize) {
+        let share = Duration::from_secs_f64(bytes as f64 / self.throttle.bytes_per_second);
+        let mut due = lock(&self.throttle.due);
+        let now = Instant::now();
+        *due = Some(due.map_or(now, |due| due.max(now)) + share);
+    }
+}
+
 #[deny(clippy::missing_trait_methods)]
 impl Work for Delayed<'_> {
     fn next(&self, may_wait: bool) -> Next {
-        self.work.next(may_wait)
+        loop {
+            let early = self.early();
+            if early.is_zero() || self.work.stopped() {
+                break;
+            }
+            if !may_wait {
+                return Next::Later;
+            }
+            thread::sleep(early.min(limits::THROTTLE_SLEEP));
+        }
+        let next = self.work.next(may_wait);
+        if let Next::Request(request) = &next {
+            self.charge(request.bytes);
+        }
+        next
     }
 
     fn stopped(&self) -> bool {
@@ -61,17 +90,6 @@ impl Work for Delayed<'_> {
     }
 
     fn done(&self, request: Request, outcome: io::Result<usize>) {
-        if let Ok(bytes) = outcome {
-            let mut due = lock(&self.throttle.due);
-            let now = Instant::now();
-            let share = Duration::from_secs_f64(bytes as f64 / self.throttle.bytes_per_second);
-            let until = due.map_or(now, |due| due.max(now)) + share;
-            *due = Some(until);
-            drop(due);
-            while Instant::now() < until && !self.work.stopped() {
-                thread::sleep(limits::THROTTLE_SLEEP.min(until - Instant::now().min(until)));
-            }
-        }
         self.work.done(request, outcome);
     }
 }

@@ -33,8 +33,9 @@ impl Uring {
         let depth = depth.max(1);
         match ring(depth).and_then(|ring| try_out(&ring)) {
             Ok(()) => Ok(Uring { threads: threads.max(1), depth, direct }),
-            Err(error) => Err(Error::new(ErrorKind::Unsupported, format!("io_uring is refused: {error}"))
-                .with_source(error)),
+            Err(error) => {
+                Err(Error::new(ErrorKind::Unsupported, format!("io_uring is refused: {error}")).with_source(error))
+            }
         }
     }
 }

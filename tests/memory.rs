@@ -1,0 +1,173 @@
+//! The memory of a load, as the system counts it: destinations, the staging budget, and little else. One test in a
+//! process of its own, because it is the process that is measured.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use safetensors::tensor::{Dtype, TensorView};
+use shardlift::read::{Engine, EngineChoice, Next, Work};
+use shardlift::{Checkpoint, ErrorKind, Loader, Memory, Plan, Result, Rules, World};
+
+const MIB: u64 = 1 << 20;
+const STAGING: u64 = 32 * MIB;
+/// What a load may take beside destinations and staging.
+const REST: u64 = 64 * MIB;
+
+const RULES: &str = r#"
+rule = [
+  { match = "rows.*", shard = { dim = 0 } },
+  { match = "columns.*", shard = { dim = 1 } },
+]
+"#;
+
+/// 320 MiB of random bytes, half of them cut by columns: ten times the staging budget.
+fn write(folder: &Path) {
+    let mut state = 0x9E37_79B9_7F4A_7C15u64;
+    let mut random = |bytes: usize| -> Vec<u8> {
+        let mut out = Vec::with_capacity(bytes);
+        while out.len() < bytes {
+            // xorshift64 (Marsaglia 2003).
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            out.extend_from_slice(&state.to_le_bytes());
+        }
+        out
+    };
+    let (rows, columns) = (4096, 4096);
+    let names = (0..10).map(|i| if i % 2 == 0 { format!("rows.{i}") } else { format!("columns.{i}") });
+    let tensors: Vec<_> = names.map(|name| (name, random(rows * columns * 2))).collect();
+    let views =
+        tensors.iter().map(|(name, bytes)| (name, TensorView::new(Dtype::BF16, vec![rows, columns], bytes).unwrap()));
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+}
+
+/// Anonymous and shared memory of this process (Linux).
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let of = |key: &str| -> u64 {
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.split_whitespace().next().unwrap().parse::<u64>().unwrap() * 1024
+    };
+    of("RssAnon:") + of("RssShmem:")
+}
+
+/// As [`resident`], without what the global allocator keeps for later.
+fn resident_trimmed() -> u64 {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: gives free memory of the allocator back; no memory in use changes.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+    resident()
+}
+
+/// What `load` returns, and by how much the process grew meanwhile, at most.
+fn growth<T>(load: impl FnOnce() -> T) -> (T, u64) {
+    let before = resident_trimmed();
+    let (peak, stop) = (AtomicU64::new(before), AtomicBool::new(false));
+    let result = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                peak.fetch_max(resident(), Ordering::Relaxed);
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let result = load();
+        stop.store(true, Ordering::Relaxed);
+        result
+    });
+    (result, peak.into_inner().max(resident()) - before)
+}
+
+/// An engine whose reads take long to come back.
+#[derive(Debug)]
+struct Stuck;
+
+impl Engine for Stuck {
+    fn name(&self) -> &'static str {
+        "stuck"
+    }
+    fn threads(&self) -> usize {
+        2
+    }
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        while let Next::Request(request) = work.next(true) {
+            thread::sleep(Duration::from_millis(600));
+            work.done(request, Ok(0));
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(RULES).unwrap();
+    let at_rest = resident_trimmed();
+    for world in [World::host(4), World::host_staged(4)] {
+        let plan = Plan::new(&checkpoint, &rules, &world).unwrap();
+        for engine in [EngineChoice::Pread, EngineChoice::Mmap, EngineChoice::Uring] {
+            for memory in [Memory::Blocks, Memory::PerTensor] {
+                let loader = Loader::new().engine(engine).memory(memory).staging(STAGING as usize);
+                let ((weights, report), grown) = growth(|| loader.load(&plan).unwrap());
+                let what = format!("{engine:?} {memory:?} {:?}", world.device());
+                assert!(grown <= checkpoint.bytes() + STAGING + REST, "{what}: grew by {} MiB", grown / MIB);
+                assert!(grown >= checkpoint.bytes(), "{what}: what was measured is not the load: {} MiB", grown / MIB);
+                let extra = report.peak_extra_bytes;
+                assert!(extra <= STAGING + REST, "{what}: reports {} MiB", extra / MIB);
+                drop((weights, loader));
+            }
+        }
+        // A reshard's destinations are files.
+        let out = tempfile::tempdir().unwrap();
+        let loader = Loader::new().staging(STAGING as usize);
+        let (report, grown) = growth(|| loader.reshard(&plan, out.path().join("out"), false).unwrap());
+        assert!(grown <= STAGING + REST, "reshard grew by {} MiB", grown / MIB);
+        assert!(report.peak_extra_bytes <= STAGING + REST, "reshard reports {} MiB", report.peak_extra_bytes / MIB);
+    }
+    assert!(resident_trimmed() < at_rest + REST, "what was dropped is given back");
+
+    // A load that fails gives everything back; one that stalls, as soon as its reads have returned.
+    let plan = Plan::new(&checkpoint, &rules, &World::host(4)).unwrap();
+    let loader = Loader::new().throttle(Some(200 * MIB));
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    while monitor.progress().bytes_done < 32 * MIB {
+        thread::sleep(Duration::from_millis(1));
+    }
+    monitor.cancel();
+    assert_eq!(load.finish().unwrap_err().kind(), ErrorKind::Cancelled);
+    assert_eq!(monitor.progress().abandoned_bytes, 0);
+    drop((monitor, loader));
+    assert!(resident_trimmed() < at_rest + REST, "a cancelled load gives its memory back");
+
+    let loader = Loader::new()
+        .custom_engine(Arc::new(Stuck))
+        .staging(STAGING as usize)
+        .stall(Duration::from_millis(50), Duration::from_millis(100));
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    assert_eq!(load.finish().unwrap_err().kind(), ErrorKind::Stalled);
+    let abandoned = monitor.progress().abandoned_bytes;
+    assert!((checkpoint.bytes()..=checkpoint.bytes() + STAGING).contains(&abandoned), "{abandoned}");
+    drop((monitor, loader));
+    let began = Instant::now();
+    while threads_of_loads() > 0 {
+        assert!(began.elapsed() < Duration::from_secs(20), "the threads of the stalled load end");
+        thread::sleep(Duration::from_millis(10));
+    }
+    assert!(resident_trimmed() < at_rest + REST, "a stalled load gives its memory back in the end");
+}
+
+/// Threads of loads that still live.
+fn threads_of_loads() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("shardlift")).count()
+}
