@@ -28,7 +28,7 @@ pub const STAGING: usize = 256 << 20;
 /// Smallest staging budget: two slots of the smallest size, so that a read and a copy can overlap.
 pub const STAGING_MIN: usize = 2 << 20;
 
-/// Start of each tensor in memory that we allocate. 256 bytes is what `cuMemAlloc` guarantees.
+/// Start of each tensor in a block. 256 bytes is what `cuMemAlloc` guarantees.
 pub const TENSOR_ALIGNMENT: u64 = 256;
 
 /// Largest block of destination memory: large enough to need few allocations, small enough to find room for.

@@ -7,9 +7,9 @@ use std::time::Duration;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub struct Progress {
-    /// Bytes that have landed in destinations, over all ranks of this process.
+    /// Bytes that were copied to destinations, over all ranks of this process.
     pub bytes_done: u64,
-    /// Bytes that will have landed at the end.
+    /// Bytes that will have been copied at the end.
     pub bytes_total: u64,
     /// Destinations that are complete.
     pub tensors_done: u64,
@@ -18,6 +18,16 @@ pub struct Progress {
     /// Bytes of slots and destinations given up because a read or copy that stalled may still write to them. A stalled
     /// read gives them back when it returns after all; a stalled copy never does.
     pub abandoned_bytes: u64,
+}
+
+/// What the end of a load will have moved.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Totals {
+    /// Bytes to copy.
+    pub(crate) bytes: u64,
+    /// Bytes that are there already, in memory lent from the files.
+    pub(crate) lent_bytes: u64,
+    pub(crate) tensors: u64,
 }
 
 /// What a load did. Sizes are bytes, times seconds.
@@ -30,7 +40,7 @@ pub struct Report {
     pub cpu_seconds: f64,
     /// Union of the source bytes over this process's ranks.
     pub needed_bytes: u64,
-    /// Bytes that landed, summed over this process's ranks.
+    /// Bytes that landed, summed over this process's ranks; those lent from a mapping included.
     pub landed_bytes: u64,
     /// Bytes asked of files after the headers, padding and retries included.
     pub storage_bytes_read: u64,
@@ -88,6 +98,16 @@ pub(crate) struct Counters {
 }
 
 impl Counters {
+    pub(crate) fn progress(&self, totals: Totals) -> Progress {
+        Progress {
+            bytes_done: self.bytes_landed.load(Ordering::Relaxed),
+            bytes_total: totals.bytes,
+            tensors_done: self.tensors_landed.load(Ordering::Relaxed),
+            tensors_total: totals.tensors,
+            abandoned_bytes: self.abandoned_bytes.load(Ordering::Relaxed),
+        }
+    }
+
     pub(crate) fn read_busy(&self, time: Duration) {
         add_time(&self.read_busy_ns, time);
     }

@@ -135,6 +135,28 @@ fn every_read_of_a_load_can_go_wrong() {
     }
 }
 
+/// A tensor of one page, on a page of the file: what is left after a short read is no whole page.
+#[test]
+fn a_read_of_a_single_page_may_come_short_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("model.safetensors");
+    let header = r#"{"page":{"dtype":"U8","shape":[4096],"data_offsets":[0,4096]}}"#;
+    let data: Vec<u8> = (0..4096u32).map(|i| (i * 7 + i / 256) as u8).collect();
+    let mut bytes = 4088u64.to_le_bytes().to_vec();
+    bytes.extend(format!("{header:4088}").into_bytes());
+    bytes.extend(&data);
+    std::fs::write(&file, bytes).unwrap();
+    let checkpoint = Checkpoint::open(&file).unwrap();
+    for engine in engines() {
+        let faulty = Faulty { engine, fault: Fault::OneShort, at: 0, count: AtomicUsize::new(0) };
+        let loader = Loader::new().custom_engine(Arc::new(faulty));
+        let plan = loader.plan(&checkpoint, &Rules::replicate_all(), &World::host(1)).unwrap();
+        let (weights, report) = loader.load(&plan).unwrap();
+        assert!(weights.tensor(Rank(0), "page").unwrap().as_bytes() == data);
+        assert_eq!(report.reads, 2);
+    }
+}
+
 /// An engine that takes requests and does not come back with them for a while.
 #[derive(Debug)]
 struct Stuck;

@@ -70,6 +70,7 @@ fn mapped_tensors_are_lent_and_the_rest_is_copied() {
                 assert!(landed.as_bytes() == model::expected(tensor, rank as usize, ranks as usize));
             }
         }
+        assert_eq!(report.landed_bytes, (0..ranks).map(|rank| plan.bytes_on(Rank(rank))).sum::<u64>());
         if ranks == 1 {
             assert_eq!(report.storage_bytes_read, 0);
         } else {
@@ -85,7 +86,9 @@ fn tensors_outlive_the_weights_and_become_vectors() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let loader = Loader::new().memory(Memory::PerTensor);
     let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
-    let (mut weights, _) = loader.load(&plan).unwrap();
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    let (mut weights, _) = load.finish().unwrap();
     let kept = weights.tensor(Rank(0), "d.rows").unwrap().clone();
     let taken = weights.take(Rank(1), "e.columns").unwrap();
     assert_eq!(weights.tensor(Rank(1), "e.columns").unwrap_err().kind(), ErrorKind::NotFound);
@@ -93,7 +96,10 @@ fn tensors_outlive_the_weights_and_become_vectors() {
     assert_eq!(shared.into_vec::<half::bf16>().unwrap_err().kind(), ErrorKind::Usage);
     drop(weights);
     assert!(kept.as_bytes() == model::expected(&tensors[3], 0, 2));
+    // Whoever watched the load has no part in its memory.
     let vector = taken.into_vec::<half::bf16>().unwrap();
+    assert_eq!(monitor.progress().tensors_done, 2 * tensors.len() as u64);
+    monitor.cancel();
     let bytes: Vec<u8> = vector.iter().flat_map(|value| value.to_bits().to_le_bytes()).collect();
     assert!(bytes == model::expected(&tensors[4], 1, 2));
     assert_eq!(kept.into_vec::<f32>().unwrap_err().kind(), ErrorKind::Usage);

@@ -144,7 +144,7 @@ fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
     monitor.cancel();
     assert_eq!(load.finish().unwrap_err().kind(), ErrorKind::Cancelled);
     assert_eq!(monitor.progress().abandoned_bytes, 0);
-    drop((monitor, loader));
+    drop(loader);
     assert!(resident_trimmed() < at_rest + REST, "a cancelled load gives its memory back");
 
     let loader = Loader::new()
@@ -156,7 +156,7 @@ fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
     assert_eq!(load.finish().unwrap_err().kind(), ErrorKind::Stalled);
     let abandoned = monitor.progress().abandoned_bytes;
     assert!((checkpoint.bytes()..=checkpoint.bytes() + STAGING).contains(&abandoned), "{abandoned}");
-    drop((monitor, loader));
+    drop(loader);
     let began = Instant::now();
     while threads_of_loads() > 0 {
         assert!(began.elapsed() < Duration::from_secs(20), "the threads of the stalled load end");

@@ -4,13 +4,13 @@ mod check;
 mod lend;
 mod reshard;
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
-use crate::observe::{Progress, Report};
+use crate::observe::{Counters, Progress, Report, Totals};
 use crate::pipeline::{Device, Job, Ring, Running, Setup, devices};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Rules, World};
@@ -287,24 +287,29 @@ impl Iterator for Load {
     }
 }
 
-/// A handle to a load: how far it is, and a way to cancel it. Keeps the load's memory alive.
+/// A handle to a load: how far it is, and a way to cancel it. Does not keep the load's memory alive.
 #[derive(Debug, Clone)]
 pub struct Monitor {
-    job: Arc<Job>,
+    job: Weak<Job>,
+    counters: Arc<Counters>,
+    totals: Totals,
 }
 
 impl Monitor {
     fn new(job: &Arc<Job>) -> Monitor {
-        Monitor { job: Arc::clone(job) }
+        let (counters, totals) = job.watch();
+        Monitor { job: Arc::downgrade(job), counters, totals }
     }
 
-    /// How far the load is.
+    /// How far the load is, or was at its end.
     pub fn progress(&self) -> Progress {
-        self.job.progress()
+        self.counters.progress(self.totals)
     }
 
     /// Cancels the load: nothing new starts, what is in flight is drained, and the load's error says so.
     pub fn cancel(&self) {
-        self.job.cancel();
+        if let Some(job) = self.job.upgrade() {
+            job.cancel();
+        }
     }
 }

@@ -12,7 +12,7 @@ use crate::copy::{Filled, Landed, Landing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, FileId, Rank};
 use crate::limits;
-use crate::observe::{Counters, Progress};
+use crate::observe::{Counters, Totals};
 use crate::plan::{Cursor, Cutting, Reads};
 use crate::read::Request;
 use crate::source::SourceFile;
@@ -42,7 +42,7 @@ pub(crate) struct Job {
     failure: Mutex<Option<Error>>,
     stopped: AtomicBool,
     ended: AtomicBool,
-    pub(super) counters: Counters,
+    pub(super) counters: Arc<Counters>,
     pub(super) totals: Totals,
     last_landing: OnceLock<Instant>,
     pub(super) warnings: Mutex<Vec<String>>,
@@ -57,13 +57,6 @@ pub(super) struct InFlight {
     pub(super) since: Instant,
     pub(super) thread: ThreadId,
     pub(super) warned: bool,
-}
-
-/// What the end of the load will have moved.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Totals {
-    pub(super) bytes: u64,
-    pub(super) tensors: u64,
 }
 
 impl Job {
@@ -92,6 +85,7 @@ impl Job {
                 totals.tensors += 1;
                 let awaited = if setup.destinations.waits(rank, dest) { planned.bytes } else { 0 };
                 totals.bytes += awaited;
+                totals.lent_bytes += planned.bytes - awaited;
                 // An alias is complete when its original is.
                 match plan.params()[planned.param as usize].alias_of {
                     Some(original) => aliases[rank.index()].push((original, dest)),
@@ -121,7 +115,7 @@ impl Job {
             failure: Mutex::default(),
             stopped: AtomicBool::new(false),
             ended: AtomicBool::new(false),
-            counters: Counters::default(),
+            counters: Arc::default(),
             totals,
             last_landing: OnceLock::new(),
             warnings: Mutex::default(),
@@ -157,20 +151,17 @@ impl Job {
         Ok(())
     }
 
-    /// Enters a request in the list of reads in flight.
-    pub(super) fn begin(&self, request: &Request) {
-        // Aligned requests reach beyond the bytes that are needed; errors name those.
-        let needed = request.pending.op.extent;
-        let extent = Extent { start: needed.start.max(request.offset), ..needed };
+    /// Enters a read in the list of those in flight, from which only its end removes it.
+    pub(super) fn begin(&self, id: u64, extent: Extent, bytes: usize, in_slot: bool) {
         let entry = InFlight {
             extent,
-            bytes: request.bytes as u64,
-            in_slot: request.slot.is_some(),
+            bytes: bytes as u64,
+            in_slot,
             since: Instant::now(),
             thread: std::thread::current().id(),
             warned: false,
         };
-        lock(&self.in_flight).insert(request.id, entry);
+        lock(&self.in_flight).insert(id, entry);
     }
 
     /// A fresh number for a request.
@@ -260,15 +251,9 @@ impl Job {
         }
     }
 
-    /// How far the load is.
-    pub(crate) fn progress(&self) -> Progress {
-        Progress {
-            bytes_done: self.counters.bytes_landed.load(Ordering::Relaxed),
-            bytes_total: self.totals.bytes,
-            tensors_done: self.counters.tensors_landed.load(Ordering::Relaxed),
-            tensors_total: self.totals.tensors,
-            abandoned_bytes: self.counters.abandoned_bytes.load(Ordering::Relaxed),
-        }
+    /// The counters and where they end, for those who watch the load and must not keep its memory.
+    pub(crate) fn watch(&self) -> (Arc<Counters>, Totals) {
+        (Arc::clone(&self.counters), self.totals)
     }
 
     /// When the last destination became complete.

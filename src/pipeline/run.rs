@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -117,11 +117,24 @@ fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled
     }
     memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
     if !job.is_stopped()
-        && let Err(error) = job.verify_files()
+        && let Err(error) = verify_files(job)
     {
         job.fail(error);
     }
     report(job, &memory, cpu_before)
+}
+
+/// [`Job::verify_files`] on a thread of its own: a file system that is gone may not answer at all.
+fn verify_files(job: &Arc<Job>) -> Result<()> {
+    let (tell, told) = mpsc::channel();
+    let shared = Arc::clone(job);
+    spawn("shardlift-verify", move || tell.send(shared.verify_files()))?;
+    told.recv_timeout(job.setup.stall_error).unwrap_or_else(|error| match error {
+        RecvTimeoutError::Timeout => {
+            Err(Error::new(ErrorKind::Stalled, "the files' identities could not be had again in time"))
+        }
+        RecvTimeoutError::Disconnected => Err(Error::new(ErrorKind::Panicked, "the thread that verifies files died")),
+    })
 }
 
 fn start_workers(
@@ -210,7 +223,7 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
         seconds: (ended - job.setup.started).as_secs_f64(),
         cpu_seconds: cpu_seconds() - cpu_before,
         needed_bytes: 0,
-        landed_bytes: counters.bytes_landed.load(Ordering::Relaxed),
+        landed_bytes: counters.bytes_landed.load(Ordering::Relaxed) + job.totals.lent_bytes,
         storage_bytes_read: counters.storage_bytes.load(Ordering::Relaxed),
         reads: counters.reads.load(Ordering::Relaxed),
         engine: job.setup.engine.name().into(),

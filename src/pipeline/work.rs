@@ -8,7 +8,7 @@ use super::Job;
 use crate::copy::{Filled, Landed, Landing};
 use crate::device::{RawCopy, copy_now};
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::Rank;
+use crate::extent::{Extent, Rank};
 use crate::limits;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
@@ -24,14 +24,14 @@ impl Work for Job {
                 return Next::Finished;
             }
             if let Some(request) = lock(&self.again).pop_front() {
-                self.begin(&request);
+                // Aligned requests reach beyond the bytes that are needed; errors name those.
+                let needed = request.pending.op.extent;
+                let left = Extent { start: needed.start.max(request.offset), ..needed };
+                self.begin(request.id, left, request.bytes, request.slot.is_some());
                 return Next::Request(request);
             }
             match self.take() {
-                Ok(Taken::Request(request)) => {
-                    self.begin(&request);
-                    return Next::Request(request);
-                }
+                Ok(Taken::Request(request)) => return Next::Request(request),
                 Ok(Taken::Nothing) => return Next::Finished,
                 Ok(Taken::Skipped) => {}
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
@@ -80,7 +80,9 @@ impl Work for Job {
             Ok(bytes) if request.offset + (bytes as u64) < extent.end => {
                 // A short read: the rest is a request of its own. It starts on the engine's alignment again.
                 let bytes = bytes - bytes % self.setup.engine.alignment() as usize;
-                if bytes > 0 {
+                // Less than one aligned block may be a short read, or all that the file has: a second time it is that.
+                if bytes > 0 || !request.pending.repeated {
+                    request.pending.repeated = bytes == 0;
                     request.offset += bytes as u64;
                     request.address = request.address.wrapping_add(bytes);
                     request.bytes -= bytes;
@@ -121,7 +123,9 @@ impl Job {
             *cursor = behind;
             (op, slot)
         };
-        let file = self.file(op.extent.file).map_err(|error| self.locate(error, op.extent))?;
+        let alignment = self.setup.engine.alignment();
+        let base = op.extent.start - op.extent.start % alignment;
+        let bytes = (op.extent.end.next_multiple_of(alignment) - base) as usize;
         let mut pieces = Vec::new();
         let address = match &slot {
             Some(slot) => slot.address(),
@@ -134,23 +138,23 @@ impl Job {
                 }
             }
         };
-        let alignment = self.setup.engine.alignment();
-        let base = op.extent.start - op.extent.start % alignment;
-        let bytes = (op.extent.end.next_multiple_of(alignment) - base) as usize;
-        Ok(Taken::Request(Request {
-            id: self.request_id(),
-            file,
-            offset: base,
-            address,
-            bytes,
-            slot,
-            pending: Pending { base, op, pieces },
-        }))
+        let id = self.request_id();
+        // Before the file is opened: that may take for ever too.
+        self.begin(id, op.extent, bytes, slot.is_some());
+        let file = match self.file(op.extent.file) {
+            Ok(file) => file,
+            Err(error) => {
+                lock(&self.in_flight).remove(&id);
+                return Err(self.locate(error, op.extent));
+            }
+        };
+        let pending = Pending { base, op, pieces, repeated: false };
+        Ok(Taken::Request(Request { id, file, offset: base, address, bytes, slot, pending }))
     }
 
     /// All bytes of a read are in its buffer: sends them on to every destination.
     fn arrived(&self, request: Request) -> Result<()> {
-        let Request { file, slot, pending: Pending { op, base, pieces }, .. } = request;
+        let Request { file, slot, pending: Pending { op, base, pieces, repeated: _ }, .. } = request;
         match slot {
             None => self.fan_out(&pieces),
             Some(slot) => self.land(&op, base, slot)?,

@@ -54,8 +54,9 @@ impl Tensor {
         self.shape().bytes(self.dtype()).expect("bug in shardlift: a planned shape overflows") as usize
     }
 
-    /// The largest power of two that the address is a multiple of: at least 256 in memory of ours, what the file or
-    /// the caller chose otherwise.
+    /// The largest power of two that the address is a multiple of: at least 256 in blocks, at least the element's size
+    /// in memory per tensor (a `Vec` is freed with the alignment of its element), what the file or the caller chose
+    /// otherwise.
     pub fn alignment(&self) -> usize {
         1 << (self.address.trailing_zeros().min(63))
     }

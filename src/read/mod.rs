@@ -106,6 +106,8 @@ pub(crate) struct Pending {
     pub(crate) base: u64,
     /// Destinations of a direct read; the first is the one it lands in.
     pub(crate) pieces: Vec<crate::plan::Piece>,
+    /// Whether the last attempt brought less than one aligned block.
+    pub(crate) repeated: bool,
 }
 
 // SAFETY: the buffer belongs to the request alone (a slot that it holds, or a destination range that no other
