@@ -1,5 +1,7 @@
 //! The one error type: what went wrong and where.
 
+#![forbid(unsafe_code)]
+
 use std::error::Error as StdError;
 use std::fmt;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! What a load reports: [`Progress`] while it runs, [`Report`] afterwards, and the counters both come from.
 
+#![forbid(unsafe_code)]
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
