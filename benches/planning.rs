@@ -22,11 +22,12 @@ const RANKS: u32 = 8;
 const PART: &str = "--part";
 const RECORD: &str = "benches/record/instructions.json";
 
-/// Counts repeat exactly where all of [`environment`] is equal. What is left is for unrelated changes that shift what the
+/// Counts repeat where all of [`environment`] is equal. What is left is for unrelated changes that shift what the
 /// compiler inlines.
 const TOLERANCE: f64 = 0.03;
-/// Elsewhere other code is counted: of our functions, of `memcpy` and `malloc`.
-const TOLERANCE_ELSEWHERE: f64 = 0.25;
+/// Elsewhere other code is counted. Seen: 4% for another `memcpy` of the libc, 0.4% for a compiler two versions newer
+/// and for a `malloc` without caches per thread.
+const TOLERANCE_ELSEWHERE: f64 = 0.10;
 
 /// Rows for what feeds a layer, columns for what leaves it, the rest whole (sharding of tensor-parallel experts).
 const RULES: &str = r#"
@@ -132,8 +133,17 @@ fn instructions(folder: &Path, record: bool) -> io::Result<ExitCode> {
 fn compare(counted: &Map<String, Value>, environment: &Value, record: &Value) -> io::Result<ExitCode> {
     let mut out = io::stdout();
     let same = *environment == record["environment"];
-    let tolerance = if same { TOLERANCE } else { TOLERANCE_ELSEWHERE };
-    writeln!(out, "may differ from {RECORD} by {:.0}%", tolerance * 100.0)?;
+    let tolerance = if same {
+        TOLERANCE
+    } else if environment["target"] == record["environment"]["target"] {
+        TOLERANCE_ELSEWHERE
+    } else {
+        f64::INFINITY // the instructions of another target are other instructions
+    };
+    match tolerance.is_finite() {
+        true => writeln!(out, "may differ from {RECORD} by {:.0}%", tolerance * 100.0)?,
+        false => writeln!(out, "not held against {RECORD}, which is of another target")?,
+    }
     if !same {
         writeln!(out, "recorded with {}", record["environment"])?;
         writeln!(out, "counted  with {environment}")?;
@@ -145,22 +155,24 @@ fn compare(counted: &Map<String, Value>, environment: &Value, record: &Value) ->
             let recorded = record["instructions"][model][part].as_u64();
             let recorded = recorded.ok_or_else(|| io::Error::other(format!("{RECORD} has no {model} {part}")))?;
             let change = count as f64 / recorded as f64 - 1.0;
-            let verdict = if change > tolerance {
-                failed = true;
-                "FAILED: more work than recorded"
-            } else if change < -tolerance {
-                // A record that is too high would let the gain be lost again unseen. It can only be made where it was.
-                failed |= same;
-                "less work than recorded: record the new figure (scripts/count-instructions --record)"
-            } else {
-                "ok"
+            // A record that is too high would let a gain be lost again unseen. It is only made again where it was made.
+            let (fails, verdict) = match change {
+                change if change > tolerance => (true, "more work than recorded"),
+                change if change < -tolerance => (same, "less work than recorded: record it (--record)"),
+                _ if tolerance.is_finite() => (false, "ok"),
+                _ => (false, "not compared"),
             };
+            failed |= fails;
+            let failure = if fails { "FAILED: " } else { "" };
+            let change = change * 100.0;
             writeln!(
                 out,
-                "{model} {part}: {count} instructions, recorded {recorded}, {:+.2}%: {verdict}",
-                change * 100.0
+                "{model} {part}: {count} instructions, recorded {recorded}, {change:+.2}%: {failure}{verdict}"
             )?;
         }
+    }
+    if failed {
+        writeln!(out, "meant? then `scripts/count-instructions --record` and say why in the commit")?;
     }
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
