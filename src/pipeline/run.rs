@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -80,40 +80,35 @@ impl Drop for Running {
     }
 }
 
-struct Worker {
-    thread: JoinHandle<()>,
-    reads: bool,
+/// The threads of a load.
+#[derive(Default)]
+struct Workers {
+    readers: Vec<JoinHandle<()>>,
+    copiers: Vec<JoinHandle<()>>,
 }
 
 fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled>)>) -> Report {
     let _span = tracing::info_span!("load", engine = job.setup.engine.name(), bytes = job.totals.bytes).entered();
     let mut memory = MemoryWatch::new();
     let cpu_before = cpu_seconds();
-    let mut workers = Vec::new();
-    if let Err(error) = start_workers(job, copiers, &mut workers) {
+    let mut workers = Workers::default();
+    // Nothing is sent: every reader holds an end, and when the last is gone the other says so.
+    let (alive, readers) = mpsc::channel();
+    if let Err(error) = start_workers(job, copiers, alive, &mut workers) {
         job.fail(error);
     }
     let mut abandoned = false;
-    while let Some(reader) = workers.iter().position(|worker| worker.reads) {
-        if workers[reader].thread.is_finished() {
-            let _ = workers.swap_remove(reader).thread.join();
-            continue;
-        }
-        thread::park_timeout(limits::SUPERVISE_EVERY);
+    while !abandoned && readers.recv_timeout(limits::SUPERVISE_EVERY) == Err(RecvTimeoutError::Timeout) {
         memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
-        if watch_reads(job) {
-            abandoned = true;
-            break;
-        }
+        abandoned = watch_reads(job);
     }
     // No reader is left (or it is stuck): closing the inboxes lets the copiers drain and end.
     for inbox in job.inboxes.iter().flatten() {
         lock(inbox).take();
     }
-    for worker in workers {
-        if !(abandoned && worker.reads) {
-            let _ = worker.thread.join();
-        }
+    let readers = workers.readers.into_iter().filter(|_| !abandoned);
+    for thread in readers.chain(workers.copiers) {
+        let _ = thread.join();
     }
     memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
     if !job.is_stopped()
@@ -140,9 +135,9 @@ fn verify_files(job: &Arc<Job>) -> Result<()> {
 fn start_workers(
     job: &Arc<Job>,
     copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled>)>,
-    workers: &mut Vec<Worker>,
+    alive: Sender<()>,
+    workers: &mut Workers,
 ) -> Result<()> {
-    let supervisor = thread::current();
     for (rank, queue, inbox) in copiers {
         let job = Arc::clone(job);
         let thread = spawn(&format!("shardlift-copy-{rank}"), move || {
@@ -154,18 +149,18 @@ fn start_workers(
                 job.fail(error.with_rank(rank));
             }
         })?;
-        workers.push(Worker { thread, reads: false });
+        workers.copiers.push(thread);
     }
     for index in 0..job.setup.engine.threads().max(1) {
-        let (job, supervisor) = (Arc::clone(job), supervisor.clone());
+        let (job, alive) = (Arc::clone(job), alive.clone());
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
             let outcome = catch_unwind(AssertUnwindSafe(|| job.setup.engine.run(&*job)));
             if let Err(error) = outcome.unwrap_or_else(|payload| Err(panicked(payload))) {
                 fail_with_reads_of_this_thread(&job, error);
             }
-            supervisor.unpark();
+            drop(alive);
         })?;
-        workers.push(Worker { thread, reads: true });
+        workers.readers.push(thread);
     }
     Ok(())
 }
