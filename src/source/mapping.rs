@@ -299,7 +299,8 @@ mod tests {
         assert_eq!(mappings.iter().filter(|mapping| mapping.broken()).count(), 1);
         drop(mappings);
         file.as_file().set_len((PAGES * rustix::param::page_size()) as u64).unwrap();
-        assert!((0..AT_ONCE).map(|_| map()).all(|mapping| !mapping.broken()), "a guard remembers another mapping");
+        let again: Vec<_> = (0..AT_ONCE).map(|_| map()).collect();
+        assert!(!again.iter().any(Mapping::broken), "a guard remembers another mapping");
     }
 
     /// Runs itself in processes of their own, which fault at a mapping that is none of ours.
