@@ -355,6 +355,7 @@ mod tests {
         let (file, ours) = mapped();
         let theirs = MmapOptions::new().map_raw_read_only(file.as_file()).unwrap();
         file.as_file().set_len(0).unwrap();
+        file.close().unwrap(); // nobody else removes it
         assert_eq!(touch(&ours, 1), [0, 0]);
         // SAFETY: the address is mapped; the signal is what this is about.
         unsafe {
