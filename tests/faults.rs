@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use shardlift::read::{Engine, EngineChoice, Mmap, Next, Pread, Request, Uring, Work};
-use shardlift::{Checkpoint, ErrorKind, Loader, Rank, Result, Rules, World};
+use shardlift::{Checkpoint, ErrorKind, Loader, Rank, Residency, Result, Rules, World};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
@@ -227,4 +227,29 @@ fn a_file_cut_short_or_replaced_is_an_error_with_every_engine() {
             assert!(error.file().is_some_and(|file| file.ends_with("two.safetensors")), "{error:?}");
         }
     }
+}
+
+#[test]
+fn lent_tensors_of_a_file_cut_short_read_as_zeros_from_there() {
+    const LEFT: u64 = 100_001;
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 16);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let loader = Loader::new().residency(Residency::Mapped);
+    let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(1)).unwrap();
+    let (weights, report) = loader.load(&plan).unwrap();
+    assert_eq!(report.storage_bytes_read, 0, "all are lent");
+    let cut = folder.path().join("two.safetensors");
+    std::fs::OpenOptions::new().write(true).open(&cut).unwrap().set_len(LEFT).unwrap();
+    let mut missing = 0;
+    for tensor in &tensors {
+        let meta = &checkpoint.tensors()[checkpoint.position(&tensor.name).unwrap()];
+        let of_cut = checkpoint.files()[meta.file.0 as usize].path == cut;
+        let left = if of_cut { LEFT.clamp(meta.start, meta.end) - meta.start } else { meta.end - meta.start } as usize;
+        let landed = weights.tensor(Rank(0), &tensor.name).unwrap().as_bytes();
+        assert!(landed[..left] == tensor.bytes[..left], "{}", tensor.name);
+        assert!(landed[left..].iter().all(|&byte| byte == 0), "{}", tensor.name);
+        missing += landed.len() - left;
+    }
+    assert!(missing > 4 << 20, "{missing} bytes were cut off");
 }

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use shardlift::checkpoint::{Checkpoint, HubCache};
 use shardlift::format::{FormatError, Header, HeaderWarning};
+use shardlift::limits::INDEX_MAX;
 use shardlift::{Dtype, ErrorKind, Rank};
 
 #[path = "fuzz/bodies.rs"]
@@ -263,6 +264,30 @@ fn every_rule_of_the_index() {
             assert_eq!(error.tensor(), tensor, "{error}");
         }
     }
+}
+
+#[test]
+fn an_index_that_is_too_large_is_not_read() {
+    let folder = indexed("");
+    // Sparse: no such bytes are on disk.
+    let resize = |name: &str, bytes| {
+        let path = folder.path().join(name);
+        std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+        path
+    };
+    let index = resize("model.safetensors.index.json", INDEX_MAX + 1);
+    let error = Checkpoint::open(folder.path()).unwrap_err();
+    assert_eq!((error.kind(), error.rule()), (ErrorKind::Index, Some("index-too-large")), "{error}");
+    assert_eq!((error.file(), error.found()), (Some(&*index), Some("100000001 bytes")));
+    assert_eq!(error.expected(), Some("at most 100000000 bytes"));
+    resize("model.safetensors.index.json", INDEX_MAX);
+    assert_eq!(Checkpoint::open(folder.path()).unwrap_err().rule(), Some("index-not-json"));
+
+    std::fs::remove_file(&index).unwrap();
+    resize("config.json", INDEX_MAX + 1);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert!(checkpoint.config().is_none());
+    assert!(checkpoint.warnings().iter().any(|warning| warning.contains("too large")), "{:?}", checkpoint.warnings());
 }
 
 #[test]

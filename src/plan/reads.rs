@@ -35,6 +35,14 @@ pub(crate) struct ReadOp {
     last: usize,
 }
 
+#[cfg(test)]
+impl ReadOp {
+    /// A read that is in no plan, for tests of engines.
+    pub(crate) fn alone(extent: Extent, direct: bool) -> ReadOp {
+        ReadOp { extent, direct, first: 0, last: 0 }
+    }
+}
+
 /// What one destination takes from one read. All numbers are bytes.
 #[derive(Debug, Clone)]
 pub(crate) struct Piece {

@@ -37,9 +37,11 @@ impl Mmap {
     fn read(&self, request: &mut Request) -> io::Result<usize> {
         let size = request.file().identity().size;
         let offset = request.offset();
+        let bytes = request.bytes.min(size.saturating_sub(offset) as usize);
+        if bytes == 0 {
+            return Ok(0); // no page of the mapping, which must not be spoken of to the system
+        }
         let mapping = self.mapping(request).map_err(io::Error::other)?;
-        let buffer = request.buffer();
-        let bytes = buffer.len().min(size.saturating_sub(offset) as usize);
         if let Err(error) = mapping.populate(offset, bytes) {
             // EFAULT is how the system says that storage has no such page.
             return if error.raw_os_error() == Some(libc::EFAULT) { Ok(0) } else { Err(error) };
@@ -48,7 +50,7 @@ impl Mmap {
         // buffer belongs to the request and is no part of a mapping of ours.
         unsafe {
             let source = mapping.address().add(offset as usize);
-            std::ptr::copy_nonoverlapping(source, buffer.as_mut_ptr().cast(), bytes);
+            std::ptr::copy_nonoverlapping(source, request.buffer().as_mut_ptr().cast(), bytes);
         }
         if mapping.broken() { Ok(0) } else { Ok(bytes) }
     }

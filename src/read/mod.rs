@@ -4,6 +4,8 @@
 //! ones repeated, and an early end noticed, is decided in one place above all engines.
 
 mod auto;
+#[cfg(test)]
+mod conformance;
 mod mmap;
 mod pread;
 mod throttle;

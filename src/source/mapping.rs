@@ -208,3 +208,159 @@ unsafe fn forward(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut
         }
     }
 }
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Command, Stdio};
+    use std::thread;
+
+    use tempfile::NamedTempFile;
+
+    use super::*;
+
+    const PAGES: usize = 8;
+
+    /// A file of [`PAGES`] pages, each full of its number counted from 1, and its mapping.
+    fn mapped() -> (NamedTempFile, Mapping) {
+        let file = NamedTempFile::new().unwrap();
+        let bytes: Vec<u8> = (1..=PAGES as u8).flat_map(|number| vec![number; rustix::param::page_size()]).collect();
+        std::fs::write(file.path(), bytes).unwrap();
+        let mapping = Mapping::new(&SourceFile::open(file.path()).unwrap()).unwrap();
+        (file, mapping)
+    }
+
+    /// The first and the last byte of a page, without [`Mapping::populate`].
+    fn touch(mapping: &Mapping, page: usize) -> [u8; 2] {
+        let size = rustix::param::page_size();
+        // SAFETY: both lie in the mapping, which the guard keeps readable.
+        [page * size, (page + 1) * size - 1].map(|at| unsafe { mapping.address().add(at).read_volatile() })
+    }
+
+    #[test]
+    fn missing_pages_read_as_zeros_and_are_remembered() {
+        let (file, mapping) = mapped();
+        let (_intact_file, intact) = mapped();
+        file.as_file().set_len(3 * rustix::param::page_size() as u64 + 100).unwrap();
+        assert_eq!(touch(&mapping, 0), [1, 1]);
+        assert_eq!(touch(&mapping, 3), [4, 0], "the system fills the last page up");
+        assert!(!mapping.broken());
+        for page in [7, 4, 5, 4] {
+            assert_eq!(touch(&mapping, page), [0, 0]);
+            assert!(mapping.broken());
+        }
+        assert_eq!(touch(&mapping, 2), [3, 3]);
+        assert_eq!(touch(&intact, 7), [8, 8]);
+        assert!(!intact.broken());
+    }
+
+    #[test]
+    fn populating_missing_pages_is_an_error() {
+        let (file, mapping) = mapped();
+        let page = rustix::param::page_size();
+        file.as_file().set_len(2 * page as u64).unwrap();
+        mapping.populate(100, 2 * page - 100).unwrap();
+        // Linux before 5.14 does not know how.
+        if let Err(error) = mapping.populate(page as u64, 2 * page) {
+            assert_eq!(error.raw_os_error(), Some(libc::EFAULT));
+        }
+        assert!(!mapping.broken());
+    }
+
+    #[test]
+    fn threads_may_meet_at_a_missing_page() {
+        for _ in 0..20 {
+            let (file, mapping) = mapped();
+            file.as_file().set_len(0).unwrap();
+            thread::scope(|scope| {
+                for _ in 0..8 {
+                    scope.spawn(|| assert!((0..PAGES).all(|page| touch(&mapping, page) == [0, 0])));
+                }
+            });
+            assert!(mapping.broken());
+        }
+    }
+
+    #[test]
+    fn guards_are_reused() {
+        const AT_ONCE: usize = 100;
+        let (file, _) = mapped();
+        let source = SourceFile::open(file.path()).unwrap();
+        let map = || Mapping::new(&source).unwrap();
+        let mut mappings: Vec<_> = (0..AT_ONCE).map(|_| map()).collect();
+        assert!(Guard::all().count() >= AT_ONCE);
+        for at in (0..AT_ONCE).cycle().take(20 * AT_ONCE) {
+            mappings[at] = map();
+        }
+        // Other tests of this process have a few.
+        assert!(Guard::all().count() < 2 * AT_ONCE, "{} guards", Guard::all().count());
+        file.as_file().set_len(0).unwrap();
+        touch(&mappings[7], 0);
+        assert_eq!(mappings.iter().filter(|mapping| mapping.broken()).count(), 1);
+        drop(mappings);
+        file.as_file().set_len((PAGES * rustix::param::page_size()) as u64).unwrap();
+        let again: Vec<_> = (0..AT_ONCE).map(|_| map()).collect();
+        assert!(!again.iter().any(Mapping::broken), "a guard remembers another mapping");
+    }
+
+    /// Runs itself in processes of their own, which fault at a mapping that is none of ours.
+    #[test]
+    fn a_fault_elsewhere_is_the_earlier_handlers() {
+        const EARLIER: &str = "SHARDLIFT_TEST_EARLIER";
+        #[expect(clippy::disallowed_methods, reason = "this test speaks to itself in another process")]
+        if let Ok(earlier) = std::env::var(EARLIER) {
+            fault_elsewhere(&earlier);
+        }
+        let name = "source::mapping::tests::a_fault_elsewhere_is_the_earlier_handlers";
+        let killed = (None, Some(libc::SIGBUS));
+        for (earlier, expected) in [
+            ("as Rust starts", killed),
+            ("default", killed),
+            ("ignore", killed),
+            ("plain", (Some(42), None)),
+            ("with info", (Some(43), None)),
+        ] {
+            let mut child = Command::new(std::env::current_exe().unwrap());
+            child.args(["--exact", name]).stdout(Stdio::null()).stderr(Stdio::null());
+            // A sanitizer would otherwise be the earlier handler, and end the process in its own way.
+            let status = child.env(EARLIER, earlier).env("ASAN_OPTIONS", "handle_sigbus=0").status().unwrap();
+            assert_eq!((status.code(), status.signal()), expected, "{earlier}");
+        }
+    }
+
+    fn fault_elsewhere(earlier: &str) -> ! {
+        extern "C" fn plain(_signal: libc::c_int) {
+            // SAFETY: ends the process; async-signal-safe.
+            unsafe { libc::_exit(42) }
+        }
+        extern "C" fn with_info(_signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+            // SAFETY: ends the process; `info` is what the system passed to our handler, handed on.
+            unsafe { libc::_exit(if (*info).si_code == BUS_ADRERR { 43 } else { 44 }) }
+        }
+        let (handler, flags) = match earlier {
+            "plain" => (plain as *const () as usize, 0),
+            "with info" => (with_info as *const () as usize, libc::SA_SIGINFO),
+            "ignore" => (libc::SIG_IGN, 0),
+            _ => (libc::SIG_DFL, 0),
+        };
+        // SAFETY: plain calls with valid pointers; the handlers fit their flags. No core is wanted of this death.
+        unsafe {
+            libc::setrlimit(libc::RLIMIT_CORE, &libc::rlimit { rlim_cur: 0, rlim_max: 0 });
+            if earlier != "as Rust starts" {
+                let mut action: libc::sigaction = std::mem::zeroed();
+                (action.sa_sigaction, action.sa_flags) = (handler, flags);
+                libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut());
+            }
+        }
+        let (file, ours) = mapped();
+        let theirs = MmapOptions::new().map_raw_read_only(file.as_file()).unwrap();
+        file.as_file().set_len(0).unwrap();
+        file.close().unwrap(); // nobody else removes it
+        assert_eq!(touch(&ours, 1), [0, 0]);
+        // SAFETY: the address is mapped; the signal is what this is about.
+        unsafe {
+            theirs.as_ptr().read_volatile();
+            libc::_exit(0);
+        }
+    }
+}

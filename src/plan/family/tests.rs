@@ -8,7 +8,7 @@ use crate::extent::Rank;
 use crate::plan::tests::checkpoint;
 use crate::plan::{Plan, Rules, World};
 
-type Named = (&'static str, &'static [u64]);
+type Named<'a> = (&'a str, &'a [u64]);
 
 const LLAMA: &[Named] = &[
     ("model.embed_tokens.weight", &[100, 64]),
@@ -33,7 +33,7 @@ fn llama() -> Value {
     })
 }
 
-fn plan(tensors: &[Named], config: Value, ranks: u32) -> crate::Result<Plan> {
+fn plan(tensors: &[Named<'_>], config: Value, ranks: u32) -> crate::Result<Plan> {
     let tensors: Vec<_> = tensors.iter().map(|&(name, dims)| (name, Dtype::Bf16, dims)).collect();
     let checkpoint = checkpoint(&tensors, Some(config));
     Plan::new(&checkpoint, &Rules::for_model(&checkpoint)?, &World::host(ranks))
@@ -108,7 +108,8 @@ fn bert_with_and_without_prefix() {
     assert_eq!(shape(&four, 3, "encoder.layer.0.output.dense.weight"), [64, 64]);
     assert_eq!(shape(&four, 3, "encoder.layer.0.output.dense.bias"), [64]);
     assert_eq!(shape(&four, 3, "pooler.dense.weight"), [64, 64]);
-    let prefixed: Vec<Named> = bare.iter().map(|&(name, dims)| (&*format!("bert.{name}").leak(), dims)).collect();
+    let names: Vec<String> = bare.iter().map(|(name, _)| format!("bert.{name}")).collect();
+    let prefixed: Vec<Named<'_>> = names.iter().zip(bare).map(|(name, &(_, dims))| (name.as_str(), dims)).collect();
     let prefixed = plan(&prefixed, config, 4).unwrap();
     assert_eq!(shape(&prefixed, 0, "bert.encoder.layer.0.intermediate.dense.weight"), [64, 64]);
 }

@@ -1,6 +1,6 @@
 #![no_main]
 
-#[allow(dead_code)]
+#[expect(dead_code, reason = "a target uses one of the bodies")]
 #[path = "../bodies.rs"]
 mod bodies;
 
