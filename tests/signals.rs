@@ -1,0 +1,87 @@
+//! Ctrl-C and SIGTERM while the command line moves bytes: drained, nothing left behind, and the exit status says which.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+/// 16 MiB in 8 tensors: at 1 MiB a second the signal comes long before the end.
+fn model() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes: Vec<u8> = (0..2u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    let view = || safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![1024, 2048], &bytes).unwrap();
+    let tensors: Vec<_> = (0..8).map(|i| (format!("tensor.{i}"), view())).collect();
+    safetensors::serialize_to_file(tensors, None, &folder.path().join("model.safetensors")).unwrap();
+    folder
+}
+
+fn start(args: &[&str]) -> Child {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardlift"));
+    command.args(args).args(["--rules", "replicate", "--json"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Signals the command after a while, and returns its exit status, its object, and how long it took to end.
+fn end(child: Child, signal: Signal) -> (i32, Value, Duration) {
+    thread::sleep(Duration::from_millis(400));
+    kill_process(Pid::from_child(&child), signal).unwrap();
+    let began = Instant::now();
+    let output = child.wait_with_output().unwrap();
+    let took = began.elapsed();
+    assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    (output.status.code().unwrap(), serde_json::from_slice(&output.stdout).unwrap(), took)
+}
+
+#[test]
+fn a_load_is_cancelled() {
+    let folder = model();
+    let path = folder.path().to_str().unwrap();
+    for (number, status) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        for engine in ["pread", "mmap", "uring"] {
+            for devices in ["host", "host:staged"] {
+                let args = ["load", path, "--tp", "2", "--engine", engine, "--devices", devices, "--throttle", "1M"];
+                let (code, object, took) = end(start(&args), number);
+                assert_eq!((code, &object["error"]["kind"]), (status, &Value::from("cancelled")), "{object}");
+                assert!(took < Duration::from_secs(1), "{engine} {devices}: {took:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_reshard_is_cancelled_and_leaves_nothing() {
+    let folder = model();
+    let outside = tempfile::tempdir().unwrap();
+    let out = outside.path().join("out");
+    for (number, status) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+        // Reshard has no throttle: a machine that is done before the signal tries again with more ranks.
+        let mut cancelled = false;
+        for ranks in ["16", "64"] {
+            let child = start(&["reshard", path(folder.path()), path(&out), "--dp", ranks, "--force"]);
+            while fs::read_dir(outside.path()).unwrap().next().is_none() {
+                thread::sleep(Duration::from_millis(1));
+            }
+            kill_process(Pid::from_child(&child), number).unwrap();
+            let output = child.wait_with_output().unwrap();
+            if output.status.success() {
+                fs::remove_dir_all(&out).unwrap();
+                continue;
+            }
+            let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+            assert_eq!(object["error"]["kind"], "cancelled", "{object}");
+            assert_eq!(output.status.code(), Some(status));
+            assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0, "nothing is left behind");
+            cancelled = true;
+            break;
+        }
+        assert!(cancelled, "the signal never came in time");
+    }
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
