@@ -67,6 +67,10 @@ pub const DIRECT_CHUNK: u64 = 2 << 20;
 /// Chosen by `benches/throughput.rs`.
 pub const CUT_CHUNK: u64 = 512 << 10;
 
+/// Most bytes of short runs that are gathered for one write of a rank's output file: beyond this a system call costs
+/// little beside its bytes, and a hundred ranks must not take more than a few MiB.
+pub const WRITE_GATHER: usize = 64 << 10;
+
 /// Smallest read that lands straight in a destination; below this one larger read and a copy are cheaper.
 pub const DIRECT_MIN: u64 = 64 << 10;
 
