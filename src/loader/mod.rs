@@ -303,7 +303,8 @@ impl Monitor {
         self.job.progress()
     }
 
-    /// Cancels the load: nothing new starts, what is in flight is drained, and the load's error says so.
+    /// Cancels the load: nothing new starts, what is in flight is drained, and the load's error says so. A reshard can
+    /// be cancelled until its directory has its name.
     pub fn cancel(&self) {
         self.job.cancel();
     }

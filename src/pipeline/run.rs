@@ -138,7 +138,7 @@ fn start_workers(
                 if error.kind() == ErrorKind::Stalled {
                     keep_for_ever(&job);
                 }
-                job.fail(error.with_rank(rank));
+                job.fail(job.locate_copy(error, rank));
             }
         })?;
         workers.push(Worker { thread, reads: false });

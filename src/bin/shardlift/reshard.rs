@@ -27,6 +27,7 @@ pub(crate) fn run(
 
     let failed = |error| Failure::started(error).with_signal(interrupt.signal());
     let reshard = Loader::new().start_reshard(&plan, out, *force).map_err(failed)?;
+    interrupt.removes(reshard.partial());
     interrupt.cancels(reshard.monitor());
     let report = reshard.finish().map_err(failed)?;
     output.warn(&report.warnings);
