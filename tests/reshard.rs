@@ -228,6 +228,9 @@ fn until_it_has_its_name_it_can_be_cancelled_or_removed() {
 
 #[cfg(feature = "cli")]
 mod command {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::FromRawFd;
     use std::process::{Child, Command, Stdio};
 
     use super::*;
@@ -252,5 +255,24 @@ mod command {
         unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
         assert_eq!(child.wait().unwrap().code(), Some(143));
         assert!(tree(root) == before);
+    }
+
+    #[test]
+    fn a_terminal_sees_a_bar() {
+        let (folder, m) = folder_with_model();
+        let (mut ours, mut theirs) = (0, 0);
+        let none = std::ptr::null_mut::<u8>();
+        // SAFETY: two places for descriptors, which are owned from here on; name and settings may be null.
+        let (mut ours, theirs) = unsafe {
+            assert_eq!(libc::openpty(&mut ours, &mut theirs, none.cast(), none.cast(), none.cast()), 0);
+            (File::from_raw_fd(ours), File::from_raw_fd(theirs))
+        };
+        let mut child = reshard(&m, &folder.path().join("out"), "2", theirs.into());
+        let mut seen = Vec::new();
+        // Linux ends the last reader of a terminal with an error.
+        let _ = ours.read_to_end(&mut seen);
+        assert!(child.wait().unwrap().success());
+        let seen = String::from_utf8_lossy(&seen);
+        assert!(seen.contains("B/21.57 MB"), "{seen:?}");
     }
 }
