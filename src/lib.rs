@@ -30,7 +30,7 @@ mod stage;
 mod stride;
 mod sync;
 
-pub use checkpoint::{Checkpoint, HubCache};
+pub use checkpoint::{Checkpoint, HubCache, Partial};
 pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, Result};
 pub use extent::{Extent, FileId, Rank};

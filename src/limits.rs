@@ -67,6 +67,16 @@ pub const DIRECT_CHUNK: u64 = 2 << 20;
 /// Chosen by `benches/throughput.rs`.
 pub const CUT_CHUNK: u64 = 512 << 10;
 
+/// Most bytes of short runs that are gathered for one write of a rank's output file: beyond this a system call costs
+/// little beside its bytes, and a hundred ranks must not take more than a few MiB.
+pub const WRITE_GATHER: usize = 64 << 10;
+
+/// Temporary names beside an output that are tried before giving up: each one taken is a leftover of a killed process.
+pub const TEMPORARY_NAMES: u32 = 10_000;
+
+/// Symbolic links that are followed one by one from a name to its file: the bound of Linux.
+pub const LINKS_MAX: usize = 40;
+
 /// Smallest read that lands straight in a destination; below this one larger read and a copy are cheaper.
 pub const DIRECT_MIN: u64 = 64 << 10;
 

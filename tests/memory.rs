@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use safetensors::tensor::{Dtype, TensorView};
-use shardlift::read::{Engine, EngineChoice, Next, Work};
+use shardlift::read::{Engine, EngineChoice, Next, Pread, Work};
 use shardlift::{Checkpoint, ErrorKind, Loader, Memory, Plan, Result, Rules, World};
 
 const MIB: u64 = 1 << 20;
@@ -103,6 +103,28 @@ impl Engine for Stuck {
     }
 }
 
+/// An engine that takes much memory when its reads are done.
+#[derive(Debug)]
+struct Heavy(Pread);
+
+const HEAVY: usize = 128 << 20;
+
+impl Engine for Heavy {
+    fn name(&self) -> &'static str {
+        "heavy"
+    }
+    fn threads(&self) -> usize {
+        1
+    }
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        self.0.run(work)?;
+        let memory = std::hint::black_box(vec![1u8; HEAVY]);
+        thread::sleep(Duration::from_millis(200));
+        drop(memory);
+        Ok(())
+    }
+}
+
 #[test]
 fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
     let folder = tempfile::tempdir().unwrap();
@@ -132,6 +154,23 @@ fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
         assert!(report.peak_extra_bytes <= STAGING + REST, "reshard reports {} MiB", report.peak_extra_bytes / MIB);
     }
     assert!(resident_trimmed() < at_rest + REST, "what was dropped is given back");
+
+    // However many ranks it has. One tensor, or the disk would be what is measured.
+    let one = rules.clone().keeping("rows.0");
+    let plan = Plan::new(&checkpoint, &Rules::replicate_all().keeping("rows.0"), &World::host(32)).unwrap();
+    let cut = Plan::new(&checkpoint, &one, &World::host(32)).unwrap();
+    for plan in [&plan, &cut] {
+        let out = tempfile::tempdir().unwrap();
+        let loader = Loader::new().staging(STAGING as usize);
+        let (report, grown) = growth(|| loader.reshard(plan, out.path().join("out"), false).unwrap());
+        assert!(grown <= STAGING + REST, "reshard for 32 ranks grew by {} MiB", grown / MIB);
+        assert!(report.peak_extra_bytes <= STAGING + REST, "it reports {} MiB", report.peak_extra_bytes / MIB);
+    }
+    // What the process grew by is reported, whatever has landed in files by then.
+    let out = tempfile::tempdir().unwrap();
+    let loader = Loader::new().staging(STAGING as usize).custom_engine(Arc::new(Heavy(Pread::new(2))));
+    let report = loader.reshard(&plan, out.path().join("out"), false).unwrap();
+    assert!(report.peak_extra_bytes >= HEAVY as u64, "it reports {} MiB", report.peak_extra_bytes / MIB);
 
     // A load that fails gives everything back; one that stalls, as soon as its reads have returned.
     let plan = Plan::new(&checkpoint, &rules, &World::host(4)).unwrap();

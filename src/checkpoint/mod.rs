@@ -21,6 +21,7 @@ use crate::source::Identity;
 pub use hub::HubCache;
 pub use index::Index;
 pub(crate) use write::NewDirectory;
+pub use write::Partial;
 
 /// The headers of a model's files, cross-checked. Cheap to clone; no tensor data is read and no file is kept open.
 #[derive(Debug, Clone)]

@@ -306,7 +306,8 @@ impl Monitor {
         self.counters.progress(self.totals)
     }
 
-    /// Cancels the load: nothing new starts, what is in flight is drained, and the load's error says so.
+    /// Cancels the load: nothing new starts, what is in flight is drained, and the load's error says so. A reshard can
+    /// be cancelled until its directory has its name.
     pub fn cancel(&self) {
         if let Some(job) = self.job.upgrade() {
             job.cancel();

@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Loader, Monitor};
-use crate::checkpoint::NewDirectory;
-use crate::error::{Error, ErrorKind, Result};
+use crate::checkpoint::{NewDirectory, Partial};
+use crate::error::Result;
 use crate::observe::Report;
 use crate::pipeline::{Running, Setup, file_device};
 use crate::place::Destinations;
@@ -15,12 +14,17 @@ use crate::plan::Plan;
 
 impl Loader {
     /// Writes each driven rank's partition as `out/model-rank-R-part-0.safetensors`, with the model's configuration
-    /// and tokenizer files beside them. Memory stays within the staging budget; `out` appears whole or not at all.
-    /// Aliases are not written.
+    /// and tokenizer files beside them; those of a model that is a single file if a `config.json` lies beside it.
+    /// Memory stays within the staging budget; `out` appears whole or not at all. Aliases are not written.
+    ///
+    /// With `force` a directory at `out` is replaced; if `out` is a link to one, the link stays.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] if `out` exists and `force` is not set; else as a load, and [`ErrorKind::Io`] if a file
-    /// cannot be written.
+    /// [`ErrorKind::Usage`] if `out` exists and `force` is not set; if it is no directory, a mount point, the model, or
+    /// holds some of the model, whatever `force` says. Else as a load, and [`ErrorKind::Io`] if a file cannot be written.
+    ///
+    /// [`ErrorKind::Usage`]: crate::ErrorKind::Usage
+    /// [`ErrorKind::Io`]: crate::ErrorKind::Io
     pub fn reshard(&self, plan: &Plan, out: impl AsRef<Path>, force: bool) -> Result<Report> {
         self.start_reshard(plan, out, force)?.finish()
     }
@@ -31,12 +35,7 @@ impl Loader {
     /// As [`reshard`](Loader::reshard), as far as they are known before anything moves.
     pub fn start_reshard(&self, plan: &Plan, out: impl AsRef<Path>, force: bool) -> Result<Reshard> {
         let started = Instant::now();
-        let out = out.as_ref();
-        let model = plan.checkpoint().path();
-        if out.exists() && out.canonicalize().ok() == model.canonicalize().ok() {
-            return Err(Error::new(ErrorKind::Usage, "the output is the model itself").with_file(out));
-        }
-        let mut directory = NewDirectory::create(out, force)?;
+        let mut directory = NewDirectory::create(out.as_ref(), force, plan.checkpoint())?;
         let mut metadata = BTreeMap::new();
         for file in plan.checkpoint().files() {
             metadata.extend(file.metadata.iter().cloned());
@@ -55,15 +54,14 @@ impl Loader {
                     (param.name.as_str(), param.dtype, &dest.shape)
                 })
                 .collect();
-            let (path, file, starts) =
-                directory.add_partition(rank, &tensors, &metadata).map_err(|error| error.with_rank(rank))?;
+            let (path, file, starts) = directory.add_partition(rank, &tensors, &metadata)?;
             let mut starts = starts.into_iter();
             offsets[rank.index()] = ranked
                 .dests
                 .iter()
                 .map(|dest| if original(dest.param) { starts.next().unwrap_or(0) } else { 0 })
                 .collect();
-            devices.push(file_device(path, Arc::new(file)));
+            devices.push(file_device(path, file));
         }
         let destinations = Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]))?;
         let running = Running::start(Setup { started, ..self.setup(plan, destinations, devices) })?;
@@ -87,20 +85,59 @@ impl Reshard {
         Monitor::new(self.running.job())
     }
 
+    /// What is on disk so far, for a process that ends without waiting for [`finish`](Reshard::finish).
+    pub fn partial(&self) -> Partial {
+        self.directory.partial().clone()
+    }
+
     /// Waits for the last byte, makes everything durable and gives the directory its name.
     ///
     /// # Errors
-    /// The first error; then nothing of the output is left.
+    /// The first error; then nothing of the output is left. A cancel is one until the directory has its name.
     pub fn finish(self) -> Result<Report> {
         let Reshard { plan, mut running, directory, started } = self;
         let mut report = running.finish()?;
         report.needed_bytes = plan.needed_bytes(plan.world().driven());
-        let model = plan.checkpoint().path();
-        if model.is_dir() {
-            directory.copy_companions(model)?;
-        }
-        directory.commit()?;
+        report.warnings.extend(directory.commit(|| running.job().check_cancelled())?);
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use safetensors::tensor::{Dtype, TensorView};
+
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+    use crate::error::ErrorKind;
+    use crate::extent::Rank;
+    use crate::plan::{Rules, World};
+
+    /// What a full disk looks like to the load: writes are refused.
+    #[test]
+    fn a_refused_write_names_file_tensor_bytes_and_rank() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.safetensors");
+        let bytes = vec![1; 1 << 20];
+        let view = || TensorView::new(Dtype::U8, vec![1 << 20], &bytes).unwrap();
+        safetensors::serialize_to_file([("a", view()), ("b", view())], None, &path).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let plan = Plan::new(&checkpoint, &Rules::replicate_all(), &World::host(2)).unwrap();
+
+        let loader = Loader::new();
+        let writable = Arc::new(tempfile::tempfile().unwrap());
+        let refused = Arc::new(std::fs::File::open(&path).unwrap());
+        let devices = vec![file_device("0".into(), writable), file_device("1".into(), refused)];
+        let size = plan.rank(Rank(1)).dests[0].bytes;
+        let destinations = Destinations::in_files(&plan, |_| vec![size + 8, 8]).unwrap();
+        let mut running = Running::start(loader.setup(&plan, destinations, devices)).unwrap();
+        let error = running.finish().unwrap_err();
+        let at = error.at();
+        assert_eq!((error.kind(), at.file.as_deref(), at.rank), (ErrorKind::Io, Some("1".as_ref()), Some(Rank(1))));
+        let from = if error.tensor() == Some("b") { 8 } else { size + 8 };
+        assert!(at.tensor.is_some() && at.bytes.is_some_and(|(start, end)| from <= start && end <= from + size));
     }
 }

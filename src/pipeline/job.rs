@@ -41,6 +41,7 @@ pub(crate) struct Job {
     next_id: AtomicU64,
     failure: Mutex<Option<Error>>,
     stopped: AtomicBool,
+    cancelled: AtomicBool,
     ended: AtomicBool,
     pub(super) counters: Arc<Counters>,
     pub(super) totals: Totals,
@@ -114,6 +115,7 @@ impl Job {
             next_id: AtomicU64::new(0),
             failure: Mutex::default(),
             stopped: AtomicBool::new(false),
+            cancelled: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             counters: Arc::default(),
             totals,
@@ -182,6 +184,24 @@ impl Job {
         }
     }
 
+    /// Adds the rank to an error of its device, and the tensor whose destination holds the bytes that it names.
+    pub(super) fn locate_copy(&self, error: Error, rank: Rank) -> Error {
+        let (plan, at) = (&self.setup.plan, error.at().bytes);
+        let holds = |dest: usize, bytes: u64| {
+            let start = self.setup.destinations.place(rank, dest as u32).map(|place| place.address);
+            start.zip(at).is_some_and(|(start, (from, _))| start <= from && from < start + bytes)
+        };
+        let mut originals = plan.rank(rank).dests.iter().enumerate().filter_map(|(position, dest)| {
+            let param = &plan.params()[dest.param as usize];
+            param.alias_of.is_none().then_some((position, dest.bytes, &param.name))
+        });
+        let error = error.with_rank(rank);
+        match originals.find(|(position, bytes, _)| holds(*position, *bytes)) {
+            Some((_, _, name)) => error.with_tensor(name),
+            None => error,
+        }
+    }
+
     /// Makes this the load's error unless it has one, and stops everything that has not begun.
     pub(crate) fn fail(&self, error: Error) {
         lock(&self.failure).get_or_insert(error);
@@ -190,9 +210,15 @@ impl Job {
 
     /// Stops the load: nothing new starts, what is in flight is drained.
     pub(crate) fn cancel(&self) {
+        self.cancelled.store(true, Ordering::Release);
         if !self.ended.load(Ordering::Acquire) {
-            self.fail(Error::new(ErrorKind::Cancelled, "the load was cancelled"));
+            self.fail(cancelled());
         }
+    }
+
+    /// An error if the load was cancelled, also after everything had landed.
+    pub(crate) fn check_cancelled(&self) -> Result<()> {
+        if self.cancelled.load(Ordering::Acquire) { Err(cancelled()) } else { Ok(()) }
     }
 
     fn stop(&self) {
@@ -301,4 +327,8 @@ impl Landed for Job {
     fn abandoned(&self, slots: usize) {
         self.abandon(slots);
     }
+}
+
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "the load was cancelled")
 }

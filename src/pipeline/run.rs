@@ -89,7 +89,7 @@ struct Workers {
 
 fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled>)>) -> Report {
     let _span = tracing::info_span!("load", engine = job.setup.engine.name(), bytes = job.totals.bytes).entered();
-    let mut memory = MemoryWatch::new();
+    let mut memory = MemoryWatch::new(job.setup.destinations.in_memory());
     let cpu_before = cpu_seconds();
     let mut workers = Workers::default();
     // Nothing is sent: every reader holds an end, and when the last is gone the other says so.
@@ -146,7 +146,7 @@ fn start_workers(
                 if error.kind() == ErrorKind::Stalled {
                     keep_for_ever(&job);
                 }
-                job.fail(error.with_rank(rank));
+                job.fail(job.locate_copy(error, rank));
             }
         })?;
         workers.copiers.push(thread);
@@ -238,20 +238,23 @@ fn cpu_seconds() -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
-/// Samples the memory of the process during a load. What has landed is counted as destination memory.
+/// Samples the memory of the process during a load.
 struct MemoryWatch {
     before: Option<u64>,
+    /// Whether destinations are memory of the process: then what has landed is not extra.
+    in_memory: bool,
     peak_extra: u64,
 }
 
 impl MemoryWatch {
-    fn new() -> MemoryWatch {
-        MemoryWatch { before: resident_bytes(), peak_extra: 0 }
+    fn new(in_memory: bool) -> MemoryWatch {
+        MemoryWatch { before: resident_bytes(), in_memory, peak_extra: 0 }
     }
 
     fn sample(&mut self, landed: u64) {
         if let (Some(before), Some(now)) = (self.before, resident_bytes()) {
-            self.peak_extra = self.peak_extra.max(now.saturating_sub(before + landed));
+            let destinations = if self.in_memory { landed } else { 0 };
+            self.peak_extra = self.peak_extra.max(now.saturating_sub(before + destinations));
         }
     }
 }

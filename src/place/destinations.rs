@@ -122,6 +122,11 @@ impl Destinations {
         self.ranks[rank.index()].get(dest as usize)
     }
 
+    /// Whether what lands takes memory of this process.
+    pub(crate) fn in_memory(&self) -> bool {
+        self.ranks.iter().flatten().any(|place| place.owner.is_some())
+    }
+
     /// Whether bytes are to be copied to a destination: it is here, and not lent with its bytes in it.
     pub(crate) fn waits(&self, rank: Rank, dest: u32) -> bool {
         self.place(rank, dest).is_some_and(|place| !place.lent)

@@ -296,7 +296,7 @@ pub(crate) struct ReshardArgs {
     pub(crate) out: PathBuf,
     #[command(flatten)]
     pub(crate) mesh: MeshArgs,
-    /// Replace OUT if it exists
+    /// Replace the folder OUT if it exists; never the model
     #[arg(long)]
     pub(crate) force: bool,
     /// Print one JSON object

@@ -2,10 +2,11 @@
 //! 130 or 143.
 
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use shardlift::{Error, ErrorKind, Monitor, Result};
+use shardlift::{Error, ErrorKind, Monitor, Partial, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -22,6 +23,8 @@ struct Shared {
     /// The first signal; 0 before it came.
     signal: AtomicI32,
     then: Mutex<Then>,
+    /// What would stay on disk if the process ended now.
+    partial: Mutex<Option<Partial>>,
 }
 
 /// What a signal does.
@@ -38,7 +41,8 @@ enum Then {
 impl Interrupt {
     /// Watches for signals; until something else is said they end the process.
     pub(crate) fn install(command: &'static str, json: bool) -> Result<Interrupt> {
-        let shared = Arc::new(Shared { signal: AtomicI32::new(0), then: Mutex::new(Then::Exit { command, json }) });
+        let then = Mutex::new(Then::Exit { command, json });
+        let shared = Arc::new(Shared { signal: AtomicI32::new(0), then, partial: Mutex::default() });
         let failed = |error| Error::new(ErrorKind::Io, "install signal handlers").with_source(error);
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
         let theirs = Arc::clone(&shared);
@@ -49,7 +53,10 @@ impl Interrupt {
                     // Launchers signal a process and then its group: that is asked once.
                     Some(first) if first.elapsed() < TWICE => continue,
                     // Asked twice: whoever asks does not want to wait for the drain.
-                    Some(_) => std::process::exit(128 + signal),
+                    Some(_) => {
+                        theirs.remove_partial();
+                        std::process::exit(128 + signal)
+                    }
                     None => first = Some(Instant::now()),
                 }
                 theirs.signal.store(signal, Ordering::SeqCst);
@@ -63,7 +70,7 @@ impl Interrupt {
                 }
             }
         };
-        std::thread::Builder::new().name("shardlift-signals".into()).spawn(watch).map_err(failed)?;
+        thread::Builder::new().name("shardlift-signals".into()).spawn(watch).map_err(failed)?;
         Ok(Interrupt { shared })
     }
 
@@ -74,6 +81,11 @@ impl Interrupt {
             monitor.cancel();
         }
         *then = Then::Cancel(monitor);
+    }
+
+    /// This is to be removed even if the process ends at once.
+    pub(crate) fn removes(&self, partial: Partial) {
+        *self.shared.partial.lock().unwrap_or_else(PoisonError::into_inner) = Some(partial);
     }
 
     /// From now on a signal ends the process; one that has come already is an error.
@@ -108,6 +120,19 @@ impl Shared {
     fn then(&self) -> MutexGuard<'_, Then> {
         self.then.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Removes what would stay on disk, or gives up: storage that hangs must not keep a process that was told twice.
+    fn remove_partial(&self) {
+        let Some(partial) = self.partial.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let (done, removed) = mpsc::channel();
+        let remove = move || {
+            partial.remove();
+            let _ = done.send(());
+        };
+        if thread::Builder::new().name("shardlift-remove".into()).spawn(remove).is_ok() {
+            let _ = removed.recv_timeout(REMOVE);
+        }
+    }
 }
 
 fn interrupted(signal: i32) -> Failure {
@@ -116,3 +141,6 @@ fn interrupted(signal: i32) -> Failure {
 
 /// Signals nearer to the first than this are the same request.
 const TWICE: Duration = Duration::from_secs(1);
+
+/// How long a process that was told twice to end may take to remove what it has written.
+const REMOVE: Duration = Duration::from_secs(2);

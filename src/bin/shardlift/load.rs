@@ -166,13 +166,13 @@ fn gb_per_s(report: &Report) -> f64 {
 }
 
 /// A bar on stderr while it lives, if stderr is a terminal.
-struct Progress {
+pub(crate) struct Progress {
     done: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Progress {
-    fn show(monitor: Monitor) -> Progress {
+    pub(crate) fn show(monitor: Monitor) -> Progress {
         let done = Arc::new(AtomicBool::new(false));
         if !std::io::stderr().is_terminal() {
             return Progress { done, thread: None };
