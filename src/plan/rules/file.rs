@@ -84,7 +84,7 @@ struct Entry {
     shard: Option<Shard>,
     replicate: Option<bool>,
     skip: Option<bool>,
-    only: Option<u32>,
+    only: Option<i64>,
     rename: Option<String>,
     #[serde(default)]
     optional: bool,
@@ -95,8 +95,8 @@ struct Entry {
 struct Shard {
     dim: i64,
     split: Option<How>,
-    unit: Option<u64>,
-    units: Option<u64>,
+    unit: Option<i64>,
+    units: Option<i64>,
     #[serde(default)]
     replicate_units: bool,
     by: Option<toml::Value>,
@@ -117,7 +117,9 @@ impl Entry {
         if let Some(shard) = shard {
             placements.push(Placement::from(shard.compile().map_err(of_rule)?));
         }
-        placements.extend(only.map(|rank| Placement::only(Rank(rank))));
+        if let Some(rank) = only {
+            placements.push(Placement::only(Rank(number("only", rank, 0).map_err(of_rule)?)));
+        }
         for (flag, placement) in [(replicate, Placement::replicate()), (skip, Placement::Skip)] {
             match flag {
                 Some(true) => placements.push(placement),
@@ -141,18 +143,15 @@ impl Entry {
 impl Shard {
     fn compile(self) -> Result<ShardRule> {
         let Shard { dim, split, unit, units, replicate_units, by } = self;
-        let Ok(dim) = usize::try_from(dim) else {
-            return Err(refuse("dimensions are counted from 0, the outermost".into()).with_expected("0 or more", dim));
-        };
-        let mut rule = ShardRule::dim(dim);
+        let mut rule = ShardRule::dim(number("dim, which counts from the outermost,", dim, 0)?);
         if let Some(How::Ceil) = split {
             rule = rule.split(Split::Ceil);
         }
         if let Some(unit) = unit {
-            rule = rule.unit(unit);
+            rule = rule.unit(number("unit", unit, 1)?);
         }
         if let Some(units) = units {
-            rule = rule.units(units);
+            rule = rule.units(number("units", units, 0)?);
         }
         if replicate_units {
             rule = rule.replicate_units();
@@ -165,6 +164,12 @@ impl Shard {
             Some(one) => Ok(rule.by(Coord::Axis(axis(&one)?))),
         }
     }
+}
+
+/// A number of the file as what it counts; TOML knows signed ones only.
+fn number<T: TryFrom<i64>>(key: &str, value: i64, least: i64) -> Result<T> {
+    let wrong = || refuse(format!("{key} is out of range")).with_expected(format!("{least} or more"), value);
+    T::try_from(value).ok().filter(|_| value >= least).ok_or_else(wrong)
 }
 
 fn axis(value: &toml::Value) -> Result<Ax> {
@@ -216,6 +221,7 @@ mod tests {
         assert_eq!(refused("rule = [{ match = \"**\" }]").0, Some("rules-file"));
         assert_eq!(refused("rule = [{ match = \"**\", skip = false }]").0, Some("rules-file"));
         assert_eq!(refused("rule = [{ match = \"**\", skip = true, only = 1 }]").0, Some("rules-file"));
+        assert!(refused("rule = [{ match = \"a\", only = -1 }]").1.contains("rule `a`: only is out of range"));
         assert_eq!(refused("rule = [{ match = \"a**\", skip = true }]").0, Some("pattern"));
         assert_eq!(refused("rule = [{ match = \"*\", replicate = true, rename = \"{2}\" }]").0, Some("rename"));
         assert!(refused("\n\nrule = 1").1.contains("line 3"));
@@ -224,7 +230,13 @@ mod tests {
     #[test]
     fn a_shard_that_makes_no_sense_is_refused_with_its_rule() {
         for (shard, rule, what) in [
-            ("dim = -1", "rules-file", "counted from 0, the outermost: expected 0 or more, found -1"),
+            (
+                "dim = -1",
+                "rules-file",
+                "dim, which counts from the outermost, is out of range: expected 0 or more, found -1",
+            ),
+            ("dim = 0, unit = 0", "rules-file", "unit is out of range: expected 1 or more, found 0"),
+            ("dim = 0, units = -8", "rules-file", "units is out of range: expected 0 or more, found -8"),
             ("dim = 0, by = 'xx'", "rules-file", "expected one of dp, pp, cp, tp, or a list of them, found `xx`"),
             ("dim = 0, by = ['tp', 'ep']", "rules-file", "found `ep`"),
             ("dim = 0, by = 3", "rules-file", "found integer"),
