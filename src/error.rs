@@ -160,6 +160,12 @@ impl Error {
         self.0.found.as_deref()
     }
 
+    /// Puts what it is about before the message.
+    pub(crate) fn in_context(mut self, context: impl fmt::Display) -> Error {
+        self.0.message = format!("{context}: {}", self.0.message);
+        self
+    }
+
     /// Names the broken rule.
     pub fn with_rule(mut self, rule: &'static str) -> Error {
         self.0.rule = Some(rule);

@@ -48,6 +48,16 @@ pub const READ_COST: u64 = 16 << 10;
 /// Most strided loops of a copy descriptor (design invariant 4).
 pub const LOOPS_MAX: usize = 5;
 
+/// Most ranks of a world. The largest deployments of one model are a few thousand ranks, and a plan holds a few hundred
+/// bytes for each destination of each of them.
+pub const RANKS_MAX: u32 = 8192;
+
+/// Most spelled-out alternatives of one pattern of the rules: each is tried against each name.
+pub const PATTERN_FORMS: usize = 256;
+
+/// Deepest nesting of alternatives in a pattern; each level takes some stack.
+pub const PATTERN_DEPTH: usize = 32;
+
 /// Copies that a descriptor deeper than [`LOOPS_MAX`] may be unrolled into (design invariant 4).
 pub const UNROLL_MAX: u64 = 4096;
 

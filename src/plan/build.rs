@@ -8,7 +8,7 @@ use super::audit::{Declared, audit};
 use super::digest::digest;
 use super::extents::extents;
 use super::leaf::Leaf;
-use super::rules::{Owner, Placement, Rules, Verdict};
+use super::rules::{AliasRule, Owner, Placement, Rules, Verdict};
 use super::world::World;
 use super::{Dest, Inner, Param, Plan, RankPlan, ReadOrder};
 use crate::checkpoint::{Checkpoint, TensorMeta};
@@ -57,10 +57,18 @@ impl Plan {
     /// [`RankPlan::dests`]. An alias has the form of its original.
     ///
     /// # Errors
-    /// None that making the plan would not have given.
+    /// [`ErrorKind::NotFound`] if the plan has no such rank, or the rank no such destination.
     pub fn leaf(&self, rank: Rank, dest: usize) -> Result<Leaf> {
         let Inner { checkpoint, world, rules, params, declared, ranks, .. } = &*self.inner;
-        let param = ranks[rank.index()].dests[dest].param;
+        let missing = |what: &str, count: usize, found: String| {
+            Error::new(ErrorKind::NotFound, what).with_expected(format!("one below {count}"), found)
+        };
+        let Some(RankPlan { dests, .. }) = ranks.get(rank.index()) else {
+            return Err(missing("no such rank", ranks.len(), rank.to_string()));
+        };
+        let Some(&Dest { param, .. }) = dests.get(dest) else {
+            return Err(missing("no such destination", dests.len(), dest.to_string()).with_rank(rank));
+        };
         let original = params[param as usize].alias_of.unwrap_or(param);
         let entry = declared.binary_search_by_key(&original, |entry| entry.param).map(|found| declared[found]);
         let Ok(entry) = entry else { unreachable!("bug in shardlift: parameter without a source") };
@@ -75,12 +83,13 @@ struct Builder<'a> {
     world: &'a World,
 }
 
-/// A parameter before its position is known.
+/// A destination before its position is known.
 struct Named<'a> {
     name: String,
     made: Made<'a>,
 }
 
+#[derive(Clone, Copy)]
 enum Made<'a> {
     From { tensor: u32, rule: u32 },
     AliasOf(&'a str),
@@ -89,67 +98,98 @@ enum Made<'a> {
 impl<'a> Builder<'a> {
     /// All parameters, sorted by name, and what those that are no alias are made of.
     fn params(&self) -> Result<(Vec<Param>, Vec<Declared>)> {
+        let named = self.named().map_err(|error| self.rules.located(error))?;
+        let tensors = self.tensors.iter().map(|tensor| tensor.name.as_str());
+        self.rules.check_filters(tensors.chain(named.iter().map(|entry| entry.name.as_str())))?;
+        let named = self.wanted(named);
+
+        let mut params = Vec::with_capacity(named.len());
+        let mut declared = Vec::with_capacity(named.len());
+        for (param, entry) in (0..).zip(&named) {
+            let (tensor, alias_of) = match entry.made {
+                Made::From { tensor, rule } => {
+                    declared.push(self.declare(param, tensor, rule)?);
+                    (tensor, None)
+                }
+                Made::AliasOf(of) => match find(&named, of).map(|original| (original, named[original].made)) {
+                    Some((original, Made::From { tensor, .. })) => (tensor, Some(original as u32)),
+                    _ => unreachable!("bug in shardlift: alias was checked"),
+                },
+            };
+            params.push((self.tensors[tensor as usize].dtype, alias_of));
+        }
+        let param = |(Named { name, .. }, (dtype, alias_of))| Param { name, dtype, alias_of };
+        Ok((named.into_iter().zip(params).map(param).collect(), declared))
+    }
+
+    /// All destinations that the rules make, sorted by name; filters leave none out yet.
+    fn named(&self) -> Result<Vec<Named<'a>>> {
+        self.rules.check()?;
         let verdicts = self.rules.verdicts(self.tensors)?;
-        let mut named: Vec<Named<'a>> = verdicts
+        let named: Vec<Result<Named<'a>>> = verdicts
             .par_iter()
             .enumerate()
             .with_min_len(512)
             .filter_map(|(tensor, verdict)| match *verdict {
-                Verdict::Rule(rule) => Some(Named {
-                    name: self.rules.destination(rule, &self.tensors[tensor].name),
-                    made: Made::From { tensor: tensor as u32, rule },
-                }),
-                Verdict::Skipped | Verdict::Unmatched => None,
+                Verdict::Rule(rule) => {
+                    let made = Made::From { tensor: tensor as u32, rule };
+                    let name = self.rules.destination(rule, &self.tensors[tensor].name);
+                    Some(name.map(|name| Named { name, made }))
+                }
+                Verdict::Skipped => None,
             })
             .collect();
-        self.add_aliases(&mut named)?;
+        let mut named = named.into_iter().collect::<Result<Vec<_>>>()?;
         named.par_sort_unstable_by(|a, b| a.name.cmp(&b.name));
-        if let Some(twice) = named.windows(2).find(|pair| pair[0].name == pair[1].name) {
-            return Err(broken("rename-collision", "two tensors become one").with_tensor(twice[0].name.as_str()));
+        let aliases: &'a [AliasRule] = &self.rules.aliases;
+        if let Some(AliasRule { name, of }) = aliases.iter().find(|alias| find(&named, &alias.of).is_none()) {
+            let what = format!("alias of `{of}`, which is no destination");
+            return Err(broken("alias", what).with_tensor(name.as_str()));
         }
-
-        let mut params = Vec::with_capacity(named.len());
-        let mut declared = Vec::with_capacity(named.len());
-        for (param, entry) in named.iter().enumerate() {
-            let (origin, alias_of) = match entry.made {
-                Made::From { .. } => (&entry.made, None),
-                Made::AliasOf(of) => {
-                    let Ok(original) = named.binary_search_by(|entry| entry.name.as_str().cmp(of)) else {
-                        unreachable!("bug in shardlift: alias was checked")
-                    };
-                    (&named[original].made, Some(original as u32))
-                }
-            };
-            let Made::From { tensor, rule } = *origin else {
-                return Err(broken("alias", "alias of an alias").with_tensor(entry.name.as_str()));
-            };
-            let dtype = self.tensors[tensor as usize].dtype;
-            params.push((dtype, alias_of));
-            if alias_of.is_none() {
-                declared.push(self.declare(param as u32, tensor, rule)?);
+        if !aliases.is_empty() {
+            let alias = |AliasRule { name, of }: &'a AliasRule| Named { name: name.clone(), made: Made::AliasOf(of) };
+            named.extend(aliases.iter().map(alias));
+            named.sort_by(|a, b| a.name.cmp(&b.name));
+        }
+        match named.windows(2).find(|pair| pair[0].name == pair[1].name) {
+            Some(twice) => {
+                let both = format!("{} and {} get one name", self.origin(&twice[0]), self.origin(&twice[1]));
+                Err(broken("rename-collision", both).with_tensor(twice[0].name.as_str()))
             }
+            None => Ok(named),
         }
-        let params = named
-            .into_iter()
-            .zip(params)
-            .map(|(entry, (dtype, alias_of))| Param { name: entry.name, dtype, alias_of })
-            .collect();
-        Ok((params, declared))
     }
 
-    fn add_aliases(&self, named: &mut Vec<Named<'a>>) -> Result<()> {
-        let mut aliases = Vec::new();
-        for alias in &self.rules.aliases {
-            let known = |name: &str| named.iter().any(|entry| entry.name == name);
-            if known(&alias.of) || self.rules.aliases.iter().any(|other| other.name == alias.of) {
-                aliases.push(Named { name: alias.name.clone(), made: Made::AliasOf(&alias.of) });
-            } else if !self.rules.is_filtered() {
-                return Err(broken("alias", format!("alias of `{}`, which is no destination", alias.of))
-                    .with_tensor(alias.name.as_str()));
+    /// Those that the filters leave. The first alias of an original that is left out holds the bytes instead, and is the
+    /// original of the others.
+    fn wanted(&self, named: Vec<Named<'a>>) -> Vec<Named<'a>> {
+        let wants = |Named { name, made }: &Named<'a>| match *made {
+            Made::From { tensor, .. } => self.rules.wants(&[name, &self.tensors[tensor as usize].name]),
+            Made::AliasOf(_) => self.rules.wants(&[name]),
+        };
+        let wanted: Vec<bool> = named.iter().map(wants).collect();
+        let is_left = |name: &str| find(&named, name).is_some_and(|at| wanted[at]);
+        let made = |entry: &Named<'a>| match entry.made {
+            Made::AliasOf(of) if !is_left(of) => {
+                let heir = self.rules.aliases.iter().find(|alias| alias.of == of && is_left(&alias.name));
+                match heir {
+                    Some(heir) if heir.name != entry.name => Made::AliasOf(&heir.name),
+                    _ => find(&named, of).map_or(entry.made, |original| named[original].made),
+                }
             }
+            made => made,
+        };
+        let made: Vec<Made<'a>> = named.iter().map(made).collect();
+        let left = named.into_iter().zip(made).zip(wanted).filter(|(_, wanted)| *wanted);
+        left.map(|((entry, made), _)| Named { made, ..entry }).collect()
+    }
+
+    /// What a destination comes from, for errors.
+    fn origin(&self, Named { made, .. }: &Named<'a>) -> String {
+        match *made {
+            Made::From { tensor, .. } => format!("tensor `{}`", self.tensors[tensor as usize].name),
+            Made::AliasOf(of) => format!("an alias of `{of}`"),
         }
-        named.extend(aliases);
-        Ok(())
     }
 
     fn declare(&self, param: u32, tensor: u32, rule: u32) -> Result<Declared> {
@@ -159,12 +199,15 @@ impl<'a> Builder<'a> {
         let entry = Declared { param, tensor, rule, times: 1, partial: expr.is_partial() };
         match *owner {
             Owner::All => {
-                let parts = self.leaf(entry, Rank(0))?.parts;
+                let parts = self.leaf(entry, Rank(0)).map_err(|error| self.place(error, entry, Rank(0)))?.parts;
                 Ok(Declared { times: (u64::from(self.world.size()) / parts) as u32, ..entry })
             }
             Owner::Only(rank) if rank.0 < self.world.size() => Ok(entry),
-            Owner::Only(rank) => Err(broken("rank", format!("rule `{}` names no rank", self.rules.pattern(rule)))
-                .with_expected(format!("a rank below {}", self.world.size()), rank)),
+            Owner::Only(rank) => {
+                let what = format!("rule `{}`: no such rank", self.rules.pattern(rule));
+                let error = broken("rank", what).with_tensor(self.tensors[tensor as usize].name.as_str());
+                Err(self.rules.located(error.with_expected(format!("a rank below {}", self.world.size()), rank)))
+            }
         }
     }
 
@@ -185,7 +228,7 @@ impl<'a> Builder<'a> {
             if !self.owner(entry).has(rank) {
                 continue;
             }
-            let leaf = self.leaf(entry, rank)?;
+            let leaf = self.leaf(entry, rank).map_err(|error| self.place(error, entry, rank))?;
             let first = pieces.len() as u32;
             let mut bytes = 0;
             if alias_of.is_none() {
@@ -202,8 +245,7 @@ impl<'a> Builder<'a> {
     fn leaf(&self, entry: Declared, rank: Rank) -> Result<Leaf> {
         let meta = &self.tensors[entry.tensor as usize];
         match &self.rules.rules[entry.rule as usize].placement {
-            Placement::Place { expr, .. } => Leaf::lower(expr, entry.tensor, meta, self.world.mesh(), rank)
-                .map_err(|error| self.place(error, entry, rank)),
+            Placement::Place { expr, .. } => Leaf::lower(expr, entry.tensor, meta, self.world.mesh(), rank),
             Placement::Skip => unreachable!("bug in shardlift: a skipped tensor has no parameter"),
         }
     }
@@ -215,9 +257,19 @@ impl<'a> Builder<'a> {
         }
     }
 
+    /// Names rule and tensor in an error about a rank's part, and the rank unless all ranks have such an error.
     fn place(&self, error: Error, entry: Declared, rank: Rank) -> Error {
-        error.with_tensor(self.tensors[entry.tensor as usize].name.as_str()).with_rank(rank)
+        let meta = &self.tensors[entry.tensor as usize];
+        let fails = |rank| self.leaf(entry, Rank(rank)).and_then(|leaf| leaf.copies(meta.start)).is_err();
+        let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(entry.rule)));
+        let error = self.rules.located(error.with_tensor(meta.name.as_str()));
+        if (0..self.world.size()).all(fails) { error } else { error.with_rank(rank) }
     }
+}
+
+/// The position of this name in a list that is sorted by name.
+fn find(named: &[Named<'_>], name: &str) -> Option<usize> {
+    named.binary_search_by(|entry| entry.name.as_str().cmp(name)).ok()
 }
 
 fn broken(rule: &'static str, message: impl Into<String>) -> Error {

@@ -77,6 +77,18 @@ impl Expr {
         Expr::Shard { x: Box::new(Expr::Source), dim, cut }
     }
 
+    /// Refuses what makes no sense for any tensor.
+    pub(super) fn check(&self) -> Result<()> {
+        match self {
+            Expr::Source => Ok(()),
+            Expr::View { x, .. } | Expr::Slice { x, .. } => x.check(),
+            Expr::Shard { x, cut, .. } => {
+                cut.by.check()?;
+                x.check()
+            }
+        }
+    }
+
     /// Whether bytes of the source may be left out on purpose.
     pub(super) fn is_partial(&self) -> bool {
         match self {

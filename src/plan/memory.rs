@@ -25,6 +25,9 @@ impl Layout {
     /// its own), each starting on a multiple of `alignment`. An alias lies where its original lies.
     ///
     /// A destination of no bytes has a location too: no block is empty, and every offset is at most its block's size.
+    ///
+    /// # Panics
+    /// If `params` are not those of the plan that `rank` is of.
     pub fn in_blocks(rank: &RankPlan, params: &[super::Param], alignment: u64, block_max: u64) -> Layout {
         let alignment = alignment.max(1);
         let mut blocks: Vec<u64> = Vec::new();

@@ -173,7 +173,10 @@ impl Plan {
         &self.inner.ranks
     }
 
-    /// The partition of one rank.
+    /// The partition of one rank, whichever process drives it.
+    ///
+    /// # Panics
+    /// If the world has no such rank; [`ranks`](Plan::ranks) is the list to `get` from.
     pub fn rank(&self, rank: Rank) -> &RankPlan {
         &self.inner.ranks[rank.index()]
     }
@@ -184,6 +187,9 @@ impl Plan {
     }
 
     /// The consumers of an extent.
+    ///
+    /// # Panics
+    /// It may, if the extent is another plan's.
     pub fn consumers(&self, extent: &ReadExtent) -> &[Consumer] {
         &self.inner.consumers[extent.consumers.start as usize..extent.consumers.end as usize]
     }
@@ -194,11 +200,17 @@ impl Plan {
     }
 
     /// The file with this id.
+    ///
+    /// # Panics
+    /// If the checkpoint has no such file.
     pub fn file(&self, id: FileId) -> &CheckpointFile {
         self.inner.checkpoint.file(id)
     }
 
     /// The tensor of the checkpoint at this position.
+    ///
+    /// # Panics
+    /// If the checkpoint has no such tensor.
     pub fn tensor(&self, position: u32) -> &TensorMeta {
         &self.inner.checkpoint.tensors()[position as usize]
     }

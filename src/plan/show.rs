@@ -4,23 +4,32 @@ use std::fmt::{self, Write};
 
 use super::audit::{for_each_param, pieces};
 use super::cover::{Covered, cover};
-use super::{BoxCopy, Inner, Plan, ReadOrder};
+use super::{BoxCopy, Inner, Plan, ReadExtent, ReadOrder};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 
 impl Plan {
-    /// Bytes of all destinations of a rank; an alias has none.
+    /// Bytes of all destinations of a rank, whichever process drives it; an alias has none.
+    ///
+    /// # Panics
+    /// If the world has no such rank, as [`rank`](Plan::rank).
     pub fn bytes_on(&self, rank: Rank) -> u64 {
         self.rank(rank).dests.iter().map(|dest| dest.bytes).sum()
     }
 
-    /// Bytes of the checkpoint that at least one of these ranks wants.
+    /// Bytes of the checkpoint that at least one of these ranks wants. A rank outside the world wants nothing.
     pub fn needed_bytes(&self, ranks: &[Rank]) -> u64 {
         let Inner { checkpoint, ranks: all, declared, .. } = &*self.inner;
+        let mut asked = vec![false; all.len()];
+        for rank in ranks {
+            if let Some(asked) = asked.get_mut(rank.index()) {
+                *asked = true;
+            }
+        }
         let mut needed = 0;
         let counted = for_each_param(all, declared, |declared, holders| {
             let meta = &checkpoint.tensors()[declared.tensor as usize];
-            let wanted = holders.iter().filter(|(rank, _)| ranks.contains(rank));
+            let wanted = holders.iter().filter(|(rank, _)| asked[rank.index()]);
             let copies = wanted.flat_map(|&(rank, dest)| {
                 let rank = &all[rank.index()];
                 pieces(rank, &rank.dests[dest as usize])
@@ -39,8 +48,12 @@ impl Plan {
 
     /// Bytes that this process reads from storage, before any padding that an engine adds.
     pub fn storage_bytes(&self) -> u64 {
-        let driven = self.world().driven();
-        self.extents().iter().filter(|extent| driven.contains(&extent.reader)).map(|extent| extent.bytes()).sum()
+        self.own_extents().map(ReadExtent::bytes).sum()
+    }
+
+    /// The extents that this process reads.
+    fn own_extents(&self) -> impl Iterator<Item = &ReadExtent> {
+        self.extents().iter().filter(|extent| self.world().drives(extent.reader))
     }
 
     /// What happens to one tensor, as a few lines of text: `name` is a destination, or a tensor of the checkpoint.
@@ -75,6 +88,9 @@ impl Plan {
         if let Some(original) = alias_of {
             _ = writeln!(text, "  shares the memory of {}", params[original as usize].name);
         }
+        if tensor.is_some_and(|tensor| declared.iter().all(|entry| entry.tensor != tensor)) {
+            _ = writeln!(text, "  the checkpoint's tensor of this name is skipped");
+        }
         for rank in ranks {
             let Ok(dest) = rank.dests.binary_search_by_key(&param, |dest| dest.param) else { continue };
             let dest = &rank.dests[dest];
@@ -93,20 +109,23 @@ impl Plan {
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { checkpoint, world, params, ranks, extents, order, digest, .. } = &*self.inner;
+        let Inner { checkpoint, world, params, declared, ranks, order, digest, .. } = &*self.inner;
         writeln!(f, "plan {digest:016x}: {} over {} ranks", checkpoint.path().display(), ranks.len())?;
         writeln!(f, "  mesh        {}", world.mesh())?;
         let aliases = params.iter().filter(|param| param.alias_of.is_some()).count();
+        let skipped = match checkpoint.tensors().len() - declared.len() {
+            0 => String::new(),
+            skipped => format!(", {skipped} of them skipped"),
+        };
         writeln!(
             f,
-            "  checkpoint  {} in {} files, {} tensors; {} destinations, {aliases} of them aliases",
+            "  checkpoint  {} in {} files, {} tensors{skipped}; {} destinations, {aliases} of them aliases",
             Size(checkpoint.bytes()),
             checkpoint.files().len(),
             checkpoint.tensors().len(),
             params.len(),
         )?;
-        let driven = world.driven();
-        let reads = extents.iter().filter(|extent| driven.contains(&extent.reader)).count();
+        let reads = self.own_extents().count();
         let by = match order {
             ReadOrder::File => "file",
             ReadOrder::Layer => "layer",
@@ -115,11 +134,11 @@ impl fmt::Display for Plan {
             f,
             "  storage     {} read by this process in {reads} extents, {} needed, by {by}",
             Size(self.storage_bytes()),
-            Size(self.needed_bytes(driven)),
+            Size(self.needed_bytes(world.driven())),
         )?;
         writeln!(f, "  {:>4}  {:>10}  {:>8}  {:>8}", "rank", "bytes", "tensors", "pieces")?;
         for rank in ranks {
-            let here = if driven.contains(&rank.rank) { "" } else { "  elsewhere" };
+            let here = if world.drives(rank.rank) { "" } else { "  elsewhere" };
             let bytes = Size(self.bytes_on(rank.rank)).to_string();
             writeln!(f, "  {:>4}  {bytes:>10}  {:>8}  {:>8}{here}", rank.rank, rank.dests.len(), rank.pieces.len())?;
         }

@@ -78,17 +78,89 @@ fn rules_must_fit_the_checkpoint() {
     let error = refused(&checkpoint, &Rules::new().shard("row", 0), &World::host(2));
     assert_eq!((error.kind(), error.rule(), error.tensor()), (ErrorKind::Rules, Some("unmatched-tensor"), Some("col")));
     assert!(error.to_string().contains("{ match = \"col\", replicate = true }"), "{error}");
+    assert_eq!(error.at().rank, None);
     let error = refused(&checkpoint, &rules().replicate("typo.**"), &World::host(2));
     assert_eq!(error.rule(), Some("unused-rule"));
     assert!(Plan::new(&checkpoint, &rules().replicate("typo.**").optional(), &World::host(2)).is_ok());
     let error = refused(&checkpoint, &rules(), &World::host(3));
     assert_eq!((error.rule(), error.tensor()), (Some("not-divisible"), Some("col")));
+    // It concerns all ranks.
+    assert_eq!((error.at().rank, error.message().starts_with("rule `col`: ")), (None, true), "{error}");
     let error = refused(&checkpoint, &Rules::new().replicate("*").rename("x"), &World::host(1));
     assert_eq!(error.rule(), Some("rename-collision"));
+    assert!(error.message().contains("tensor `row`") && error.message().contains("tensor `col`"), "{error}");
     let error = refused(&checkpoint, &Rules::new().only("*", Rank(2)), &World::host(2));
     assert_eq!(error.rule(), Some("rank"));
     let error = refused(&checkpoint, &Rules::new().shard("*", 2), &World::host(1));
-    assert_eq!(error.rule(), Some("dimension"));
+    assert_eq!((error.rule(), error.at().rank), (Some("dimension"), None));
+    assert!(error.message().starts_with("rule `*`: "), "{error}");
+}
+
+#[test]
+fn an_error_of_one_rank_alone_names_it() {
+    // Columns 0..4 of 8 are there on rank 0 only.
+    let cut = Cut { how: Split::Ceil, unit: 6, ..Cut::default() };
+    let slice = Expr::Slice { x: Box::new(Expr::shard(1, cut)), dim: 1, start: 0, len: 4, step: 1 };
+    let error = refused(&two(), &Rules::new().place("col", slice).replicate("*"), &World::host(2));
+    assert_eq!((error.rule(), error.tensor(), error.at().rank), (Some("slice"), Some("col"), Some(Rank(1))));
+}
+
+#[test]
+fn an_error_of_the_rules_names_their_file() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let rules = |text: &str| {
+        std::fs::write(file.path(), text).unwrap();
+        Rules::from_file(file.path()).unwrap()
+    };
+    for (text, rule) in [
+        ("rule = [{ match = 'row', shard = { dim = 2 } }, { match = '**', replicate = true }]", "dimension"),
+        ("rule = [{ match = 'row', shard = { dim = 0, unit = 5 } }, { match = '**', replicate = true }]", "unit"),
+        ("rule = [{ match = 'row', replicate = true }]", "unmatched-tensor"),
+        ("rule = [{ match = '**', replicate = true }, { match = 'typo', replicate = true }]", "unused-rule"),
+        ("rule = [{ match = '**', replicate = true }]\nalias = [{ name = 'a', of = 'b' }]", "alias"),
+        ("rule = [{ match = '**', only = 9 }]", "rank"),
+        ("rule = [{ match = '*', replicate = true, rename = 'x' }]", "rename-collision"),
+    ] {
+        let error = refused(&two(), &rules(text), &World::host(1));
+        assert_eq!((error.rule(), error.file()), (Some(rule), Some(file.path())), "{error}");
+    }
+    // A filter is not the file's.
+    let all = rules("rule = [{ match = '**', replicate = true }]");
+    let error = refused(&two(), &all.keeping("typo"), &World::host(1));
+    assert_eq!((error.rule(), error.file()), (Some("unused-rule"), None));
+}
+
+#[test]
+fn the_line_to_add_works_for_every_name() {
+    for name in
+        ["w.0.weight", "a{b", "a}", "{a,b}", "a*", "**", r"back\slash", "quo\"te", "'", "new\nline", "\u{7f}é", ""]
+    {
+        let checkpoint = checkpoint(&[(name, Dtype::F32, &[1])], None);
+        let error = refused(&checkpoint, &Rules::new(), &World::host(1));
+        let (_, line) = error.message().split_once(" add ").expect(name);
+        let rules = Rules::from_toml(&format!("rule = [{line}]")).expect(line);
+        let plan = Plan::new(&checkpoint, &rules, &World::host(1)).expect(line);
+        assert_eq!(plan.params()[0].name, name);
+    }
+}
+
+#[test]
+fn what_a_rename_makes_of_a_tensor_must_be_a_name() {
+    let checkpoint = checkpoint(&[("a.__metadata__", Dtype::F32, &[1])], None);
+    for rules in [Rules::new().replicate("a.*").rename("{1}"), Rules::new().replicate("a.*.**").rename("{2}")] {
+        let error = refused(&checkpoint, &rules, &World::host(1));
+        assert_eq!((error.rule(), error.tensor()), (Some("rename"), Some("a.__metadata__")));
+        assert!(error.message().contains("rule `a.*"), "{error}");
+    }
+}
+
+#[test]
+fn ranks_and_destinations_that_are_not_there() {
+    let plan = Plan::new(&two(), &rules(), &World::host(2)).unwrap();
+    for (rank, dest) in [(Rank(2), 0), (Rank(u32::MAX), 0), (Rank(1), 3), (Rank(1), usize::MAX)] {
+        assert_eq!(plan.leaf(rank, dest).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+    assert_eq!(plan.needed_bytes(&[Rank(1), Rank(7)]), plan.needed_bytes(&[Rank(1)]));
 }
 
 #[test]
@@ -121,8 +193,44 @@ fn aliases_have_no_bytes_of_their_own() {
     assert_eq!(refused(&checkpoint, &rules().alias("row", "col"), &World::host(1)).rule(), Some("rename-collision"));
     let twice = rules().alias("x", "row").alias("y", "x");
     assert_eq!(refused(&checkpoint, &twice, &World::host(1)).rule(), Some("alias"));
-    let filtered = rules().alias("x", "row").skipping("row");
-    assert_eq!(Plan::new(&checkpoint, &filtered, &World::host(2)).unwrap().params().len(), 2);
+    let chain = rules().alias("l", "m").alias("m", "row");
+    for chain in [chain.clone(), chain.skipping("row")] {
+        let error = refused(&checkpoint, &chain, &World::host(1));
+        assert_eq!((error.rule(), error.tensor()), (Some("alias"), Some("l")));
+    }
+}
+
+#[test]
+fn filters_go_by_the_names_of_destinations_and_tensors() {
+    let checkpoint = two();
+    let tied = || rules().alias("y", "row").alias("x", "row");
+    // Each destination's name, bytes on rank 0 and original.
+    let left = |rules: Rules| -> Vec<(String, u64, Option<String>)> {
+        let plan = Plan::new(&checkpoint, &rules, &World::host(2)).unwrap();
+        assert_eq!(plan.storage_bytes(), plan.needed_bytes(plan.world().driven()));
+        let params = plan.params();
+        let dests = plan.rank(Rank(0)).dests.iter().map(|dest| (&params[dest.param as usize], dest.bytes));
+        dests
+            .map(|(param, bytes)| {
+                (param.name.clone(), bytes, param.alias_of.map(|original| params[original as usize].name.clone()))
+            })
+            .collect()
+    };
+    let own = |name: &str, bytes: u64| (name.to_owned(), bytes, None);
+    let alias = |name: &str, of: &str| (name.to_owned(), 0, Some(of.to_owned()));
+    let (all, col, row) = (own("all", 12), own("col", 64), own("row", 64));
+    assert_eq!(left(tied().keeping("x")), [own("x", 64)]);
+    assert_eq!(left(tied().keeping("{x,y}")), [alias("x", "y"), own("y", 64)]);
+    assert_eq!(left(tied().keeping("row")), std::slice::from_ref(&row));
+    assert_eq!(left(tied().skipping("x")), [all.clone(), col.clone(), row, alias("y", "row")]);
+    assert_eq!(left(tied().skipping("row")), [all.clone(), col.clone(), alias("x", "y"), own("y", 64)]);
+    assert_eq!(left(tied().skipping("{row,y}")), [all, col, own("x", 64)]);
+    let renamed = || Rules::new().replicate("row").rename("r").replicate("*");
+    for name in ["r", "row"] {
+        assert_eq!(left(renamed().keeping(name)), [own("r", 128)]);
+        assert_eq!(left(renamed().skipping(name)).len(), 2);
+    }
+    assert!(Plan::new(&checkpoint, &tied().keeping("x"), &World::host(2)).unwrap().explain("row").is_ok());
 }
 
 #[test]
@@ -139,6 +247,10 @@ fn data_and_context_parallel_ranks_replicate() {
 fn a_cut_that_leaves_a_gap_fails_the_audit() {
     let checkpoint = two();
     let cut = || Cut { by: Coord::Axis(Ax::Tp), ..Cut::default() };
+    let twice = Cut { by: Coord::Flat(vec![Ax::Tp, Ax::Tp]), ..Cut::default() };
+    let error = refused(&checkpoint, &Rules::new().shard("row", ShardRule::dim(0).by(twice.by)), &World::host(2));
+    assert_eq!((error.kind(), error.rule()), (ErrorKind::Rules, Some("coordinate")));
+    assert!(error.message().contains("rule `row`: axis tp"), "{error}");
     let diagonal = Expr::Shard { x: Box::new(Expr::shard(0, cut())), dim: 1, cut: cut() };
     let error = refused(&checkpoint, &Rules::new().place("row", diagonal).replicate("*"), &World::host(2));
     assert_eq!((error.kind(), error.tensor()), (ErrorKind::Audit, Some("row")));

@@ -4,6 +4,7 @@ use std::fmt;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
+use crate::limits::RANKS_MAX;
 
 /// Who takes part in a load: the mesh of ranks, how they are spread over processes, and the ranks and devices that
 /// this process drives.
@@ -80,12 +81,8 @@ pub enum Coord {
 impl World {
     /// One process that drives `ranks` tensor-parallel ranks in host memory.
     pub fn host(ranks: u32) -> World {
-        World {
-            mesh: Mesh::tp(ranks),
-            processes: Processes::One,
-            driven: (0..ranks).map(Rank).collect(),
-            device: DeviceSpec::Host,
-        }
+        let mesh = Mesh::tp(ranks);
+        World { mesh, processes: Processes::One, driven: mesh.ranks(), device: DeviceSpec::Host }
     }
 
     /// One process that drives `ranks` tensor-parallel ranks in host memory that is reached through the staging
@@ -102,7 +99,7 @@ impl World {
     /// The same world with its ranks arranged in `mesh`. One process that drove all ranks drives all of the mesh's.
     pub fn with_mesh(self, mesh: Mesh) -> World {
         let driven = match self.processes {
-            Processes::One => (0..mesh.checked_size().unwrap_or(0)).map(Rank).collect(),
+            Processes::One => mesh.ranks(),
             Processes::PerRank => self.driven,
         };
         World { mesh, driven, ..self }
@@ -123,9 +120,15 @@ impl World {
         self.processes
     }
 
-    /// The ranks that this process drives, ascending.
+    /// The ranks that this process drives, ascending. Empty where it would be all of more than
+    /// [`RANKS_MAX`](crate::limits::RANKS_MAX), which no plan accepts.
     pub fn driven(&self) -> &[Rank] {
         &self.driven
+    }
+
+    /// Whether this process drives `rank`.
+    pub(super) fn drives(&self, rank: Rank) -> bool {
+        self.driven.binary_search(&rank).is_ok()
     }
 
     /// The kind of memory of this process's ranks.
@@ -133,7 +136,7 @@ impl World {
         self.device
     }
 
-    /// The number of ranks.
+    /// The number of ranks; see [`Mesh::size`].
     pub fn size(&self) -> u32 {
         self.mesh.size()
     }
@@ -141,11 +144,10 @@ impl World {
     /// Refuses a world that nobody can load into: an axis of size 0, too many ranks, a driven rank outside of it.
     pub(super) fn check(&self) -> Result<()> {
         let usage = |message: &str| Error::new(ErrorKind::Usage, message);
-        let Some(size) = self.mesh.checked_size().filter(|&size| size > 0 && size <= RANKS_MAX) else {
-            return Err(
-                usage("number of ranks out of range").with_expected(format!("1 to {RANKS_MAX}"), self.mesh.to_string())
-            );
-        };
+        let size = self.size();
+        if !(1..=RANKS_MAX).contains(&size) {
+            return Err(usage("number of ranks out of range").with_expected(format!("1 to {RANKS_MAX}"), self.mesh));
+        }
         if self.mesh.pp > 1 {
             return Err(Error::new(ErrorKind::Unsupported, "pipeline stages are not in this build")
                 .with_expected("pp 1", format!("pp {}", self.mesh.pp)));
@@ -163,9 +165,9 @@ impl Mesh {
         Mesh { dp: 1, pp: 1, cp: 1, tp }
     }
 
-    /// The number of ranks.
+    /// The number of ranks; `u32::MAX` where it is more than that, which no plan accepts.
     pub fn size(self) -> u32 {
-        self.dp * self.pp * self.cp * self.tp
+        self.dp.saturating_mul(self.pp).saturating_mul(self.cp).saturating_mul(self.tp)
     }
 
     /// The size of an axis.
@@ -179,6 +181,9 @@ impl Mesh {
     }
 
     /// The coordinate of `rank` on an axis.
+    ///
+    /// # Panics
+    /// If an axis has size 0: such a mesh has no ranks.
     pub fn coordinate(self, rank: Rank, ax: Ax) -> u32 {
         match ax {
             Ax::Tp => rank.0 % self.tp,
@@ -188,8 +193,10 @@ impl Mesh {
         }
     }
 
-    fn checked_size(self) -> Option<u32> {
-        self.dp.checked_mul(self.pp)?.checked_mul(self.cp)?.checked_mul(self.tp)
+    /// All ranks, unless there are more than any plan accepts.
+    fn ranks(self) -> Vec<Rank> {
+        let size = self.size();
+        if size > RANKS_MAX { Vec::new() } else { (0..size).map(Rank).collect() }
     }
 }
 
@@ -199,11 +206,36 @@ impl fmt::Display for Mesh {
     }
 }
 
+impl fmt::Display for Ax {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Ax::Dp => "dp",
+            Ax::Pp => "pp",
+            Ax::Cp => "cp",
+            Ax::Tp => "tp",
+        })
+    }
+}
+
 impl Coord {
+    /// Refuses what is no division of any mesh.
+    pub(super) fn check(&self) -> Result<()> {
+        let broken = |what: String| Err(Error::new(ErrorKind::Rules, what).with_rule("coordinate"));
+        match self {
+            Coord::One | Coord::Axis(_) => Ok(()),
+            Coord::Div(inner, _) | Coord::Mod(inner, _) => inner.check(),
+            Coord::Flat(axes) if axes.is_empty() => broken("no axis says which part a rank gets".into()),
+            Coord::Flat(axes) => match axes.iter().enumerate().find(|(at, ax)| axes[..*at].contains(ax)) {
+                Some((_, ax)) => broken(format!("axis {ax} is named twice")),
+                None => Ok(()),
+            },
+        }
+    }
+
     /// The part `(i, n)` of `rank`: `i < n`.
     ///
     /// # Errors
-    /// [`ErrorKind::Rules`] if a divisor does not divide the number of parts.
+    /// [`ErrorKind::Rules`] if a divisor does not divide the number of parts, or axes taken as one repeat or are none.
     pub fn of(&self, mesh: Mesh, rank: Rank) -> Result<(u32, u32)> {
         let divides = |k: u32, n: u32| {
             if k > 0 && n.is_multiple_of(k) {
@@ -216,10 +248,13 @@ impl Coord {
         match self {
             Coord::One => Ok((0, 1)),
             Coord::Axis(ax) => Ok((mesh.coordinate(rank, *ax), mesh.axis(*ax))),
-            Coord::Flat(axes) => Ok(axes.iter().fold((0, 1), |(i, n), &ax| {
-                let size = mesh.axis(ax);
-                (i * size + mesh.coordinate(rank, ax), n * size)
-            })),
+            Coord::Flat(axes) => {
+                self.check()?;
+                Ok(axes.iter().fold((0, 1), |(i, n), &ax| {
+                    let size = mesh.axis(ax);
+                    (i * size + mesh.coordinate(rank, ax), n * size)
+                }))
+            }
             Coord::Div(inner, k) => {
                 let (i, n) = inner.of(mesh, rank)?;
                 divides(*k, n)?;
@@ -233,9 +268,6 @@ impl Coord {
         }
     }
 }
-
-/// Most ranks of a world: far beyond any deployment of one model, and small enough for products in 64 bits.
-const RANKS_MAX: u32 = 1 << 16;
 
 #[cfg(test)]
 mod tests {
@@ -258,6 +290,10 @@ mod tests {
         assert_eq!(Coord::Div(tp(), 2).of(mesh, Rank(5)).unwrap(), (2, 8));
         assert_eq!(Coord::Mod(tp(), 4).of(mesh, Rank(5)).unwrap(), (1, 4));
         assert_eq!(Coord::Div(tp(), 3).of(mesh, Rank(5)).unwrap_err().rule(), Some("coordinate"));
+        for (axes, what) in [(vec![Ax::Cp, Ax::Tp, Ax::Tp], "axis tp is named twice"), (vec![], "no axis")] {
+            let error = Coord::Flat(axes).of(mesh, Rank(5)).unwrap_err();
+            assert!(error.rule() == Some("coordinate") && error.message().contains(what), "{error}");
+        }
     }
 
     #[test]
@@ -266,7 +302,26 @@ mod tests {
         assert_eq!(World::host(2).driving(Rank(2)).check().unwrap_err().kind(), ErrorKind::Usage);
         let pipeline = World::host(2).with_mesh(Mesh { dp: 1, pp: 2, cp: 1, tp: 1 });
         assert_eq!(pipeline.check().unwrap_err().kind(), ErrorKind::Unsupported);
-        let huge = World::host(1).with_mesh(Mesh { dp: u32::MAX, pp: 2, cp: 1, tp: 1 });
-        assert_eq!(huge.check().unwrap_err().kind(), ErrorKind::Usage);
+    }
+
+    #[test]
+    fn too_many_ranks_are_refused_before_anything_is_made_for_each() {
+        let mesh = |dp, tp| Mesh { dp, pp: 1, cp: 1, tp };
+        for huge in [
+            World::host(u32::MAX),
+            World::host_staged(4_000_000_000),
+            World::host(u32::MAX).with_mesh(mesh(2, u32::MAX)),
+            World::host(1).with_mesh(mesh(u32::MAX, 2)),
+            World::host(RANKS_MAX + 1),
+            World::member(Rank(1), u32::MAX, DeviceSpec::Host),
+        ] {
+            assert!(huge.driven().len() <= 1, "{:?}", huge.mesh());
+            let error = huge.check().unwrap_err();
+            assert_eq!((error.kind(), error.expected()), (ErrorKind::Usage, Some("1 to 8192")));
+        }
+        assert_eq!(mesh(u32::MAX, 2).size(), u32::MAX);
+        assert_eq!(mesh(u32::MAX, 0).size(), 0);
+        let most = World::host(RANKS_MAX);
+        assert_eq!((most.check().is_ok(), most.driven().len()), (true, RANKS_MAX as usize));
     }
 }

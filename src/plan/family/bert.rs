@@ -13,7 +13,11 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     let intermediate = config.count(&["intermediate_size"])?;
 
     let by_head = |dim| ShardRule::dim(dim).unit(head).units(heads);
-    Ok(Rules::new()
+    // BertConfig ties by default, and with the weight of the masked-language head its bias.
+    let embeddings = ["bert.embeddings.word_embeddings.weight", "embeddings.word_embeddings.weight"];
+    let rules = config.head(Rules::new(), "cls.predictions.decoder.weight", &embeddings, true)?;
+    let rules = config.head(rules, "cls.predictions.decoder.bias", &["cls.predictions.bias"], true)?;
+    Ok(rules
         .shard("**.attention.self.{query,key,value}.{weight,bias}", by_head(0))
         .shard("**.attention.output.dense.weight", by_head(1))
         .shard("**.intermediate.dense.{weight,bias}", ShardRule::dim(0).units(intermediate))

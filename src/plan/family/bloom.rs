@@ -12,7 +12,10 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     let hidden = config.count(&["hidden_size", "n_embed"])?;
     let head = config.head_size(hidden, heads)?;
 
-    let rules = Rules::new()
+    // BloomConfig ties by default.
+    let embeddings = ["transformer.word_embeddings.weight", "word_embeddings.weight"];
+    let rules = config
+        .head(Rules::new(), "lm_head.weight", &embeddings, true)?
         .shard("**.self_attention.query_key_value.{weight,bias}", ShardRule::dim(0).unit(3 * head).units(heads))
         .shard("**.self_attention.dense.weight", ShardRule::dim(1).unit(head).units(heads))
         .shard("**.mlp.dense_h_to_4h.{weight,bias}", ShardRule::dim(0).units(4 * hidden))
@@ -20,9 +23,6 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .replicate("**.{self_attention.dense,mlp.dense_4h_to_h}.bias")
         .replicate("**.{input_layernorm,post_attention_layernorm}.{weight,bias}")
         .replicate("**.{word_embeddings_layernorm,ln_f}.{weight,bias}")
-        .replicate("**.word_embeddings.weight")
-        .replicate("lm_head.weight")
-        .optional();
-    // BloomConfig ties by default; a bare BloomModel (names without prefix) has no head.
-    Ok(config.tie(rules, &["transformer.word_embeddings.weight"], true))
+        .replicate("**.word_embeddings.weight");
+    Ok(rules)
 }

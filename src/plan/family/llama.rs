@@ -21,7 +21,9 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
 
     let q = ShardRule::dim(0).unit(head).units(heads);
     let kv = ShardRule::dim(0).unit(head).units(kv_heads).replicate_units();
-    let rules = Rules::new()
+    // LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config do not tie by default.
+    let rules = config
+        .head(Rules::new(), "lm_head.weight", &["model.embed_tokens.weight", "embed_tokens.weight"], false)?
         .shard("**.self_attn.q_proj.weight", q.clone())
         .shard("**.self_attn.q_proj.bias", q)
         .optional()
@@ -41,9 +43,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .replicate("**.{input_layernorm,post_attention_layernorm,norm}.weight")
         .replicate("**.embed_tokens.weight")
         .optional()
-        .replicate("lm_head.weight")
-        .optional()
         .skip("**.rotary_emb.inv_freq")
         .optional();
-    Ok(config.tie(rules, &["model.embed_tokens.weight", "embed_tokens.weight"], false))
+    Ok(rules)
 }

@@ -10,7 +10,7 @@ mod tests;
 use serde_json::Value;
 
 use super::rules::Rules;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::error::{Error, ErrorKind, Result};
 
 /// A family: the `model_type`s that it covers, the class names its architectures begin with, and its rules.
@@ -26,7 +26,8 @@ impl Rules {
     /// The rules for the model that the checkpoint's `config.json` describes: tensor-parallel layers in the way of
     /// Megatron, with head counts checked against the shapes when a plan is made.
     ///
-    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), BERT and BLOOM.
+    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), BERT and BLOOM. Where the configuration ties the output
+    /// head to the embeddings, the head is an alias of them, and one that is stored all the same is skipped.
     ///
     /// # Errors
     /// [`ErrorKind::Rules`]: rule `no-config` without a `config.json`, `unknown-architecture` for any other model,
@@ -57,7 +58,8 @@ fn is_class_of(class: &str, prefix: &str) -> bool {
 fn unknown(model: Option<&str>) -> Error {
     let known: Vec<&str> = FAMILIES.iter().flat_map(|family| family.model_types).copied().collect();
     let example = r#"rule = [{ match = "**.q_proj.weight", shard = { dim = 0 } }, { match = "**", replicate = true }]"#;
-    broken("unknown-architecture", format!("no rules for this architecture; a rules file has lines like {example}"))
+    let way_out = "load it whole on every rank (--rules replicate), or give a rules file with lines like";
+    broken("unknown-architecture", format!("no rules for this architecture; {way_out} {example}"))
         .with_expected(format!("one of {}", known.join(", ")), model.unwrap_or("no model_type"))
 }
 
@@ -96,21 +98,42 @@ impl Config<'_> {
             .with_expected(format!("a multiple of {heads}"), hidden))
     }
 
-    /// The first of these tensors that is there.
-    fn tensor<'n>(&self, names: &[&'n str]) -> Option<&'n str> {
-        names.iter().copied().find(|name| self.checkpoint.position(name).is_some())
+    /// Adds what becomes of an output head's tensor: where weights are tied (`default` without a word in the config) it
+    /// is an alias of the first of `embeddings` that is there, and a stored one is skipped; else it is replicated.
+    fn head(&self, rules: Rules, head: &str, embeddings: &[&str], default: bool) -> Result<Rules> {
+        let tied = match self.json.get("tie_word_embeddings") {
+            None | Some(Value::Null) => default,
+            Some(value) => value.as_bool().ok_or_else(|| {
+                broken("config", "config.json: tie_word_embeddings makes no sense")
+                    .with_expected("true or false", value)
+            })?,
+        };
+        let stored = self.checkpoint.tensor(head);
+        let embedding = embeddings.iter().find_map(|name| self.checkpoint.tensor(name));
+        let Some(embedding) = embedding.filter(|_| tied && (stored.is_some() || self.has_head(head))) else {
+            return Ok(rules.replicate(head).optional());
+        };
+        let rules = match stored {
+            Some(stored) if (stored.dtype, &stored.shape) != (embedding.dtype, &embedding.shape) => {
+                let shape = |tensor: &TensorMeta| format!("{} {}", tensor.dtype, tensor.shape);
+                return Err(broken("config", format!("config.json ties this tensor to `{}`", embedding.name))
+                    .with_expected(shape(embedding), shape(stored))
+                    .with_tensor(head));
+            }
+            Some(_) => rules.skip(head),
+            None => rules,
+        };
+        Ok(rules.alias(head, embedding.name.as_str()))
     }
 
-    /// Adds `lm_head.weight` as an alias of the embedding, if the weights are tied (`default` without a word in the
-    /// config) and the head is not stored.
-    fn tie(&self, rules: Rules, embeddings: &[&str], default: bool) -> Rules {
-        let tied = self.json.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(default);
-        match self.tensor(embeddings) {
-            Some(embedding) if tied && self.tensor(&["lm_head.weight"]).is_none() => {
-                rules.alias("lm_head.weight", embedding)
-            }
-            _ => rules,
+    /// Whether the model has an output head that its files need not store: BERT's is known by its bias, others' by
+    /// the class, where the config names one (`LlamaModel` and `LlamaForSequenceClassification` have none).
+    fn has_head(&self, head: &str) -> bool {
+        if head.starts_with("cls.predictions.") {
+            return self.checkpoint.position("cls.predictions.bias").is_some();
         }
+        let class = self.json.pointer("/architectures/0").and_then(Value::as_str);
+        class.is_none_or(|class| class.ends_with("ForCausalLM"))
     }
 }
 

@@ -114,31 +114,136 @@ fn bert_with_and_without_prefix() {
     assert_eq!(shape(&prefixed, 0, "bert.encoder.layer.0.intermediate.dense.weight"), [64, 64]);
 }
 
+const BLOOM: &[Named] = &[
+    ("h.0.input_layernorm.bias", &[64]),
+    ("h.0.mlp.dense_4h_to_h.bias", &[64]),
+    ("h.0.mlp.dense_4h_to_h.weight", &[64, 256]),
+    ("h.0.mlp.dense_h_to_4h.bias", &[256]),
+    ("h.0.self_attention.dense.bias", &[64]),
+    ("h.0.self_attention.dense.weight", &[64, 64]),
+    ("h.0.self_attention.query_key_value.bias", &[192]),
+    ("h.0.self_attention.query_key_value.weight", &[192, 64]),
+    ("ln_f.weight", &[64]),
+    ("word_embeddings.weight", &[100, 64]),
+    ("word_embeddings_layernorm.weight", &[64]),
+];
+
 #[test]
 fn bloom_keeps_the_interleave() {
-    let tensors: &[Named] = &[
-        ("h.0.input_layernorm.bias", &[64]),
-        ("h.0.mlp.dense_4h_to_h.bias", &[64]),
-        ("h.0.mlp.dense_4h_to_h.weight", &[64, 256]),
-        ("h.0.mlp.dense_h_to_4h.bias", &[256]),
-        ("h.0.self_attention.dense.bias", &[64]),
-        ("h.0.self_attention.dense.weight", &[64, 64]),
-        ("h.0.self_attention.query_key_value.bias", &[192]),
-        ("h.0.self_attention.query_key_value.weight", &[192, 64]),
-        ("ln_f.weight", &[64]),
-        ("word_embeddings.weight", &[100, 64]),
-        ("word_embeddings_layernorm.weight", &[64]),
-    ];
     let config = json!({ "architectures": ["BloomModel"], "n_embed": 64, "n_head": 4 });
-    let two = plan(tensors, config, 2).unwrap();
+    let two = plan(BLOOM, config, 2).unwrap();
     assert_eq!(shape(&two, 1, "h.0.self_attention.query_key_value.weight"), [96, 64]);
     assert_eq!(shape(&two, 1, "h.0.self_attention.dense.weight"), [64, 32]);
     assert_eq!(shape(&two, 1, "word_embeddings.weight"), [100, 64]);
 }
 
+/// The destinations of these names, each with its bytes on one rank and what it is an alias of.
+fn heads(plan: &Plan, names: &[&str]) -> Vec<Option<(u64, Option<String>)>> {
+    let dests = &plan.rank(Rank(0)).dests;
+    let head = |name: &&str| {
+        let dest = dests.iter().find(|dest| plan.params()[dest.param as usize].name == **name)?;
+        let of = plan.params()[dest.param as usize].alias_of;
+        Some((dest.bytes, of.map(|of| plan.params()[of as usize].name.clone())))
+    };
+    names.iter().map(head).collect()
+}
+
+fn alias(of: &str) -> Option<(u64, Option<String>)> {
+    Some((0, Some(of.into())))
+}
+
+#[test]
+fn a_stored_head_of_tied_weights_is_skipped() {
+    const EMBEDDING: &str = "model.embed_tokens.weight";
+    const HEAD: &str = "lm_head.weight";
+    let stored = [LLAMA, &[(HEAD, &[100, 64])]].concat();
+    for model_type in ["llama", "mistral", "qwen2", "qwen3"] {
+        let config = |tie: Value| {
+            let mut config = llama();
+            config["model_type"] = json!(model_type);
+            config["tie_word_embeddings"] = tie;
+            config
+        };
+        let tied = plan(&stored, config(json!(true)), 1).unwrap();
+        assert_eq!(heads(&tied, &[HEAD]), [alias(EMBEDDING)]);
+        assert!(tied.to_string().contains("14 tensors, 2 of them skipped; 13 destinations, 1 of them aliases"));
+        // Neither read nor needed.
+        assert_eq!(tied.storage_bytes(), tied.checkpoint().bytes() - 100 * 64 * 2 - 4 * 2);
+        assert!(tied.explain(HEAD).unwrap().contains("the checkpoint's tensor of this name is skipped"));
+        assert!(!tied.explain(EMBEDDING).unwrap().contains("skipped"));
+        for tie in [json!(false), Value::Null] {
+            let own = plan(&stored, config(tie), 1).unwrap();
+            assert_eq!(heads(&own, &[HEAD]), [Some((100 * 64 * 2, None))]);
+        }
+        assert_eq!(heads(&plan(LLAMA, config(Value::Null), 1).unwrap(), &[HEAD]), [None]);
+    }
+    let error = plan(
+        &stored,
+        {
+            let mut config = llama();
+            config["tie_word_embeddings"] = json!("yes");
+            config
+        },
+        1,
+    );
+    assert_eq!(error.unwrap_err().rule(), Some("config"));
+    let other = [LLAMA, &[(HEAD, &[101, 64])]].concat();
+    let error = plan(&other, llama(), 1).unwrap_err();
+    assert_eq!((error.rule(), error.tensor(), error.found()), (Some("config"), Some(HEAD), Some("BF16 [101,64]")));
+}
+
+#[test]
+fn names_without_prefix_are_tied_unless_the_class_has_no_head() {
+    let bare: Vec<Named> = LLAMA.iter().map(|&(name, dims)| (name.strip_prefix("model.").unwrap(), dims)).collect();
+    let bloom: Vec<Named> = BLOOM.to_vec();
+    for (tensors, config, embedding, class) in [
+        (&bare, llama(), "embed_tokens.weight", "Llama"),
+        (&bloom, json!({ "model_type": "bloom", "n_embed": 64, "n_head": 4 }), "word_embeddings.weight", "Bloom"),
+    ] {
+        let head = |architectures: Value| {
+            let mut config = config.clone();
+            config["architectures"] = architectures;
+            heads(&plan(tensors, config, 1).unwrap(), &["lm_head.weight"]).remove(0)
+        };
+        assert_eq!(head(Value::Null), alias(embedding));
+        assert_eq!(head(json!([format!("{class}ForCausalLM")])), alias(embedding));
+        assert_eq!(head(json!([format!("{class}Model")])), None);
+        assert_eq!(head(json!([format!("{class}ForSequenceClassification")])), None);
+    }
+}
+
+#[test]
+fn bert_ties_its_masked_language_head() {
+    let config = json!({
+        "model_type": "bert", "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256
+    });
+    let bert: &[Named] = &[
+        ("bert.embeddings.LayerNorm.weight", &[64]),
+        ("bert.embeddings.word_embeddings.weight", &[100, 64]),
+        ("bert.encoder.layer.0.attention.output.dense.bias", &[64]),
+        ("bert.encoder.layer.0.attention.output.dense.weight", &[64, 64]),
+        ("bert.encoder.layer.0.attention.self.query.weight", &[64, 64]),
+        ("bert.encoder.layer.0.intermediate.dense.weight", &[256, 64]),
+        ("bert.encoder.layer.0.output.dense.weight", &[64, 256]),
+    ];
+    let head = ["cls.predictions.decoder.weight", "cls.predictions.decoder.bias"];
+    let tied = [alias("bert.embeddings.word_embeddings.weight"), alias("cls.predictions.bias")];
+    let bias: Named = ("cls.predictions.bias", &[100]);
+    let decoder: [Named; 2] = [(head[0], &[100, 64]), (head[1], &[100])];
+    let of = |tensors: &[Named], config: &Value| heads(&plan(tensors, config.clone(), 1).unwrap(), &head);
+    assert_eq!(of(&[bert, &[bias]].concat(), &config), tied);
+    assert_eq!(of(&[bert, &[bias], &decoder].concat(), &config), tied);
+    assert_eq!(of(bert, &config), [None, None]);
+    let mut untied = config;
+    untied["tie_word_embeddings"] = json!(false);
+    let own = [Some((100 * 64 * 2, None)), Some((200, None))];
+    assert_eq!(of(&[bert, &[bias], &decoder].concat(), &untied), own);
+}
+
 #[test]
 fn what_is_not_known_is_said() {
     let error = plan(LLAMA, json!({ "model_type": "gpt_neox" }), 1).unwrap_err();
+    assert!(error.message().contains("--rules replicate") && error.message().contains("rules file"), "{error}");
     assert_eq!((error.rule(), error.found()), (Some("unknown-architecture"), Some("gpt_neox")));
     assert!(error.expected().unwrap().contains("qwen3"));
     let checkpoint = checkpoint(&[("w", Dtype::F32, &[1])], None);

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use super::pattern::Template;
 use super::{Placement, Rule, Rules, ShardRule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -18,7 +19,8 @@ impl Rules {
     pub fn from_file(path: impl AsRef<Path>) -> Result<Rules> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(|error| Error::io("cannot read rules", path, error))?;
-        Rules::from_toml(&text).map_err(|error| error.with_file(path))
+        let rules = Rules::from_toml(&text).map_err(|error| error.with_file(path))?;
+        Ok(Rules { file: Some(path.to_owned()), ..rules })
     }
 
     /// Parses rules, first match first:
@@ -36,11 +38,11 @@ impl Rules {
     ///
     /// Each rule has exactly one of `shard`, `replicate`, `only` and `skip`. `shard` further takes `units` (how many
     /// units the dimension must have), `replicate_units` (see [`Cut`](crate::plan::Cut)) and `by`, one axis of the
-    /// mesh or a list of them, slowest first (default `"tp"`).
+    /// mesh or a list of them, slowest first (default `"tp"`). `docs/rules.md` has the whole grammar.
     ///
     /// # Errors
-    /// [`ErrorKind::Rules`], rule `rules-file`, for TOML that does not parse, unknown keys and values, and rule
-    /// `pattern` for a pattern that makes no sense.
+    /// [`ErrorKind::Rules`], with rule `rules-file` for TOML that does not parse, unknown keys and values, else `pattern`,
+    /// `rename`, `alias` or `coordinate` for what makes no sense in whatever checkpoint.
     pub fn from_toml(text: &str) -> Result<Rules> {
         let file: File = toml::from_str(text).map_err(|error| {
             let line = error.span().map_or(0, |span| text[..span.start.min(text.len())].matches('\n').count());
@@ -82,7 +84,7 @@ struct Entry {
     shard: Option<Shard>,
     replicate: Option<bool>,
     skip: Option<bool>,
-    only: Option<u32>,
+    only: Option<i64>,
     rename: Option<String>,
     #[serde(default)]
     optional: bool,
@@ -91,13 +93,13 @@ struct Entry {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Shard {
-    dim: usize,
+    dim: i64,
     split: Option<How>,
-    unit: Option<u64>,
-    units: Option<u64>,
+    unit: Option<i64>,
+    units: Option<i64>,
     #[serde(default)]
     replicate_units: bool,
-    by: Option<By>,
+    by: Option<toml::Value>,
 }
 
 #[derive(Deserialize)]
@@ -107,32 +109,21 @@ enum How {
     Ceil,
 }
 
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum By {
-    One(Axis),
-    Flat(Vec<Axis>),
-}
-
-#[derive(Deserialize, Clone, Copy)]
-#[serde(rename_all = "lowercase")]
-enum Axis {
-    Dp,
-    Pp,
-    Cp,
-    Tp,
-}
-
 impl Entry {
     fn compile(self) -> Result<Rule> {
         let Entry { r#match, shard, replicate, skip, only, rename, optional } = self;
+        let of_rule = |error: Error| error.in_context(format_args!("rule `{}`", r#match));
         let mut placements = Vec::new();
-        placements.extend(shard.map(|shard| Placement::from(shard.compile())));
-        placements.extend(only.map(|rank| Placement::only(Rank(rank))));
+        if let Some(shard) = shard {
+            placements.push(Placement::from(shard.compile().map_err(of_rule)?));
+        }
+        if let Some(rank) = only {
+            placements.push(Placement::only(Rank(number("only", rank, 0).map_err(of_rule)?)));
+        }
         for (flag, placement) in [(replicate, Placement::replicate()), (skip, Placement::Skip)] {
             match flag {
                 Some(true) => placements.push(placement),
-                Some(false) => return Err(refuse(format!("rule for `{}`: false says nothing", r#match))),
+                Some(false) => return Err(of_rule(refuse("false says nothing".into()))),
                 None => {}
             }
         }
@@ -140,49 +131,54 @@ impl Entry {
         match placements.pop() {
             Some(placement) if count == 1 => {
                 let mut rule = Rule::new(&r#match, placement);
-                rule.rename = rename;
+                rule.rename = rename.as_deref().map(Template::new);
                 rule.optional = optional;
                 Ok(rule)
             }
-            _ => Err(refuse(format!("rule for `{}` needs one of shard, replicate, only, skip", r#match))
-                .with_expected(1, count)),
+            _ => Err(of_rule(refuse("needs one of shard, replicate, only, skip".into()).with_expected(1, count))),
         }
     }
 }
 
 impl Shard {
-    fn compile(self) -> ShardRule {
+    fn compile(self) -> Result<ShardRule> {
         let Shard { dim, split, unit, units, replicate_units, by } = self;
-        let mut rule = ShardRule::dim(dim);
+        let mut rule = ShardRule::dim(number("dim, which counts from the outermost,", dim, 0)?);
         if let Some(How::Ceil) = split {
             rule = rule.split(Split::Ceil);
         }
         if let Some(unit) = unit {
-            rule = rule.unit(unit);
+            rule = rule.unit(number("unit", unit, 1)?);
         }
         if let Some(units) = units {
-            rule = rule.units(units);
+            rule = rule.units(number("units", units, 0)?);
         }
         if replicate_units {
             rule = rule.replicate_units();
         }
         match by {
-            None => rule,
-            Some(By::One(axis)) => rule.by(Coord::Axis(axis.ax())),
-            Some(By::Flat(axes)) => rule.by(Coord::Flat(axes.into_iter().map(Axis::ax).collect())),
+            None => Ok(rule),
+            Some(toml::Value::Array(axes)) => {
+                Ok(rule.by(Coord::Flat(axes.iter().map(axis).collect::<Result<Vec<_>>>()?)))
+            }
+            Some(one) => Ok(rule.by(Coord::Axis(axis(&one)?))),
         }
     }
 }
 
-impl Axis {
-    fn ax(self) -> Ax {
-        match self {
-            Axis::Dp => Ax::Dp,
-            Axis::Pp => Ax::Pp,
-            Axis::Cp => Ax::Cp,
-            Axis::Tp => Ax::Tp,
-        }
-    }
+/// A number of the file as what it counts; TOML knows signed ones only.
+fn number<T: TryFrom<i64>>(key: &str, value: i64, least: i64) -> Result<T> {
+    let wrong = || refuse(format!("{key} is out of range")).with_expected(format!("{least} or more"), value);
+    T::try_from(value).ok().filter(|_| value >= least).ok_or_else(wrong)
+}
+
+fn axis(value: &toml::Value) -> Result<Ax> {
+    let axes = [Ax::Dp, Ax::Pp, Ax::Cp, Ax::Tp];
+    let named = |ax: &Ax| value.as_str().is_some_and(|name| name == ax.to_string());
+    axes.into_iter().find(named).ok_or_else(|| {
+        let found = value.as_str().map_or_else(|| value.type_str().to_owned(), |name| format!("`{name}`"));
+        refuse("no such axis".into()).with_expected("one of dp, pp, cp, tp, or a list of them", found)
+    })
 }
 
 fn refuse(message: String) -> Error {
@@ -225,8 +221,53 @@ mod tests {
         assert_eq!(refused("rule = [{ match = \"**\" }]").0, Some("rules-file"));
         assert_eq!(refused("rule = [{ match = \"**\", skip = false }]").0, Some("rules-file"));
         assert_eq!(refused("rule = [{ match = \"**\", skip = true, only = 1 }]").0, Some("rules-file"));
+        assert!(refused("rule = [{ match = \"a\", only = -1 }]").1.contains("rule `a`: only is out of range"));
         assert_eq!(refused("rule = [{ match = \"a**\", skip = true }]").0, Some("pattern"));
         assert_eq!(refused("rule = [{ match = \"*\", replicate = true, rename = \"{2}\" }]").0, Some("rename"));
         assert!(refused("\n\nrule = 1").1.contains("line 3"));
+    }
+
+    #[test]
+    fn a_shard_that_makes_no_sense_is_refused_with_its_rule() {
+        for (shard, rule, what) in [
+            (
+                "dim = -1",
+                "rules-file",
+                "dim, which counts from the outermost, is out of range: expected 0 or more, found -1",
+            ),
+            ("dim = 0, unit = 0", "rules-file", "unit is out of range: expected 1 or more, found 0"),
+            ("dim = 0, units = -8", "rules-file", "units is out of range: expected 0 or more, found -8"),
+            ("dim = 0, by = 'xx'", "rules-file", "expected one of dp, pp, cp, tp, or a list of them, found `xx`"),
+            ("dim = 0, by = ['tp', 'ep']", "rules-file", "found `ep`"),
+            ("dim = 0, by = 3", "rules-file", "found integer"),
+            ("dim = 0, by = ['tp', 'tp']", "coordinate", "axis tp is named twice"),
+            ("dim = 0, by = []", "coordinate", "no axis"),
+        ] {
+            let refused = refused(&format!("rule = [{{ match = '**.w', shard = {{ {shard} }} }}]"));
+            assert_eq!(refused.0, Some(rule), "{shard}");
+            assert!(refused.1.starts_with("rule `**.w`: ") && refused.1.contains(what), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn names_that_no_file_can_hold_are_refused() {
+        for (rest, rule) in [
+            ("replicate = true, rename = '__metadata__'", "rename"),
+            ("replicate = true, rename = ''", "rename"),
+            ("replicate = true, rename = 'x.{0}'", "rename"),
+            ("replicate = true, rename = 'x.{3}'", "rename"),
+            ("replicate = true, rename = 'x.{y}'", "rename"),
+            ("skip = true, rename = 'x'", "rename"),
+        ] {
+            let refused = refused(&format!("rule = [{{ match = 'a.*.*', {rest} }}]"));
+            assert_eq!(refused.0, Some(rule), "{rest}");
+            assert!(refused.1.starts_with("rule `a.*.*`: "), "{}", refused.1);
+        }
+        let alias = |name: &str, of: &str| refused(&format!("alias = [{{ name = '{name}', of = '{of}' }}]"));
+        for name in ["", "__metadata__"] {
+            let refused = alias(name, "a");
+            assert!(refused.0 == Some("alias") && refused.1.contains("alias of `a`"), "{refused:?}");
+        }
+        assert_eq!(alias("a", "a").0, Some("alias"));
     }
 }

@@ -3,9 +3,11 @@
 mod file;
 mod pattern;
 
+use std::path::PathBuf;
+
 use rayon::prelude::*;
 
-use self::pattern::Pattern;
+use self::pattern::{Pattern, Template};
 use super::expr::{Cut, Expr, Split};
 use super::world::Coord;
 use crate::checkpoint::TensorMeta;
@@ -15,8 +17,8 @@ use crate::extent::Rank;
 /// How the tensors of a checkpoint are divided over the ranks: a list of patterns with a placement each. The first
 /// one that matches a tensor's name decides.
 ///
-/// In a pattern `*` is one dot-separated segment or a part of one, `**` any number of segments (also none), and
-/// `{a,b}` alternatives. A tensor that no rule matches is an error, and so is a rule that matches no tensor unless
+/// In a pattern `*` is one dot-separated segment or a part of one, `**` any number of segments (also none), `{a,b}`
+/// alternatives, and `\` takes the next character as it is. A tensor that no rule matches is an error, and so is a rule that matches no tensor unless
 /// it is [`optional`](Rules::optional): a typo must not silently replicate a model. Patterns are checked when a plan
 /// is made.
 ///
@@ -36,6 +38,8 @@ pub struct Rules {
     pub(super) aliases: Vec<AliasRule>,
     keep: Vec<Filter>,
     drop: Vec<Filter>,
+    /// The file that the rules are from.
+    file: Option<PathBuf>,
     /// The first mistake made while building; builders cannot fail half way.
     mistake: Option<(&'static str, String)>,
 }
@@ -51,7 +55,7 @@ pub struct ShardRule {
 pub(super) struct Rule {
     pattern: Result<Pattern, String>,
     pub(super) placement: Placement,
-    rename: Option<String>,
+    rename: Option<Result<Template, String>>,
     optional: bool,
 }
 
@@ -88,10 +92,8 @@ struct Filter {
 pub(super) enum Verdict {
     /// This rule places it.
     Rule(u32),
-    /// It is left out, by a rule or by a filter.
+    /// It is left out.
     Skipped,
-    /// No rule matches.
-    Unmatched,
 }
 
 impl Rules {
@@ -140,29 +142,32 @@ impl Rules {
     }
 
     /// Destinations of the rule added last get this name, in which `{1}` is what the first wildcard of the pattern
-    /// matched, `{2}` the second, and so on.
-    pub fn rename(mut self, template: impl Into<String>) -> Rules {
+    /// matched, `{2}` the second, and so on; `\` takes the next character as it is.
+    pub fn rename(mut self, template: impl AsRef<str>) -> Rules {
         match self.rules.last_mut() {
-            Some(rule) => rule.rename = Some(template.into()),
+            Some(rule) => rule.rename = Some(Template::new(template.as_ref())),
             None => self.mistake("rename", "rename() before any rule"),
         }
         self
     }
 
-    /// A further destination `name` that shares the memory of the destination `of` (tied weights).
+    /// A further destination `name` that shares the memory of the destination `of` (tied weights), which is no alias
+    /// itself. If `of` is left out by [`keeping`](Rules::keeping) or [`skipping`](Rules::skipping), its first alias that
+    /// is not holds its bytes instead.
     pub fn alias(mut self, name: impl Into<String>, of: impl Into<String>) -> Rules {
         self.aliases.push(AliasRule { name: name.into(), of: of.into() });
         self
     }
 
-    /// Only tensors whose name matches `glob` are loaded (any of them, if called repeatedly). Does not say where to;
-    /// the rules do.
+    /// Only destinations that match `glob`, by their own name or by that of their tensor in the checkpoint, are loaded
+    /// (those that match any, if called repeatedly). Does not say where to; the rules do.
     pub fn keeping(mut self, glob: impl AsRef<str>) -> Rules {
         self.keep.push(Filter::new(glob.as_ref()));
         self
     }
 
-    /// Tensors whose name matches `glob` are not loaded, whatever the rules say.
+    /// Destinations that match `glob`, by their own name or by that of their tensor in the checkpoint, are not loaded,
+    /// whatever the rules say.
     pub fn skipping(mut self, glob: impl AsRef<str>) -> Rules {
         self.drop.push(Filter::new(glob.as_ref()));
         self
@@ -173,41 +178,30 @@ impl Rules {
         self
     }
 
-    /// Whether `keeping` or `skipping` may have left out the original of an alias.
-    pub(super) fn is_filtered(&self) -> bool {
-        !self.keep.is_empty() || !self.drop.is_empty()
-    }
-
     fn mistake(&mut self, rule: &'static str, message: &str) {
         self.mistake.get_or_insert_with(|| (rule, message.to_owned()));
     }
 
-    /// Refuses patterns and templates that make no sense.
-    fn check(&self) -> Result<()> {
+    /// Refuses what makes no sense for any checkpoint.
+    pub(super) fn check(&self) -> Result<()> {
         if let Some((rule, message)) = &self.mistake {
             return Err(broken(rule, message.clone()));
         }
-        for filter in self.keep.iter().chain(&self.drop) {
-            compiled(&filter.pattern)?;
-        }
-        for rule in &self.rules {
-            let pattern = compiled(&rule.pattern)?;
-            if let Some(template) = &rule.rename
-                && pattern::placeholders(template) > pattern.wildcards()
-            {
-                return Err(broken("rename", format!("rename `{template}` asks for more than `{}`", pattern.text()))
-                    .with_expected(
-                        format!("at most {} wildcards", pattern.wildcards()),
-                        pattern::placeholders(template),
-                    ));
+        self.rules.iter().try_for_each(Rule::check)?;
+        for AliasRule { name, of } in &self.aliases {
+            let wrong = |what: String| broken("alias", what).with_tensor(name.as_str());
+            if let Some(what) = unusable(name) {
+                return Err(wrong(format!("alias of `{of}` is {what}")));
+            }
+            if self.aliases.iter().any(|other| other.name == *of) {
+                return Err(wrong(format!("alias of `{of}`, which is an alias itself")));
             }
         }
         Ok(())
     }
 
-    /// What the rules say about each tensor, in order.
+    /// What the rules say about each tensor, in order, whether it is filtered out or not.
     pub(super) fn verdicts(&self, tensors: &[TensorMeta]) -> Result<Vec<Verdict>> {
-        self.check()?;
         let matched: Vec<Option<u32>> = tensors
             .par_iter()
             .with_min_len(512)
@@ -215,38 +209,56 @@ impl Rules {
             .collect();
         self.refuse_unused(tensors, &matched)?;
         let verdict = |(tensor, matched): (&TensorMeta, Option<u32>)| match matched {
-            _ if self.filters_out(&tensor.name) => Verdict::Skipped,
-            None => Verdict::Unmatched,
-            Some(rule) if self.rules[rule as usize].placement == Placement::Skip => Verdict::Skipped,
-            Some(rule) => Verdict::Rule(rule),
+            Some(rule) if self.rules[rule as usize].placement == Placement::Skip => Ok(Verdict::Skipped),
+            Some(rule) => Ok(Verdict::Rule(rule)),
+            None if !self.wants(&[&tensor.name]) => Ok(Verdict::Skipped),
+            None => Err(unmatched(tensor)),
         };
-        let verdicts: Vec<Verdict> = tensors.iter().zip(matched).map(verdict).collect();
-        match verdicts.iter().position(|verdict| *verdict == Verdict::Unmatched) {
-            Some(position) => Err(unmatched(&tensors[position])),
-            None => Ok(verdicts),
-        }
+        tensors.iter().zip(matched).map(verdict).collect()
     }
 
     /// The destination's name for a tensor that `rule` matched.
-    pub(super) fn destination(&self, rule: u32, name: &str) -> String {
-        let rule = &self.rules[rule as usize];
-        match (&rule.rename, &rule.pattern) {
-            (Some(template), Ok(pattern)) => match pattern.captures(name) {
-                Some(captures) => pattern::fill(template, name, &captures),
-                None => name.to_owned(),
-            },
-            _ => name.to_owned(),
+    pub(super) fn destination(&self, rule: u32, name: &str) -> Result<String> {
+        let Rule { pattern: Ok(pattern), rename: Some(Ok(template)), .. } = &self.rules[rule as usize] else {
+            return Ok(name.to_owned());
+        };
+        let filled = pattern.captures(name).map_or_else(|| name.to_owned(), |found| template.fill(name, &found));
+        match unusable(&filled) {
+            None => Ok(filled),
+            Some(what) => {
+                Err(broken("rename", format!("rule `{}` renames to {what}", pattern.text())).with_tensor(name))
+            }
+        }
+    }
+
+    /// Whether a destination is loaded that goes by these names.
+    pub(super) fn wants(&self, names: &[&str]) -> bool {
+        let matches = |filter: &Filter| names.iter().any(|name| filter.matches(name));
+        (self.keep.is_empty() || self.keep.iter().any(matches)) && !self.drop.iter().any(matches)
+    }
+
+    /// Refuses filters that make no sense, or that match none of the tensors and destinations with these names.
+    pub(super) fn check_filters<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
+        for Filter { glob, pattern } in self.keep.iter().chain(&self.drop) {
+            let pattern = compiled("pattern", pattern)?;
+            if !names.clone().any(|name| pattern.matches(name)) {
+                return Err(broken("unused-rule", format!("no tensor and no destination matches `{glob}`")));
+            }
+        }
+        Ok(())
+    }
+
+    /// Names the rules file in an error of the rules.
+    pub(super) fn located(&self, error: Error) -> Error {
+        match &self.file {
+            Some(file) if error.kind() == ErrorKind::Rules => error.with_file(file),
+            _ => error,
         }
     }
 
     /// The pattern of a rule, as it was written.
     pub(super) fn pattern(&self, rule: u32) -> &str {
-        self.rules[rule as usize].pattern.as_ref().map_or("", |pattern| pattern.text())
-    }
-
-    fn filters_out(&self, name: &str) -> bool {
-        (!self.keep.is_empty() && !self.keep.iter().any(|filter| filter.matches(name)))
-            || self.drop.iter().any(|filter| filter.matches(name))
+        self.rules[rule as usize].text()
     }
 
     fn refuse_unused(&self, tensors: &[TensorMeta], matched: &[Option<u32>]) -> Result<()> {
@@ -256,15 +268,10 @@ impl Rules {
         }
         for (rule, used) in self.rules.iter().zip(used) {
             if !used && !rule.optional {
-                let text = compiled(&rule.pattern)?.text();
+                let text = rule.text();
                 let shadowed = tensors.iter().any(|tensor| rule.matches(&tensor.name));
                 let why = if shadowed { "earlier rules leave nothing to rule" } else { "no tensor matches rule" };
                 return Err(broken("unused-rule", format!("{why} `{text}`")));
-            }
-        }
-        for filter in self.keep.iter().chain(&self.drop) {
-            if !tensors.iter().any(|tensor| filter.matches(&tensor.name)) {
-                return Err(broken("unused-rule", format!("no tensor matches `{}`", filter.glob)));
             }
         }
         Ok(())
@@ -345,6 +352,35 @@ impl Rule {
         Rule { pattern: Pattern::new(pattern), placement, rename: None, optional: false }
     }
 
+    /// Refuses what makes no sense for any tensor.
+    fn check(&self) -> Result<()> {
+        let Rule { pattern, placement, rename, optional: _ } = self;
+        let pattern = compiled("pattern", pattern)?;
+        let of_rule = |error: Error| error.in_context(format_args!("rule `{}`", pattern.text()));
+        if let Placement::Place { expr, .. } = placement {
+            expr.check().map_err(of_rule)?;
+        }
+        let Some(template) = rename else { return Ok(()) };
+        let wrong = |what: String| of_rule(broken("rename", what));
+        let template = compiled("rename", template).map_err(of_rule)?;
+        if *placement == Placement::Skip {
+            return Err(wrong("a skipped tensor has no name to change".into()));
+        }
+        if template.wildcards() > pattern.wildcards() {
+            return Err(wrong(format!("rename `{}` asks for more than the pattern has", template.text()))
+                .with_expected(format!("at most {} wildcards", pattern.wildcards()), template.wildcards()));
+        }
+        match unusable(template.text()) {
+            Some(what) => Err(wrong(format!("renames to {what}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// The pattern as it was written.
+    fn text(&self) -> &str {
+        self.pattern.as_ref().map_or("", |pattern| pattern.text())
+    }
+
     fn matches(&self, name: &str) -> bool {
         self.pattern.as_ref().is_ok_and(|pattern| pattern.matches(name))
     }
@@ -360,14 +396,23 @@ impl Filter {
     }
 }
 
-fn compiled(pattern: &Result<Pattern, String>) -> Result<&Pattern> {
-    pattern.as_ref().map_err(|message| broken("pattern", message.clone()))
+fn compiled<'a, T>(rule: &'static str, compiled: &'a Result<T, String>) -> Result<&'a T> {
+    compiled.as_ref().map_err(|message| broken(rule, message.clone()))
+}
+
+/// Why no destination can have this name: the header of a safetensors file has its metadata there.
+fn unusable(name: &str) -> Option<&'static str> {
+    match name {
+        "" => Some("an empty name"),
+        "__metadata__" => Some("`__metadata__`, which is no tensor in a safetensors file"),
+        _ => None,
+    }
 }
 
 fn unmatched(tensor: &TensorMeta) -> Error {
-    let number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
-    let like: Vec<&str> = tensor.name.split('.').map(|part| if number(part) { "*" } else { part }).collect();
-    let line = format!("{{ match = \"{}\", replicate = true }}", like.join("."));
+    // A JSON string is a TOML string, but for DEL.
+    let pattern = serde_json::Value::from(Pattern::like(&tensor.name)).to_string().replace('\u{7f}', "\\u007f");
+    let line = format!("{{ match = {pattern}, replicate = true }}");
     broken("unmatched-tensor", format!("no rule matches; to load it whole on every rank add {line}"))
         .with_tensor(tensor.name.as_str())
 }

@@ -1,9 +1,12 @@
 //! Patterns over tensor names: `*` is one dot-separated segment or a part of one, `**` any number of segments,
-//! `{a,b}` alternatives. Compiled once; a name is rejected by its ends before anything else is tried.
+//! `{a,b}` alternatives, and `\` takes the next character as it is. Compiled once; a name is rejected by its ends before
+//! anything else is tried.
 
 use std::ops::Range;
 
 use smallvec::SmallVec;
+
+use crate::limits::{PATTERN_DEPTH, PATTERN_FORMS};
 
 /// A compiled pattern.
 #[derive(Debug, Clone)]
@@ -40,10 +43,20 @@ enum Token {
 impl Pattern {
     /// Compiles a pattern; the error says what is wrong with it.
     pub(super) fn new(text: &str) -> Result<Pattern, String> {
-        let mut spelled = Vec::new();
-        expand(text, &mut spelled)?;
-        let forms = spelled.iter().map(|form| Form::new(form)).collect::<Result<_, _>>()?;
+        let wrong = |what: String| format!("{what} in pattern `{text}`");
+        let symbols = symbols(text).map_err(wrong)?;
+        let mut rest = &symbols[..];
+        let spelled = expand(&mut rest, 0).map_err(wrong)?;
+        let forms = spelled.iter().map(|form| Form::new(form)).collect::<Result<_, _>>().map_err(wrong)?;
         Ok(Pattern { text: text.to_owned(), forms })
+    }
+
+    /// A pattern like `name`, with `*` for each number; written such that it matches whatever else is in the name.
+    pub(super) fn like(name: &str) -> String {
+        let number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+        let like: Vec<String> =
+            name.split('.').map(|part| if number(part) { "*".to_owned() } else { escaped(part) }).collect();
+        like.join(".")
     }
 
     /// The pattern as it was written.
@@ -74,90 +87,183 @@ impl Pattern {
     }
 }
 
-/// Fills a template: `{1}` is what the first wildcard matched, and so on. A dot after (or, at the end, before) a
-/// `**` that matched no segment goes with it.
-pub(super) fn fill(template: &str, name: &str, captures: &Captures) -> String {
-    let mut filled = String::with_capacity(template.len() + name.len());
-    let mut rest = template;
-    while let Some((index, before, after)) = placeholder(rest) {
-        filled.push_str(before);
-        let matched = captures.get(index - 1).map_or("", |range| &name[range.clone()]);
-        filled.push_str(matched);
-        rest = after;
-        if matched.is_empty() && (filled.is_empty() || filled.ends_with('.')) {
-            match rest.strip_prefix('.') {
-                Some(stripped) => rest = stripped,
-                None if rest.is_empty() && filled.ends_with('.') => _ = filled.pop(),
-                None => {}
+/// What destinations are renamed to: text, and in braces the number of a wildcard.
+#[derive(Debug, Clone)]
+pub(super) struct Template {
+    text: String,
+    parts: Vec<Part>,
+}
+
+#[derive(Debug, Clone)]
+enum Part {
+    Text(String),
+    /// What this wildcard matched, the first being 0.
+    Wildcard(usize),
+}
+
+impl Template {
+    /// Compiles a template; the error says what is wrong with it.
+    pub(super) fn new(text: &str) -> Result<Template, String> {
+        let wrong = |what: String| format!("{what} in rename `{text}`");
+        let symbols = symbols(text).map_err(wrong)?;
+        let mut rest = &symbols[..];
+        let mut parts = vec![Part::Text(String::new())];
+        while let Some((symbol, after)) = rest.split_first() {
+            rest = after;
+            match symbol {
+                Symbol::Open => {
+                    let close = rest.iter().position(|symbol| *symbol == Symbol::Close);
+                    let close = close.ok_or_else(|| wrong("`{` without `}`".into()))?;
+                    let number: String = rest[..close].iter().map(Symbol::char).collect();
+                    match number.parse::<usize>() {
+                        Ok(wildcard @ 1..) => parts.push(Part::Wildcard(wildcard - 1)),
+                        _ => return Err(wrong(format!("`{{{number}}}`, which is no number of a wildcard from 1,"))),
+                    }
+                    rest = &rest[close + 1..];
+                }
+                Symbol::Close => return Err(wrong("`}` without `{`".into())),
+                plain => match parts.last_mut() {
+                    Some(Part::Text(text)) => text.push(plain.char()),
+                    _ => parts.push(Part::Text(plain.char().into())),
+                },
+            }
+        }
+        Ok(Template { text: text.to_owned(), parts })
+    }
+
+    /// The template as it was written.
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The largest number of a wildcard, counted from 1; 0 if there is none.
+    pub(super) fn wildcards(&self) -> usize {
+        let number = |part: &Part| if let Part::Wildcard(number) = part { number + 1 } else { 0 };
+        self.parts.iter().map(number).max().unwrap_or(0)
+    }
+
+    /// The name that a tensor gets. A dot after (or, at the end, before) a `**` that matched no segment goes with it.
+    pub(super) fn fill(&self, name: &str, captures: &Captures) -> String {
+        let mut filled = String::with_capacity(self.text.len() + name.len());
+        let mut dotless = false;
+        for part in &self.parts {
+            match part {
+                Part::Text(text) => filled.push_str(text.strip_prefix('.').filter(|_| dotless).unwrap_or(text)),
+                Part::Wildcard(number) => {
+                    filled.push_str(captures.get(*number).map_or("", |range| &name[range.clone()]));
+                }
+            }
+            let nothing = |number: usize| captures.get(number).is_none_or(Range::is_empty);
+            dotless = matches!(part, Part::Wildcard(number) if nothing(*number))
+                && (filled.is_empty() || filled.ends_with('.'));
+        }
+        if dotless && filled.ends_with('.') {
+            filled.pop();
+        }
+        filled
+    }
+}
+
+/// A character of a pattern or a template, its escapes resolved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Symbol {
+    Char(char),
+    Star,
+    Open,
+    Comma,
+    Close,
+}
+
+impl Symbol {
+    fn char(&self) -> char {
+        match *self {
+            Symbol::Char(char) => char,
+            Symbol::Star => '*',
+            Symbol::Open => '{',
+            Symbol::Comma => ',',
+            Symbol::Close => '}',
+        }
+    }
+}
+
+fn symbols(text: &str) -> Result<Vec<Symbol>, String> {
+    let mut symbols = Vec::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(char) = chars.next() {
+        symbols.push(match char {
+            '\\' => Symbol::Char(chars.next().ok_or("`\\` before nothing")?),
+            '*' => Symbol::Star,
+            '{' => Symbol::Open,
+            ',' => Symbol::Comma,
+            '}' => Symbol::Close,
+            char => Symbol::Char(char),
+        });
+    }
+    Ok(symbols)
+}
+
+/// `text` such that a pattern matches it and nothing else.
+fn escaped(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for char in text.chars() {
+        if matches!(char, '\\' | '*' | '{' | ',' | '}') {
+            escaped.push('\\');
+        }
+        escaped.push(char);
+    }
+    escaped
+}
+
+/// Spells out all alternatives, up to the end or (inside of braces) up to the `,` or `}` that ends a choice.
+fn expand(rest: &mut &[Symbol], depth: usize) -> Result<Vec<Vec<Symbol>>, String> {
+    let mut forms = vec![Vec::new()];
+    while let Some((symbol, after)) = rest.split_first() {
+        match symbol {
+            Symbol::Comma | Symbol::Close if depth > 0 => break,
+            Symbol::Close => return Err("`}` without `{`".into()),
+            Symbol::Open => {
+                *rest = after;
+                let choices = choices(rest, depth + 1)?;
+                if forms.len() * choices.len() > PATTERN_FORMS {
+                    return Err(format!("more than {PATTERN_FORMS} alternatives"));
+                }
+                let joined = |form: &Vec<Symbol>| {
+                    let form = form.clone();
+                    choices.iter().map(move |choice| [&form[..], choice].concat()).collect::<Vec<_>>()
+                };
+                forms = forms.iter().flat_map(joined).collect();
+            }
+            plain => {
+                *rest = after;
+                forms.iter_mut().for_each(|form| form.push(*plain));
             }
         }
     }
-    filled.push_str(rest);
-    filled
+    Ok(forms)
 }
 
-/// The largest index of a placeholder in a template, 0 if there is none.
-pub(super) fn placeholders(template: &str) -> usize {
-    let (mut rest, mut most) = (template, 0);
-    while let Some((index, _, after)) = placeholder(rest) {
-        most = most.max(index);
-        rest = after;
+/// The choices of a group, whose `{` was taken; takes its `}`.
+fn choices(rest: &mut &[Symbol], depth: usize) -> Result<Vec<Vec<Symbol>>, String> {
+    if depth > PATTERN_DEPTH {
+        return Err(format!("alternatives nested deeper than {PATTERN_DEPTH}"));
     }
-    most
-}
-
-/// The first `{digits}`: its number (1 or more), the text before and the text after it.
-fn placeholder(template: &str) -> Option<(usize, &str, &str)> {
-    let mut from = 0;
-    while let Some(open) = template[from..].find('{').map(|at| at + from) {
-        let close = open + template[open..].find('}')?;
-        if let Ok(index @ 1..) = template[open + 1..close].parse::<usize>() {
-            return Some((index, &template[..open], &template[close + 1..]));
+    let mut choices = Vec::new();
+    loop {
+        choices.extend(expand(rest, depth)?);
+        if choices.len() > PATTERN_FORMS {
+            return Err(format!("more than {PATTERN_FORMS} alternatives"));
         }
-        from = open + 1;
-    }
-    None
-}
-
-/// Spells out the first group of alternatives, then the rest, recursively.
-fn expand(text: &str, into: &mut Vec<String>) -> Result<(), String> {
-    let Some(open) = text.find('{') else {
-        if text.contains('}') {
-            return Err(format!("`}}` without `{{` in pattern `{text}`"));
-        }
-        if into.len() == FORMS_MAX {
-            return Err(format!("pattern with more than {FORMS_MAX} alternatives"));
-        }
-        into.push(text.to_owned());
-        return Ok(());
-    };
-    let (mut depth, mut start, mut choices, mut close) = (0, open + 1, Vec::new(), None);
-    for (at, byte) in text.bytes().enumerate().skip(open) {
-        match byte {
-            b'{' => depth += 1,
-            b',' if depth == 1 => {
-                choices.push(&text[start..at]);
-                start = at + 1;
-            }
-            b'}' if depth == 1 => {
-                choices.push(&text[start..at]);
-                close = Some(at);
-                break;
-            }
-            b'}' => depth -= 1,
-            _ => {}
+        let Some((symbol, after)) = rest.split_first() else { return Err("`{` without `}`".into()) };
+        *rest = after;
+        if *symbol == Symbol::Close {
+            return Ok(choices);
         }
     }
-    let Some(close) = close else { return Err(format!("`{{` without `}}` in pattern `{text}`")) };
-    for choice in choices {
-        expand(&format!("{}{choice}{}", &text[..open], &text[close + 1..]), into)?;
-    }
-    Ok(())
 }
 
 impl Form {
-    fn new(text: &str) -> Result<Form, String> {
-        let mut tokens = tokens(text)?;
+    fn new(symbols: &[Symbol]) -> Result<Form, String> {
+        let mut tokens = tokens(symbols)?;
         let prefix = match tokens.first() {
             Some(Token::Literal(_)) => literal(tokens.remove(0)),
             _ => Box::default(),
@@ -191,21 +297,22 @@ fn literal(token: Token) -> Box<str> {
     }
 }
 
-fn tokens(text: &str) -> Result<Vec<Token>, String> {
+fn tokens(symbols: &[Symbol]) -> Result<Vec<Token>, String> {
+    let dot = Symbol::Char('.');
     let mut tokens = Vec::new();
-    let mut rest = text;
-    while !rest.is_empty() {
+    let mut rest = symbols;
+    while let Some((symbol, after)) = rest.split_first() {
         let at_segment = match tokens.last() {
             None | Some(Token::Before) => true,
             Some(Token::Literal(before)) => before.ends_with('.'),
             _ => false,
         };
-        if let Some(after) = rest.strip_prefix("**") {
-            if !at_segment || !(after.is_empty() || after.starts_with('.')) {
-                return Err(format!("`**` is not a whole segment in pattern `{text}`"));
+        if let Some(after) = rest.strip_prefix(&[Symbol::Star, Symbol::Star]) {
+            if !at_segment || after.first().is_some_and(|next| *next != dot) {
+                return Err("`**` that is not a whole segment".into());
             }
-            match after.strip_prefix('.') {
-                Some(after) => {
+            match after.split_first() {
+                Some((_, after)) => {
                     if tokens.last() != Some(&Token::Before) {
                         tokens.push(Token::Before);
                     }
@@ -214,16 +321,16 @@ fn tokens(text: &str) -> Result<Vec<Token>, String> {
                 None => {
                     let end = end_of(&mut tokens);
                     tokens.push(end);
-                    rest = "";
+                    rest = &[];
                 }
             }
-        } else if let Some(after) = rest.strip_prefix('*') {
-            tokens.push(Token::Part);
-            rest = after;
         } else {
-            let end = rest.find('*').unwrap_or(rest.len());
-            tokens.push(Token::Literal(rest[..end].to_owned()));
-            rest = &rest[end..];
+            rest = after;
+            match (symbol, tokens.last_mut()) {
+                (Symbol::Star, _) => tokens.push(Token::Part),
+                (plain, Some(Token::Literal(text))) => text.push(plain.char()),
+                (plain, _) => tokens.push(Token::Literal(plain.char().into())),
+            }
         }
     }
     Ok(tokens)
@@ -279,9 +386,6 @@ fn walk(tokens: &[Token], name: &str, at: usize, end: usize, captures: &mut Capt
     }
 }
 
-/// Most spelled-out alternatives of one pattern.
-const FORMS_MAX: usize = 256;
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -326,13 +430,38 @@ mod tests {
     fn templates_take_what_was_matched() {
         let rename = |pattern: &str, template: &str, name: &str| {
             let captures = Pattern::new(pattern).unwrap().captures(name).expect("matches");
-            fill(template, name, &captures)
+            Template::new(template).unwrap().fill(name, &captures)
         };
         assert_eq!(rename("model.layers.*.attn.*", "h.{1}.{2}", "model.layers.7.attn.wq"), "h.7.wq");
         assert_eq!(rename("**.q.weight", "{1}.wq", "a.b.q.weight"), "a.b.wq");
         assert_eq!(rename("**.q.weight", "{1}.wq", "q.weight"), "wq");
         assert_eq!(rename("model.**", "lm.{1}", "model"), "lm");
         assert_eq!(rename("*_x", "é{1}{1}", "ab_x"), "éabab");
-        assert_eq!(placeholders("{2}.{1}.{x}"), 2);
+        assert_eq!(rename("**.a.**", "{1}.{2}", "a"), "");
+        assert_eq!(rename("*", "\\{1\\}{1},*", "a"), "{1}a,*");
+        assert_eq!(Template::new("{2}.{1}").unwrap().wildcards(), 2);
+        for wrong in ["{0}", "{x}", "{}", "{-1}", "{1", "1}", "{1}\\", "{{1}}"] {
+            assert!(Template::new(wrong).unwrap_err().contains(wrong), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_backslash_takes_the_next_character_as_it_is() {
+        assert!(matches(r"a\*.w", "a*.w") && !matches(r"a\*.w", "ab.w"));
+        assert!(matches(r"\*\*", "**") && matches(r"a\{b\,c\}", "a{b,c}") && matches(r"{a\,b,c}", "a,b"));
+        assert!(matches(r"\\", "\\") && matches(r"\a", "a") && Pattern::new("a\\").is_err());
+        assert!(matches("a,b", "a,b"), "a comma outside of braces is none of theirs");
+        for name in ["", "a.0.b", "{", "}", "{a,b}", "a*", "**", r"\", "a\"b", "0", "x.**.y", "é.\n.{0}"] {
+            assert!(matches(&Pattern::like(name), name), "{name:?}");
+        }
+        assert_eq!(Pattern::like("l.17.{x}*.w"), r"l.*.\{x\}\*.w");
+    }
+
+    #[test]
+    fn alternatives_are_bounded() {
+        assert_eq!(Pattern::new(&"{a,b}".repeat(8)).unwrap().forms.len(), 256);
+        assert!(Pattern::new(&"{a,b}".repeat(9)).unwrap_err().contains("256"));
+        assert!(Pattern::new(&"{".repeat(100_000)).unwrap_err().contains("nested"));
+        assert!(matches(&"{a}".repeat(10_000), &"a".repeat(10_000)));
     }
 }

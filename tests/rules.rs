@@ -1,0 +1,151 @@
+//! Rules files as they are documented, and what the command line makes of rules that do not fit.
+#![cfg(feature = "cli")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::Command;
+
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use shardlift::plan::Mesh;
+use shardlift::{Checkpoint, Plan, Rules, World};
+
+#[test]
+fn every_documented_example_fits_a_model() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), true);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let world = World::host(1).with_mesh(Mesh { dp: 1, pp: 1, cp: 2, tp: 4 });
+    let documented = examples("docs/rules.md");
+    assert_eq!(documented.len(), 7);
+    for example in documented {
+        let rules = Rules::from_toml(&example).unwrap_or_else(|error| panic!("{error}\n{example}"));
+        Plan::new(&checkpoint, &rules, &world).unwrap_or_else(|error| panic!("{error}\n{example}"));
+    }
+    // Its heads are a real model's.
+    examples("README.md").iter().for_each(|example| drop(Rules::from_toml(example).unwrap()));
+}
+
+#[test]
+fn a_renamed_model_is_named_as_documented() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), true);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let renaming = examples("docs/rules.md").into_iter().find(|example| example.contains("rename")).unwrap();
+    let plan = Plan::new(&checkpoint, &Rules::from_toml(&renaming).unwrap(), &World::host(1)).unwrap();
+    for name in ["blocks.1.attention.wq", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"] {
+        assert!(plan.params().iter().any(|param| param.name == name), "{name}");
+    }
+}
+
+#[test]
+fn filters_on_the_command_line_reach_aliases() {
+    let folder = tempfile::tempdir().unwrap();
+    for stored_head in [false, true] {
+        write(folder.path(), !stored_head);
+        std::fs::write(folder.path().join("config.json"), config().to_string()).unwrap();
+        let load = |filters: &[&str]| {
+            let object = run(&[&["load", path(folder.path()), "--check"], filters].concat(), 0);
+            (object["landed_bytes"].as_u64().unwrap(), object["ranks"][0]["tensors"].as_u64().unwrap())
+        };
+        let embedding = 1000 * 64 * 4;
+        let (bytes, tensors) = load(&[]);
+        assert_eq!(load(&["--only", "lm_head.weight"]), (embedding, 1));
+        assert_eq!(load(&["--skip", "lm_head.weight"]), (bytes, tensors - 1));
+        assert_eq!(load(&["--skip", "model.embed_tokens.weight"]), (bytes, tensors - 1));
+        assert_eq!(load(&["--skip", "{lm_head,model.embed_tokens}.weight"]), (bytes - embedding, tensors - 2));
+    }
+}
+
+#[test]
+fn rules_that_do_not_fit_are_refused_with_their_place() {
+    let (folder, file) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
+    write(folder.path(), true);
+    let model = path(folder.path());
+    let out = folder.path().join("out");
+    let refused = |command: &[&str], rules: &str, rule: &str| {
+        std::fs::write(file.path(), rules).unwrap();
+        let error = run(&[command, &["--rules", path(file.path())]].concat(), 2)["error"].take();
+        assert_eq!((&error["kind"], &error["rule"]), (&json!("rules"), &json!(rule)), "{error}");
+        assert_eq!((&error["file"], &error["rank"]), (&json!(path(file.path())), &Value::Null), "{error}");
+        error
+    };
+    for (rest, rule) in [
+        ("replicate = true, rename = '__metadata__'", "rename"),
+        ("shard = { dim = 0, by = ['tp', 'tp'] }", "coordinate"),
+        ("shard = { dim = -1 }", "rules-file"),
+        ("shard = { dim = 2 }", "dimension"),
+    ] {
+        let rules = format!("rule = [{{ match = '**.q_proj.weight', {rest} }}, {{ match = '**', replicate = true }}]");
+        let error = refused(&["reshard", model, path(&out), "--tp", "2"], &rules, rule);
+        assert!(error["message"].as_str().unwrap().contains("rule `**.q_proj.weight`: "), "{error}");
+        assert!(!out.exists());
+    }
+    let chain = "rule = [{ match = '**', replicate = true }]
+        alias = [{ name = 'l', of = 'm' }, { name = 'm', of = 'model.embed_tokens.weight' }]";
+    refused(&["load", model, "--skip", "model.embed_tokens.weight"], chain, "alias");
+}
+
+#[test]
+fn too_many_ranks_are_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), true);
+    for ranks in [&["--tp", "4000000000"][..], &["--tp", "4294967295", "--dp", "2"], &["--tp", "8193"]] {
+        let error = run(&[&["plan", path(folder.path()), "--rules", "replicate"], ranks].concat(), 2)["error"].take();
+        assert_eq!(error["kind"], "usage", "{error}");
+    }
+}
+
+/// The TOML blocks of a page.
+fn examples(page: &str) -> Vec<String> {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
+    let blocks = text.split("```toml\n").skip(1);
+    blocks.map(|block| block.split_once("```").expect("a block ends").0.to_owned()).collect()
+}
+
+fn config() -> Value {
+    json!({
+        "model_type": "llama", "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2,
+        "intermediate_size": 96, "tie_word_embeddings": true
+    })
+}
+
+/// A model of two layers, 8 query and 2 key and value heads of 8; its head is that of the embeddings or stored too.
+fn write(folder: &Path, tied: bool) {
+    let mut shapes: BTreeMap<String, Vec<usize>> = BTreeMap::new();
+    let mut add = |name: String, shape: &[usize]| shapes.insert(name, shape.into());
+    add("model.embed_tokens.weight".into(), &[1000, 64]);
+    add("model.norm.weight".into(), &[64]);
+    for layer in 0..2 {
+        let mut add = |name: &str, shape: &[usize]| add(format!("model.layers.{layer}.{name}.weight"), shape);
+        for (name, rows) in [("q", 64), ("k", 16), ("v", 16), ("o", 64)] {
+            add(&format!("self_attn.{name}_proj"), &[rows, 64]);
+        }
+        add("mlp.gate_proj", &[96, 64]);
+        add("mlp.up_proj", &[96, 64]);
+        add("mlp.down_proj", &[64, 96]);
+        add("input_layernorm", &[64]);
+        add("post_attention_layernorm", &[64]);
+    }
+    add("model.layers.0.self_attn.rotary_emb.inv_freq".into(), &[4]);
+    if !tied {
+        add("lm_head.weight".into(), &[1000, 64]);
+    }
+    let bytes: Vec<u8> = (0..1000 * 64 * 4).map(|at| (at % 251) as u8).collect();
+    let views = shapes.iter().map(|(name, shape)| {
+        let data = &bytes[..shape.iter().product::<usize>() * 4];
+        (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+}
+
+fn run(args: &[&str], status: i32) -> Value {
+    let output = Command::new(env!("CARGO_BIN_EXE_shardlift")).args(args).arg("--json").output().unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(status), "{args:?}\n{stdout}{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_str(&stdout).unwrap()
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
