@@ -303,6 +303,12 @@ impl Monitor {
         self.job.progress()
     }
 
+    /// What was odd so far, a read that makes no progress for instance: what [`Report::warnings`] will hold, and there
+    /// also while the load runs and after it failed.
+    pub fn warnings(&self) -> Vec<String> {
+        self.job.warnings()
+    }
+
     /// Cancels the load: nothing new starts, what is in flight is drained, and the load's error says so.
     pub fn cancel(&self) {
         self.job.cancel();

@@ -271,6 +271,11 @@ impl Job {
         }
     }
 
+    /// What was odd so far, in the order in which it came.
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        lock(&self.warnings).clone()
+    }
+
     /// When the last destination became complete.
     pub(super) fn completed_at(&self) -> Option<Instant> {
         self.last_landing.get().copied()

@@ -220,7 +220,7 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
         abandoned_bytes: counters.abandoned_bytes.load(Ordering::Relaxed),
         stages,
         bottleneck: stages.bottleneck().into(),
-        warnings: lock(&job.warnings).clone(),
+        warnings: job.warnings(),
     }
 }
 
