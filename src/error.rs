@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::error::Error as StdError;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::{Path, PathBuf};
 
 use crate::extent::Rank;
@@ -222,7 +222,13 @@ impl Error {
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { kind: _, rule: _, message, at, expected, found, source: _ } = &*self.0;
+        fmt::Display::fmt(&OneLine(&*self.0), f)
+    }
+}
+
+impl fmt::Display for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Inner { kind: _, rule: _, message, at, expected, found, source: _ } = self;
         f.write_str(message)?;
         if let (Some(expected), Some(found)) = (expected, found) {
             write!(f, ": expected {expected}, found {found}")?;
@@ -255,9 +261,42 @@ impl StdError for Error {
     }
 }
 
+/// Displays with control characters escaped: names come from files, and must neither end our line nor speak to the
+/// terminal.
+pub(crate) struct OneLine<T>(pub(crate) T);
+
+impl<T: fmt::Display> fmt::Display for OneLine<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(Escaping(f), "{}", self.0)
+    }
+}
+
+struct Escaping<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl fmt::Write for Escaping<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for part in text.split_inclusive(char::is_control) {
+            match part.char_indices().next_back() {
+                Some((at, control)) if control.is_control() => {
+                    write!(self.0, "{}{}", &part[..at], control.escape_default())?;
+                }
+                _ => self.0.write_str(part)?,
+            }
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_do_not_end_the_line() {
+        let error = Error::new(ErrorKind::Format, "x").with_tensor("a\nb\u{1b}[31m\u{9b}\u{e9}").with_file("c\rd");
+        assert_eq!(error.to_string(), r"x, file c\rd, tensor a\nb\u{1b}[31m\u{9b}é");
+        assert_eq!(error.tensor(), Some("a\nb\u{1b}[31m\u{9b}\u{e9}"));
+    }
 
     #[test]
     fn one_line_in_a_fixed_order() {

@@ -2,8 +2,11 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use crate::sync::lock;
 
 /// How far a load is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -85,7 +88,7 @@ pub struct StageTime {
     pub waiting: f64,
 }
 
-/// The counters of one load, added to from all its threads.
+/// The counters and warnings of one load, added to from all its threads.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) bytes_landed: AtomicU64,
@@ -97,6 +100,7 @@ pub(crate) struct Counters {
     read_waiting_ns: AtomicU64,
     copy_busy_ns: AtomicU64,
     copy_waiting_ns: AtomicU64,
+    warnings: Mutex<Vec<String>>,
 }
 
 impl Counters {
@@ -108,6 +112,14 @@ impl Counters {
             tensors_total: totals.tensors,
             abandoned_bytes: self.abandoned_bytes.load(Ordering::Relaxed),
         }
+    }
+
+    pub(crate) fn warn(&self, warning: String) {
+        lock(&self.warnings).push(warning);
+    }
+
+    pub(crate) fn warnings(&self) -> Vec<String> {
+        lock(&self.warnings).clone()
     }
 
     pub(crate) fn read_busy(&self, time: Duration) {

@@ -1,6 +1,8 @@
-//! Every example runs, on a generated checkpoint that also the demo uses.
+//! Every example runs, on a generated checkpoint that also the demo uses; and the demo itself.
 #![cfg(feature = "cli")]
 
+use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -22,11 +24,31 @@ fn tensor_parallel() {
     assert!(text.contains("rank 3: "), "{text}");
 }
 
+/// With the binary of the tests in place of a release build.
+#[test]
+fn demo_takes_a_path_that_is_relative_to_its_caller() {
+    let folder = tempfile::tempdir().unwrap();
+    output(Command::new(script("make-llama")).arg(folder.path().join("model")));
+    let [tools, release] = ["tools", "target/release"].map(|name| folder.path().join(name));
+    fs::create_dir_all(&tools).unwrap();
+    fs::create_dir_all(&release).unwrap();
+    symlink("/bin/true", tools.join("cargo")).unwrap();
+    symlink(env!("CARGO_BIN_EXE_shardlift"), release.join("shardlift")).unwrap();
+    let path = format!("{}:/usr/local/bin:/usr/bin:/bin", tools.display());
+    let mut demo = Command::new(script("demo"));
+    demo.env("PATH", path).env("CARGO_TARGET_DIR", folder.path().join("target")).current_dir(&folder);
+    let text = output(demo.arg("model"));
+    assert!(text.contains("$ shardlift load model --tp 4 --check") && text.contains("check: every byte"), "{text}");
+}
+
 fn run(example: &str) -> String {
     let folder = tempfile::tempdir().unwrap();
-    let make = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/make-llama");
-    output(Command::new(make).arg(folder.path()));
+    output(Command::new(script("make-llama")).arg(folder.path()));
     output(Command::new(built(example)).arg(folder.path()))
+}
+
+fn script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts").join(name)
 }
 
 /// Where cargo put the example: beside the binary, built by the same `cargo test`.

@@ -186,8 +186,15 @@ fn a_stalled_read_is_a_warning_and_then_an_error_that_names_it() {
         Loader::new().custom_engine(Arc::new(Stuck)).stall(Duration::from_millis(50), Duration::from_millis(200));
     let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
     let began = Instant::now();
-    let error = loader.load(&plan).unwrap_err();
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    while monitor.warnings().is_empty() && began.elapsed() < STALL {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(began.elapsed() < STALL && monitor.warnings()[0].contains(".safetensors"), "{:?}", monitor.warnings());
+    let error = load.finish().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Stalled);
+    assert!(!monitor.warnings().is_empty());
     assert!(error.file().is_some() && error.tensor().is_some() && error.at().bytes.is_some(), "{error:?}");
     assert!(began.elapsed() < STALL, "{:?}", began.elapsed());
 }

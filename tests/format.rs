@@ -9,7 +9,7 @@ use safetensors::SafeTensors;
 use shardlift::checkpoint::{Checkpoint, HubCache};
 use shardlift::format::{FormatError, Header, HeaderWarning};
 use shardlift::limits::INDEX_MAX;
-use shardlift::{Dtype, ErrorKind, Rank};
+use shardlift::{Dtype, ErrorKind, Rank, Rules};
 
 #[path = "fuzz/bodies.rs"]
 mod bodies;
@@ -92,9 +92,19 @@ fn every_rule_has_a_file_that_breaks_it_alone() {
 
         let error = Checkpoint::open(&path).unwrap_err();
         assert_eq!((error.kind(), error.rule(), error.file()), (ErrorKind::Format, Some(rule), Some(&*path)));
-        assert_eq!(error.tensor(), found.tensor());
+        assert_eq!((error.tensor(), error.at().bytes), (found.tensor(), found.bytes()));
         assert!(error.expected().is_some() && error.found().is_some(), "{error}");
         assert_eq!(error.source().unwrap().downcast_ref::<FormatError>(), Some(&found));
+    }
+}
+
+/// All from byte 0 of the file, where the header counts from the start of the data.
+#[test]
+fn errors_about_positions_name_the_bytes_of_the_file() {
+    for (rule, from, to) in [("hole", 2, 3), ("overlap", 1, 2), ("data-outside-file", 3, 4), ("trailing-bytes", 4, 5)] {
+        let (_, file) = malformed().into_iter().find(|(known, _)| *known == rule).unwrap();
+        let data_start = 8 + u64::from_le_bytes(file[..8].try_into().unwrap());
+        assert_eq!(parse(&file).unwrap_err().bytes(), Some((data_start + from, data_start + to)), "{rule}");
     }
 }
 
@@ -246,6 +256,7 @@ fn every_rule_of_the_index() {
         ("index-not-object", None, "[]"),
         ("index-weight-map-missing", None, "{}"),
         ("index-weight-map-not-object", None, r#"{"weight_map":3}"#),
+        ("index-empty", None, r#"{"weight_map":{}}"#),
         ("index-duplicate-key", None, r#"{"weight_map":{},"weight_map":{}}"#),
         ("index-duplicate-key", Some("a"), r#"{"weight_map":{"a":"1.safetensors","a":"2.safetensors"}}"#),
         ("index-file-not-string", Some("a"), r#"{"weight_map":{"a":1}}"#),
@@ -301,12 +312,28 @@ fn orphans_and_a_wrong_total_are_warnings() {
     assert_eq!((names, checkpoint.bytes()), (vec!["a", "b", "c"], 6));
     assert_eq!(checkpoint.position("c"), Some(2));
     assert_eq!(checkpoint.position("d"), None);
-    assert!(!checkpoint.warnings().iter().any(|warning| warning.contains("index")), "{:?}", checkpoint.warnings());
+    let warnings = checkpoint.warnings();
+    let odd: Vec<&String> = warnings.iter().filter(|warning| !warning.contains("no multiple of 8")).collect();
+    assert_eq!(odd, ["left out: 1 .safetensors file that the index does not name: 3.safetensors"]);
 
-    let folder = indexed(r#"{"metadata":{"total_size":7},"weight_map":{"a":"1.safetensors"}}"#);
+    let folder = indexed(r#"{"metadata":{"total_size":1},"weight_map":{"a":"1.safetensors"}}"#);
+    std::fs::write(folder.path().join("2.safetensors"), model(&[("a", 1)])).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!((checkpoint.tensors().len(), checkpoint.bytes(), checkpoint.position("b")), (1, 1, None));
+    assert!(!checkpoint.warnings().iter().any(|warning| warning.contains("total_size")), "{:?}", checkpoint.warnings());
+
+    let folder = indexed(r#"{"metadata":{"total_size":7},"weight_map":{"a":"1.safetensors","c":"2.safetensors"}}"#);
+    std::fs::write(folder.path().join("2.safetensors"), model(&[("a", 1), ("c", 3), ("d", 0), ("e", 1), ("f", 1)]))
+        .unwrap();
     std::fs::write(folder.path().join("config.json"), "{").unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    for wanted in ["leaves out 1 tensors of its files: b", "total_size 7", "config.json"] {
+    assert_eq!((checkpoint.tensors().len(), checkpoint.bytes()), (2, 4));
+    for wanted in [
+        "left out: 4 tensors that the index does not name: b, d, e",
+        "left out: copies of 1 tensor in other files than the index says: a",
+        "index says total_size 7, its tensors take 4 bytes",
+        "config.json is not used",
+    ] {
         assert!(checkpoint.warnings().iter().any(|warning| warning.contains(wanted)), "{:?}", checkpoint.warnings());
     }
     assert!(checkpoint.config().is_none());
@@ -334,6 +361,63 @@ fn directories_without_an_index() {
     assert_eq!(Checkpoint::open(path).unwrap().files().len(), 1);
 }
 
+/// A name that leads to no regular file is never the same as no such name.
+#[test]
+fn what_a_directory_names_must_open() {
+    use std::os::unix::fs::symlink;
+    let make = |kind: &str, path: &Path| match kind {
+        "link to nothing" => symlink("../blobs/0", path).unwrap(),
+        "folder" => std::fs::create_dir(path).unwrap(),
+        _ => assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success()),
+    };
+    for name in ["model.safetensors.index.json", "model.safetensors", "model-00002-of-00002.safetensors"] {
+        for kind in ["link to nothing", "folder", "fifo"] {
+            let folder = tempfile::tempdir().unwrap();
+            std::fs::write(folder.path().join("model-00001-of-00002.safetensors"), model(&[("a", 1)])).unwrap();
+            make(kind, &folder.path().join(name));
+            let error = Checkpoint::open(folder.path()).unwrap_err();
+            assert_eq!(
+                (error.kind(), error.rule()),
+                (ErrorKind::Index, Some("file-unusable")),
+                "{name} {kind}: {error}"
+            );
+            assert!(error.file().is_some_and(|file| file.ends_with(name)), "{error}");
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("model.safetensors"), model(&[("a", 1)])).unwrap();
+    std::fs::write(folder.path().join("other.safetensors"), model(&[("b", 1)])).unwrap();
+    symlink("nothing", folder.path().join("config.json")).unwrap();
+    let warnings = Checkpoint::open(folder.path()).unwrap().warnings().join("\n");
+    assert!(warnings.contains("left out: 1 .safetensors file beside model.safetensors: other.safetensors"));
+    assert!(warnings.contains("config.json is not used"), "{warnings}");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_name_that_is_not_utf8_is_not_passed_over() {
+    use std::os::unix::ffi::OsStrExt;
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("a.safetensors"), model(&[("a", 1)])).unwrap();
+    let odd = folder.path().join(std::ffi::OsStr::from_bytes(b"b\xff.safetensors"));
+    std::fs::write(&odd, model(&[("b", 1)])).unwrap();
+    let error = Checkpoint::open(folder.path()).unwrap_err();
+    let found = (error.kind(), error.rule(), error.file());
+    assert_eq!(found, (ErrorKind::Index, Some("file-name-not-utf8"), Some(&*odd)));
+}
+
+#[test]
+fn errors_about_the_config_name_it() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("model.safetensors"), model(&[("a", 1)])).unwrap();
+    let config = folder.path().join("config.json");
+    for (text, rule) in [(r#"{"model_type":"x"}"#, "unknown-architecture"), (r#"{"model_type":"llama"}"#, "config")] {
+        std::fs::write(&config, text).unwrap();
+        let error = Rules::for_model(&Checkpoint::open(folder.path()).unwrap()).unwrap_err();
+        assert_eq!((error.rule(), error.file()), (Some(rule), Some(&*config)));
+    }
+}
+
 #[test]
 fn one_checkpoint_per_rank_is_never_merged() {
     let folder = tempfile::tempdir().unwrap();
@@ -344,6 +428,7 @@ fn one_checkpoint_per_rank_is_never_merged() {
     let error = Checkpoint::open(folder.path()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
     assert!(error.to_string().contains("model-rank-0-part-0.safetensors"), "{error}");
+    assert!(error.message().ends_with("open one of its files (or one rank, with Checkpoint::open_rank)"), "{error}");
     assert_eq!(Checkpoint::rank_files(folder.path()).unwrap()[&Rank(0)].len(), 2);
     assert_eq!(Checkpoint::open_rank(folder.path(), Rank(0)).unwrap().tensors().len(), 2);
     assert_eq!(Checkpoint::open_rank(folder.path(), Rank(1)).unwrap().bytes(), 2);

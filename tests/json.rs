@@ -1,9 +1,12 @@
-//! Every object of the command line against `docs/json.schema.json`, and the exit status beside it.
+//! Every object of the command line against `docs/json.schema.json`, and the exit status beside it; what people read.
 #![cfg(feature = "cli")]
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde_json::{Value, json};
 
@@ -44,6 +47,9 @@ fn plan() {
     assert_eq!(one["ranks"][0], ranks[1]);
     assert_eq!(one["plan_digest"], object["plan_digest"]);
     assert!(one["predicted_seconds"].as_f64().unwrap() > 0.0);
+    // With one rate the other side takes no time.
+    let storage = run(&["plan", path(model.path()), "--storage", "1"], 0);
+    assert_eq!(storage["predicted_seconds"].as_f64().unwrap(), (4.0 * 8.0 * 4.0 + 8.0) / 1e9);
     let object = run(&["plan", path(model.path()), "--explain", "a.weight"], 0);
     assert!(object["explain"].as_str().unwrap().contains("a.weight"));
 }
@@ -99,6 +105,7 @@ fn failures() {
     error(&["load", "no-such-model"], 2, "not-found");
     error(&["load", "no-such-org/no-such-model"], 2, "not-found");
     error(&["load", model, "--tp", "0"], 2, "usage");
+    error(&["load", model, "--staging", "1"], 2, "usage");
     error(&["load", model, "--tp", "2", "--rank", "2"], 2, "usage");
     error(&["load"], 2, "usage");
     error(&["frobnicate"], 2, "usage");
@@ -129,23 +136,99 @@ fn failures() {
     error(&["verify", path(folder.path())], 3, "index");
 }
 
+#[test]
+fn what_does_not_open_is_a_wrong_argument_or_a_broken_checkpoint() {
+    let model = model();
+    let at = |name: &str| path(&model.path().join(name)).to_owned();
+    let error = |args: &[&str], status: i32| {
+        let object = run(args, status);
+        assert!(object["error"]["file"].is_string(), "{args:?}: {object}");
+    };
+    for (link, to) in [("loop", "loop"), ("nothing", "no such file")] {
+        symlink(to, at(link)).unwrap();
+        error(&["inspect", &at(link)], 2);
+    }
+    error(&["inspect", &at("model.safetensors/")], 2);
+    error(&["load", &at(""), "--rules", &at("")], 2);
+    fs::write(at("rules.toml"), b"# \xff").unwrap();
+    error(&["load", &at(""), "--rules", &at("rules.toml")], 2);
+    fs::write(at("model.safetensors.index.json"), r#"{"weight_map": {"a.weight": "folder"}}"#).unwrap();
+    fs::create_dir(at("folder")).unwrap();
+    error(&["inspect", &at("")], 3);
+    fs::remove_file(at("model.safetensors.index.json")).unwrap();
+    symlink("../blobs/0", at("model.safetensors.index.json")).unwrap();
+    error(&["load", &at("")], 3);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn words_that_are_not_utf8() {
+    let (model, folder) = (model(), tempfile::tempdir().unwrap());
+    let odd = folder.path().join(OsStr::from_bytes(b"m\xff"));
+    fs::create_dir(&odd).unwrap();
+    let file = odd.join("model.safetensors");
+    fs::copy(model.path().join("model.safetensors"), &file).unwrap();
+    let rules_file = odd.join("rules.toml");
+    fs::copy(rules().path(), &rules_file).unwrap();
+    let word = OsStr::new;
+    run(&[word("load"), file.as_os_str(), word("--rules"), rules_file.as_os_str(), word("--tp"), word("2")], 0);
+    run(&[word("reshard"), odd.as_os_str(), odd.join("out").as_os_str()], 0);
+    for flag in ["--filter", "--sort"] {
+        let object = run(&[word("inspect"), file.as_os_str(), word(flag), OsStr::from_bytes(b"\xff")], 2);
+        assert_eq!((&object["command"], &object["error"]["kind"]), (&json!("inspect"), &json!("usage")));
+    }
+}
+
+#[test]
+fn names_end_no_line_and_speak_to_no_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = "a\n\u{1b}[31m\u{9b}b";
+    write(folder.path(), &json!({ name: { "dtype": "U8", "shape": [136], "data_offsets": [0, 136] } }));
+    let model = path(folder.path());
+    assert_eq!(run(&["inspect", model], 0)["tensors"][0]["name"], name);
+    let escaped = r"a\n\u{1b}[31m\u{9b}b";
+    let rules = folder.path().join("rules.toml");
+    fs::write(&rules, "rule = [{ match = \"**\", shard = { dim = 0 } }]").unwrap();
+    for args in [
+        &["inspect", model][..],
+        &["verify", model, "--deep"],
+        &["plan", model, "--explain", name],
+        &["plan", model, "--explain", "\u{1b}[31m\n"],
+        &["plan", model, "--tp", "3", "--rules", path(&rules)],
+    ] {
+        let Output { stdout, stderr, .. } = shardlift(args);
+        let text = String::from_utf8([stdout, stderr].concat()).unwrap();
+        assert!(text.contains(escaped) || args.contains(&"\u{1b}[31m\n"), "{args:?}: {text}");
+        assert!(!text.contains(|char: char| char.is_control() && char != '\n'), "{args:?}: {text:?}");
+        let failed = text.lines().filter(|line| line.starts_with("error: ")).count();
+        assert!(failed == 0 || text.lines().count() == 1, "{args:?}: {text:?}");
+    }
+    let text = String::from_utf8(shardlift(&["inspect", model]).stdout).unwrap();
+    assert!(text.contains("1 file, 1 tensor, 136 B"), "{text}");
+}
+
 /// Two tensors in one file, and no config.json: `a.weight` of [8, 4] F32 and `b.bias` of [4] F16.
 fn model() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    let mut header = json!({
+    let header = json!({
         "__metadata__": { "format": "pt" },
         "a.weight": { "dtype": "F32", "shape": [8, 4], "data_offsets": [0, 128] },
         "b.bias": { "dtype": "F16", "shape": [4], "data_offsets": [128, 136] },
-    })
-    .to_string();
+    });
+    write(folder.path(), &header);
+    folder
+}
+
+/// Writes `model.safetensors` with this header and 136 bytes of data.
+fn write(folder: &Path, header: &Value) {
+    let mut header = header.to_string();
     while !header.len().is_multiple_of(8) {
         header.push(' ');
     }
     let mut file = (header.len() as u64).to_le_bytes().to_vec();
     file.extend(header.bytes());
     file.extend(0..136u8);
-    fs::write(folder.path().join("model.safetensors"), file).unwrap();
-    folder
+    fs::write(folder.join("model.safetensors"), file).unwrap();
 }
 
 fn rules() -> tempfile::NamedTempFile {
@@ -156,8 +239,10 @@ fn rules() -> tempfile::NamedTempFile {
 }
 
 /// Runs a command with `--json`, and holds its one object against the schema.
-fn run(args: &[&str], status: i32) -> Value {
-    let output = Command::new(env!("CARGO_BIN_EXE_shardlift")).args(args).arg("--json").output().unwrap();
+fn run<W: AsRef<OsStr> + std::fmt::Debug>(args: &[W], status: i32) -> Value {
+    let mut words: Vec<&OsStr> = args.iter().map(AsRef::as_ref).collect();
+    words.push("--json".as_ref());
+    let output = shardlift(&words);
     let stdout = String::from_utf8(output.stdout).unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(status), "{args:?}\n{stdout}\n{stderr}");
@@ -171,6 +256,10 @@ fn run(args: &[&str], status: i32) -> Value {
         panic!("{args:?}: {error}\n{stdout}");
     }
     object
+}
+
+fn shardlift<W: AsRef<OsStr>>(args: &[W]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_shardlift")).args(args).output().unwrap()
 }
 
 /// Whether `value` fits: exactly the keywords that the schema uses; an unknown one is an error.

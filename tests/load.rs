@@ -55,6 +55,39 @@ fn every_engine_and_world_is_bit_exact() {
 }
 
 #[test]
+fn what_the_index_leaves_out_is_neither_planned_nor_loaded() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 20);
+    let (left, kept): (Vec<_>, Vec<_>) = tensors.iter().partition(|t| ["c.whole", "f.whole"].contains(&&*t.name));
+    let file = |name: &str| if name < "f" { "one.safetensors" } else { "two.safetensors" };
+    let weight_map: serde_json::Value = kept.iter().map(|t| (t.name.clone(), file(&t.name))).collect();
+    let bytes = kept.iter().map(|t| t.bytes.len() as u64).sum::<u64>();
+    let index = serde_json::json!({ "metadata": { "total_size": bytes }, "weight_map": weight_map });
+    std::fs::write(folder.path().join("model.safetensors.index.json"), index.to_string()).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!(checkpoint.bytes(), bytes);
+    assert_eq!(checkpoint.warnings(), ["left out: 2 tensors that the index does not name: c.whole, f.whole"]);
+    // No rule matches what is left out.
+    let rules = model::RULES.replace("\"**\"", "\"{h,i}.*\"");
+    let rules = Rules::from_toml(&rules).unwrap();
+    for engine in ENGINES {
+        for world in [World::host(2), World::host_staged(3)] {
+            let loader = Loader::new().engine(engine).staging(8 << 20);
+            let (weights, report) = loader.load(&loader.plan(&checkpoint, &rules, &world).unwrap()).unwrap();
+            assert_eq!(report.needed_bytes, bytes);
+            for rank in 0..world.size() {
+                for tensor in &kept {
+                    let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
+                    let expected = model::expected(tensor, rank as usize, world.size() as usize);
+                    assert!(landed.as_bytes() == expected, "{engine:?} {}", tensor.name);
+                }
+                assert!(left.iter().all(|tensor| weights.tensor(Rank(rank), &tensor.name).is_err()));
+            }
+        }
+    }
+}
+
+#[test]
 fn mapped_tensors_are_lent_and_the_rest_is_copied() {
     let folder = tempfile::tempdir().unwrap();
     let tensors = model::write(folder.path(), 2);

@@ -30,7 +30,8 @@ impl Index {
     ///
     /// # Errors
     /// [`ErrorKind::Index`] with the broken rule: `index-not-json`, `index-not-object`, `index-duplicate-key`,
-    /// `index-weight-map-missing`, `index-weight-map-not-object`, `index-file-not-string`, `index-path-outside`.
+    /// `index-weight-map-missing`, `index-weight-map-not-object`, `index-empty`, `index-file-not-string`,
+    /// `index-path-outside`.
     pub fn parse(bytes: &[u8]) -> Result<Index> {
         let text = std::str::from_utf8(bytes).map_err(|error| not_json(&error))?;
         let slot = Slot::default();
@@ -40,6 +41,11 @@ impl Index {
         let weight_map = weight_map.ok_or_else(|| {
             rule("index-weight-map-missing", "index has no weight_map").with_expected("weight_map", "none")
         })?;
+        // Nothing to load is never what somebody wanted.
+        if weight_map.is_empty() {
+            return Err(rule("index-empty", "index names no tensor")
+                .with_expected("a tensor and its file", "an empty weight_map"));
+        }
         let mut files: Vec<String> = Vec::new();
         let mut seen = HashSet::with_hasher(FixedState::default());
         for (tensor, file) in &weight_map {

@@ -35,7 +35,7 @@ struct Inner {
     files: Vec<CheckpointFile>,
     tensors: Vec<TensorMeta>,
     names: names::NameTable,
-    config: Option<serde_json::Value>,
+    config: Option<(PathBuf, serde_json::Value)>,
     warnings: Vec<String>,
 }
 
@@ -83,13 +83,16 @@ impl TensorMeta {
 impl Checkpoint {
     /// Opens a `.safetensors` file, a directory of them, or a directory with an index. Reads headers only.
     ///
-    /// A directory means `model.safetensors.index.json` and exactly its files; else `model.safetensors`; else all
-    /// `*.safetensors` directly in it.
+    /// A directory means `model.safetensors.index.json` and exactly its files and the tensors that it names; else
+    /// `model.safetensors`; else all `*.safetensors` directly in it. What is there and belongs to none of these is left
+    /// out with a [warning](Checkpoint::warnings).
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) if there is no checkpoint,
     /// [`Format`](crate::ErrorKind::Format) if a header and [`Index`](crate::ErrorKind::Index) if the index breaks a
-    /// rule, [`Usage`](crate::ErrorKind::Usage) if the directory holds one checkpoint per rank.
+    /// rule or names what is no regular file that opens, [`Usage`](crate::ErrorKind::Usage) if the directory holds one
+    /// checkpoint per rank: [`open_rank`](Checkpoint::open_rank) opens one of them. [`Io`](crate::ErrorKind::Io) as the
+    /// system says.
     pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint> {
         open::open(path.as_ref())
     }
@@ -137,7 +140,8 @@ impl Checkpoint {
         &self.inner.files[id.0 as usize]
     }
 
-    /// All tensors, sorted by file and position in the file.
+    /// All tensors, sorted by file and position in the file. Between two of them may lie bytes of one that the index
+    /// leaves out.
     pub fn tensors(&self) -> &[TensorMeta] {
         &self.inner.tensors
     }
@@ -154,7 +158,12 @@ impl Checkpoint {
 
     /// The model's `config.json`, if there is one beside the files.
     pub fn config(&self) -> Option<&serde_json::Value> {
-        self.inner.config.as_ref()
+        self.inner.config.as_ref().map(|(_, config)| config)
+    }
+
+    /// The path of that `config.json`.
+    pub fn config_path(&self) -> Option<&Path> {
+        self.inner.config.as_ref().map(|(path, _)| path.as_path())
     }
 
     /// What is odd but no error: orphans that the index leaves out, a wrong `total_size`, and the like.
@@ -181,6 +190,7 @@ impl Checkpoint {
         for (position, tensor) in tensors.iter().enumerate() {
             assert!(names.insert(&tensor.name, position, |at| tensors[at].name.as_str()).is_none(), "two of a name");
         }
+        let config = config.map(|config| (path.join("config.json"), config));
         Checkpoint { inner: Arc::new(Inner { path, files: vec![file], tensors, names, config, warnings: Vec::new() }) }
     }
 

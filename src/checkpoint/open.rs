@@ -1,6 +1,8 @@
 //! From a location to its files, and from their headers to one name space.
 
 use std::collections::BTreeMap;
+use std::error::Error as _;
+use std::ffi::OsString;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,24 +23,31 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     if !metadata.is_dir() {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let dir = path.parent().unwrap_or(Path::new(""));
-        return assemble(path, dir, vec![(name, path.to_owned())], None);
+        return assemble(path, dir, vec![(name, path.to_owned())], None, Vec::new());
     }
-    if path.join(INDEX).is_file() {
-        let index_path = path.join(INDEX);
-        let index = Index::parse(&read_whole(&index_path)?).map_err(|error| error.with_file(&index_path))?;
-        let files = index.files.iter().map(|name| (name.clone(), path.join(name))).collect();
-        return assemble(path, path, files, Some((&index_path, index)));
+    // A link to nothing or a folder of this name is a broken checkpoint, not one without an index.
+    let index_path = path.join(INDEX);
+    if is_named(&index_path)? {
+        let bytes = read_whole(&index_path).map_err(unusable)?;
+        let index = Index::parse(&bytes).map_err(|error| error.with_file(&index_path))?;
+        let files: Vec<_> = index.files.iter().map(|name| (name.clone(), path.join(name))).collect();
+        let warnings = left_out(path, &files, "that the index does not name");
+        return assemble(path, path, files, Some((&index_path, index)), warnings);
+    }
+    if is_named(&path.join(SINGLE))? {
+        let files = vec![(SINGLE.to_owned(), path.join(SINGLE))];
+        let warnings = left_out(path, &files, "beside model.safetensors");
+        return assemble(path, path, files, None, warnings);
     }
     let names = list(path)?;
-    if names.iter().any(|name| name == SINGLE) {
-        return assemble(path, path, vec![(SINGLE.into(), path.join(SINGLE))], None);
-    }
     let ranks = group(path, &names)?;
     if let (Some((first, _)), Some((last, _))) = (ranks.first_key_value(), ranks.last_key_value()) {
-        let message = format!("directory holds one checkpoint per rank, of ranks {first} to {last}: name the rank");
-        let found = ranks.values().flatten().map(|path| file_name(path)).take(NAMES_SHOWN).collect::<Vec<_>>();
+        let message = format!(
+            "directory holds one checkpoint per rank, of ranks {first} to {last}: open one of its files \
+             (or one rank, with Checkpoint::open_rank)"
+        );
         return Err(Error::new(ErrorKind::Usage, message)
-            .with_expected("one checkpoint", found.join(", "))
+            .with_expected("one checkpoint", few(ranks.values().flatten().map(|path| file_name(path))))
             .with_file(path));
     }
     let files: Vec<_> = names.iter().filter(|name| name.ends_with(".safetensors")).collect();
@@ -48,13 +57,13 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
             true => "directory holds no .safetensors file",
             false => "directory holds weights, but not as .safetensors: convert them first",
         };
-        let found = others.iter().take(NAMES_SHOWN).copied().collect::<Vec<_>>().join(", ");
-        let found = if found.is_empty() { "none".to_owned() } else { found };
+        let found = if others.is_empty() { "none".to_owned() } else { few(others) };
         return Err(Error::new(ErrorKind::NotFound, message)
             .with_expected(".safetensors files", found)
             .with_file(path));
     }
-    assemble(path, path, files.into_iter().map(|name| (name.clone(), path.join(name))).collect(), None)
+    let files = files.into_iter().map(|name| (name.clone(), path.join(name))).collect();
+    assemble(path, path, files, None, Vec::new())
 }
 
 pub(super) fn open_rank(dir: &Path, rank: Rank) -> Result<Checkpoint> {
@@ -70,22 +79,75 @@ pub(super) fn open_rank(dir: &Path, rank: Rank) -> Result<Checkpoint> {
             .with_rank(rank));
     };
     let files = paths.into_iter().map(|path| (file_name(&path), path)).collect();
-    assemble(dir, dir, files, None).map_err(|error| error.with_rank(rank))
+    assemble(dir, dir, files, None, Vec::new()).map_err(|error| error.with_rank(rank))
 }
 
 pub(super) fn rank_files(dir: &Path) -> Result<BTreeMap<Rank, Vec<PathBuf>>> {
     group(dir, &list(dir)?)
 }
 
-/// The names in a directory, sorted; those that are not UTF-8 are none of ours.
-fn list(dir: &Path) -> Result<Vec<String>> {
-    let failed = |error| Error::io("cannot list", dir, error);
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(failed)? {
-        names.extend(entry.map_err(failed)?.file_name().into_string());
+/// Whether the directory has an entry of this name, whatever it is.
+fn is_named(path: &Path) -> Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(Error::io("cannot look for", path, error)),
     }
+}
+
+/// An error about a file that the directory or the index names: if it does not open as a regular file, that breaks a
+/// rule, whatever the system says.
+fn unusable(error: Error) -> Error {
+    let opening = matches!(error.kind(), ErrorKind::NotFound | ErrorKind::Usage | ErrorKind::Io);
+    match error.file() {
+        Some(file) if opening && error.at().bytes.is_none() => {
+            let system = error.source().map(ToString::to_string);
+            rule("file-unusable", "file cannot be opened")
+                .with_expected("a regular file", system.as_deref().unwrap_or("something else"))
+                .with_file(file)
+                .with_source(error)
+        }
+        _ => error,
+    }
+}
+
+fn entries(dir: &Path) -> Result<Vec<OsString>> {
+    let failed = |error| Error::io("cannot list", dir, error);
+    let names = std::fs::read_dir(dir).map_err(failed)?.map(|entry| Ok(entry.map_err(failed)?.file_name()));
+    let mut names = names.collect::<Result<Vec<_>>>()?;
     names.sort_unstable();
     Ok(names)
+}
+
+/// The names in a directory, sorted. Those that are not UTF-8 are none of ours, unless they end like ours.
+fn list(dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for name in entries(dir)? {
+        match name.into_string() {
+            Ok(name) => names.push(name),
+            Err(name) if name.as_encoded_bytes().ends_with(b".safetensors") => {
+                return Err(rule("file-name-not-utf8", "name of a file is not utf-8")
+                    .with_expected("utf-8", format!("{name:?}"))
+                    .with_file(dir.join(name)));
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(names)
+}
+
+/// A warning of the `.safetensors` files in a directory that are not among `used`, which is sorted.
+fn left_out(dir: &Path, used: &[(String, PathBuf)], why: &str) -> Vec<String> {
+    // Nothing else of the directory is needed: where it cannot be listed nothing is known of other files.
+    let names = entries(dir).unwrap_or_default();
+    let names = names.iter().map(|name| name.to_string_lossy()).filter(|name| {
+        name.ends_with(".safetensors") && used.binary_search_by(|(used, _)| used.as_str().cmp(name)).is_err()
+    });
+    let names: Vec<_> = names.collect();
+    match names.len() {
+        0 => Vec::new(),
+        others => vec![format!("left out: {} {why}: {}", count(others, ".safetensors file"), few(names))],
+    }
 }
 
 fn group(dir: &Path, names: &[String]) -> Result<BTreeMap<Rank, Vec<PathBuf>>> {
@@ -122,6 +184,16 @@ fn is_other_format(name: &str) -> bool {
     [".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack"].iter().any(|end| name.ends_with(end))
 }
 
+/// The first names, for a message that says how many there are.
+fn few<N: AsRef<str>>(names: impl IntoIterator<Item = N>) -> String {
+    let names: Vec<N> = names.into_iter().take(NAMES_SHOWN).collect();
+    names.iter().map(AsRef::as_ref).collect::<Vec<_>>().join(", ")
+}
+
+fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
 fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
@@ -145,8 +217,9 @@ fn assemble(
     dir: &Path,
     names: Vec<(String, PathBuf)>,
     index: Option<(&Path, Index)>,
+    mut warnings: Vec<String>,
 ) -> Result<Checkpoint> {
-    let mut warnings = Vec::new();
+    let in_directory = path == dir;
     let headers = read_headers(&names);
     let mut files = Vec::with_capacity(names.len());
     let mut tensors = Vec::new();
@@ -161,6 +234,7 @@ fn assemble(
                     .with_file(path)
                     .with_source(error));
             }
+            (Err(error), _) if in_directory => return Err(unusable(error)),
             (Err(error), _) => return Err(error),
         };
         let Header { tensors: of_file, metadata, data_start, hash: header_hash, warnings: odd } = header;
@@ -178,7 +252,7 @@ fn assemble(
         }
         None => name_table(&files, &tensors)?,
     };
-    let config = read_config(&dir.join("config.json"), &mut warnings);
+    let config = read_config(dir.join("config.json"), &mut warnings);
     Ok(Checkpoint { inner: Arc::new(Inner { path: path.to_owned(), files, tensors, names, config, warnings }) })
 }
 
@@ -196,7 +270,7 @@ fn name_table(files: &[CheckpointFile], tensors: &[TensorMeta]) -> Result<NameTa
     Ok(names)
 }
 
-/// The index against the headers. A copy of a tensor in another file than the index names is left out.
+/// The index against the headers. Tensors that it does not name, and copies in other files than it names, are left out.
 fn cross_check(
     index: &Index,
     files: &[CheckpointFile],
@@ -231,16 +305,18 @@ fn cross_check(
         .with_file(&expected.path));
     }
     if !orphans.is_empty() {
-        let shown = orphans[..orphans.len().min(NAMES_SHOWN)].join(", ");
-        warnings.push(format!("index leaves out {} tensors of its files: {shown}", orphans.len()));
+        let orphaned = count(orphans.len(), "tensor");
+        warnings.push(format!("left out: {orphaned} that the index does not name: {}", few(&orphans)));
     }
     if !elsewhere.is_empty() {
-        let shown: Vec<&str> = elsewhere.keys().take(NAMES_SHOWN).map(|&at| index.tensors[at].0.as_str()).collect();
-        let shown = shown.join(", ");
-        warnings.push(format!("{} tensors are also in files that the index does not name: {shown}", elsewhere.len()));
-        tensors.retain(|tensor| match indexed.position(&tensor.name, |at| &index.tensors[at].0) {
-            Some(at) => index.tensors[at].1 == tensor.file.0,
-            None => true,
+        let copied = count(elsewhere.len(), "tensor");
+        let shown = few(elsewhere.keys().map(|&at| &index.tensors[at].0));
+        warnings.push(format!("left out: copies of {copied} in other files than the index says: {shown}"));
+    }
+    if !orphans.is_empty() || !elsewhere.is_empty() {
+        tensors.retain(|tensor| {
+            let at = indexed.position(&tensor.name, |at| &index.tensors[at].0);
+            at.is_some_and(|at| index.tensors[at].1 == tensor.file.0)
         });
     }
     let bytes: u64 = tensors.iter().map(TensorMeta::bytes).sum();
@@ -248,20 +324,21 @@ fn cross_check(
         && total.as_u64() != Some(bytes)
         && total.as_f64() != Some(bytes as f64)
     {
-        warnings.push(format!("index says total_size {total}, its tensors take {bytes} bytes"));
+        warnings.push(format!("index says total_size {total}, its tensors take {}", count(bytes as usize, "byte")));
     }
     name_table(files, tensors)
 }
 
-fn read_config(path: &Path, warnings: &mut Vec<String>) -> Option<serde_json::Value> {
-    if !path.exists() {
+fn read_config(path: PathBuf, warnings: &mut Vec<String>) -> Option<(PathBuf, serde_json::Value)> {
+    if std::fs::symlink_metadata(&path).is_err() {
         return None;
     }
-    let parsed = read_whole(path).and_then(|bytes| {
+    let parsed = read_whole(&path).and_then(|bytes| {
         serde_json::from_slice(&bytes)
-            .map_err(|error| rule("config-not-json", "not json").with_expected("json", error).with_file(path))
+            .map_err(|error| rule("config-not-json", "not json").with_expected("json", error).with_file(&path))
     });
-    parsed.map_err(|error| warnings.push(format!("config.json is not used: {error}"))).ok()
+    let config = parsed.map_err(|error| warnings.push(format!("config.json is not used: {error}"))).ok()?;
+    Some((path, config))
 }
 
 /// All headers, in the order of the files. Threads of our own: a read that waits must not hold a core of rayon's pool.

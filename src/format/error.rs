@@ -2,8 +2,9 @@
 
 use std::fmt;
 
+use super::Header;
 use crate::dtype::Dtype;
-use crate::error::{Error, ErrorKind};
+use crate::error::{Error, ErrorKind, OneLine};
 use crate::limits;
 use crate::shape::Shape;
 
@@ -199,6 +200,8 @@ rules! {
     Hole {
         /// The tensor after the hole.
         tensor: String,
+        /// The first byte of the data, from the start of the file.
+        data_start: u64,
         /// Where the tensor before ends, from the start of the data.
         expected: u64,
         /// Where the tensor starts, from the start of the data.
@@ -208,6 +211,8 @@ rules! {
     Overlap {
         /// The later tensor.
         tensor: String,
+        /// The first byte of the data, from the start of the file.
+        data_start: u64,
         /// Where the tensor before ends, from the start of the data.
         expected: u64,
         /// Where the tensor starts, from the start of the data.
@@ -259,11 +264,30 @@ impl FormatError {
         }
     }
 
+    /// The bytes that break the rule, `from..to` from the start of the file, if they are one range: those that are
+    /// missing, that belong to none or two tensors, or that are wrong.
+    pub fn bytes(&self) -> Option<(u64, u64)> {
+        use FormatError::*;
+        match *self {
+            LengthMissing { file_len } => Some((file_len, Header::LENGTH_BYTES)),
+            HeaderTooLarge { .. } => Some((0, Header::LENGTH_BYTES)),
+            HeaderOutsideFile { header_end, file_len } => Some((file_len, header_end)),
+            HeaderNotUtf8 { at } => Some((at, at + 1)),
+            // The offsets are whatever the header says.
+            Hole { data_start, expected, found, .. } | Overlap { data_start, expected: found, found: expected, .. } => {
+                Some((data_start.saturating_add(expected), data_start.saturating_add(found)))
+            }
+            DataOutsideFile { expected, file_len, .. } => Some((file_len, expected)),
+            TrailingBytes { expected, file_len } => Some((expected, file_len)),
+            _ => None,
+        }
+    }
+
     /// What the rule expects and what was found.
     pub fn expected_found(&self) -> (String, String) {
         use FormatError::*;
         let (expected, found): (&dyn fmt::Display, &dyn fmt::Display) = match self {
-            LengthMissing { file_len } => return (bytes(8), bytes(*file_len)),
+            LengthMissing { file_len } => return (bytes(Header::LENGTH_BYTES), bytes(*file_len)),
             HeaderTooLarge { length } => return (format!("at most {}", bytes(limits::HEADER_MAX)), bytes(*length)),
             HeaderOutsideFile { header_end, file_len } => return (bytes(*header_end), bytes(*file_len)),
             HeaderNotUtf8 { at } => return ("utf-8".into(), format!("another byte at {at}")),
@@ -303,9 +327,9 @@ impl FormatError {
 impl fmt::Display for FormatError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (expected, found) = self.expected_found();
-        write!(f, "{}: expected {expected}, found {found}", self.message())?;
+        write!(f, "{}: expected {expected}, found {}", self.message(), OneLine(found))?;
         match self.tensor() {
-            Some(tensor) => write!(f, ", tensor {tensor}"),
+            Some(tensor) => write!(f, ", tensor {}", OneLine(tensor)),
             None => Ok(()),
         }
     }
@@ -320,6 +344,9 @@ impl From<FormatError> for Error {
         out = out.with_rule(error.rule()).with_expected(expected, found);
         if let Some(tensor) = error.tensor() {
             out = out.with_tensor(tensor);
+        }
+        if let Some((from, to)) = error.bytes() {
+            out = out.with_bytes(from, to);
         }
         out.with_source(error)
     }

@@ -96,7 +96,7 @@ impl Header {
         let mut end = 0;
         for tensor in &mut tensors {
             check_bytes(tensor)?;
-            end = check_position(tensor, end)?;
+            end = check_position(tensor, end, data_start)?;
             tensor.end = end;
         }
         check_data_end(data_start, end, file_len, &tensors)?;
@@ -174,12 +174,13 @@ fn check_bytes(tensor: &HeaderTensor) -> Result<(), FormatError> {
 }
 
 /// The tensor starts where the one before ended; answers where it ends.
-fn check_position(tensor: &HeaderTensor, expected: u64) -> Result<u64, FormatError> {
-    let &HeaderTensor { ref name, start, end, .. } = tensor;
-    match start.cmp(&expected) {
+fn check_position(tensor: &HeaderTensor, expected: u64, data_start: u64) -> Result<u64, FormatError> {
+    let &HeaderTensor { ref name, start: found, end, .. } = tensor;
+    let tensor = || name.clone();
+    match found.cmp(&expected) {
         std::cmp::Ordering::Equal => Ok(end),
-        std::cmp::Ordering::Greater => Err(FormatError::Hole { tensor: name.clone(), expected, found: start }),
-        std::cmp::Ordering::Less => Err(FormatError::Overlap { tensor: name.clone(), expected, found: start }),
+        std::cmp::Ordering::Greater => Err(FormatError::Hole { tensor: tensor(), data_start, expected, found }),
+        std::cmp::Ordering::Less => Err(FormatError::Overlap { tensor: tensor(), data_start, expected, found }),
     }
 }
 

@@ -306,6 +306,12 @@ impl Monitor {
         self.counters.progress(self.totals)
     }
 
+    /// What was odd so far, a read that makes no progress for instance: what [`Report::warnings`] will hold, and there
+    /// also while the load runs and after it failed.
+    pub fn warnings(&self) -> Vec<String> {
+        self.counters.warnings()
+    }
+
     /// Cancels the load: nothing new starts, what is in flight is drained, and the load's error says so. A reshard can
     /// be cancelled until its directory has its name.
     pub fn cancel(&self) {

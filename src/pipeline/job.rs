@@ -46,7 +46,6 @@ pub(crate) struct Job {
     pub(super) counters: Arc<Counters>,
     pub(super) totals: Totals,
     last_landing: OnceLock<Instant>,
-    pub(super) warnings: Mutex<Vec<String>>,
 }
 
 /// A read that an engine has.
@@ -120,7 +119,6 @@ impl Job {
             counters: Arc::default(),
             totals,
             last_landing: OnceLock::new(),
-            warnings: Mutex::default(),
         };
         for (rank, dest) in completed {
             job.complete(rank, dest);

@@ -200,7 +200,7 @@ fn watch_reads(job: &Job) -> bool {
             let file = job.setup.plan.file(read.extent.file).path.display();
             let message = format!("a read of {file} has made no progress for {warning:?}");
             tracing::warn!("{message}");
-            lock(&job.warnings).push(message);
+            job.counters.warn(message);
         }
     }
     let Some(extent) = stalled else { return false };
@@ -228,7 +228,7 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
         abandoned_bytes: counters.abandoned_bytes.load(Ordering::Relaxed),
         stages,
         bottleneck: stages.bottleneck().into(),
-        warnings: lock(&job.warnings).clone(),
+        warnings: job.counters.warnings(),
     }
 }
 

@@ -5,7 +5,7 @@ use std::fmt::{self, Write};
 use super::audit::{for_each_param, pieces};
 use super::cover::{Covered, cover};
 use super::{BoxCopy, Inner, Plan, ReadExtent, ReadOrder};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, ErrorKind, OneLine, Result};
 use crate::extent::Rank;
 
 impl Plan {
@@ -72,7 +72,7 @@ impl Plan {
             if tensor.is_none() {
                 return Err(Error::new(ErrorKind::NotFound, "no such tensor or destination").with_tensor(name));
             }
-            _ = writeln!(text, "{name}: skipped on every rank");
+            _ = writeln!(text, "{}: skipped on every rank", OneLine(name));
             return Ok(text);
         };
         let alias_of = params[param as usize].alias_of;
@@ -81,12 +81,12 @@ impl Plan {
         };
         let entry = declared[entry];
         let meta = self.tensor(entry.tensor);
-        let file = &self.file(meta.file).name;
-        _ = writeln!(text, "{}: {} {}", params[param as usize].name, meta.dtype, meta.shape);
-        _ = writeln!(text, "  from {} in {file}, bytes {}..{}", meta.name, meta.start, meta.end);
-        _ = writeln!(text, "  by rule `{}`", rules.pattern(entry.rule));
+        let (file, from) = (OneLine(&self.file(meta.file).name), OneLine(&meta.name));
+        _ = writeln!(text, "{}: {} {}", OneLine(&params[param as usize].name), meta.dtype, meta.shape);
+        _ = writeln!(text, "  from {from} in {file}, bytes {}..{}", meta.start, meta.end);
+        _ = writeln!(text, "  by rule `{}`", OneLine(rules.pattern(entry.rule)));
         if let Some(original) = alias_of {
-            _ = writeln!(text, "  shares the memory of {}", params[original as usize].name);
+            _ = writeln!(text, "  shares the memory of {}", OneLine(&params[original as usize].name));
         }
         if tensor.is_some_and(|tensor| declared.iter().all(|entry| entry.tensor != tensor)) {
             _ = writeln!(text, "  the checkpoint's tensor of this name is skipped");
@@ -119,9 +119,10 @@ impl fmt::Display for Plan {
         };
         writeln!(
             f,
-            "  checkpoint  {} in {} files, {} tensors{skipped}; {} destinations, {aliases} of them aliases",
+            "  checkpoint  {} in {} file{}, {} tensors{skipped}; {} destinations, {aliases} of them aliases",
             Size(checkpoint.bytes()),
             checkpoint.files().len(),
+            if checkpoint.files().len() == 1 { "" } else { "s" },
             checkpoint.tensors().len(),
             params.len(),
         )?;

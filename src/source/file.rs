@@ -5,6 +5,7 @@ use std::fs::{File, Metadata};
 use std::io::ErrorKind as IoKind;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::system::{self, DirectAlignment, FileSystem};
@@ -35,8 +36,8 @@ impl Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Identity { device, inode, size, modified_ns } = self;
-        write!(f, "inode {device}:{inode} of {size} bytes changed at {modified_ns} ns")
+        let Identity { device, inode, size, modified_ns: _ } = self;
+        write!(f, "inode {device}:{inode} of {size} bytes")
     }
 }
 
@@ -204,9 +205,24 @@ impl SourceFile {
                 .with_expected(format!("{} bytes", expected.size), format!("{} bytes", found.size))
                 .with_bytes(found.size, expected.size)
         } else {
-            Error::new(ErrorKind::Changed, "file changed since its header was parsed").with_expected(expected, found)
+            let error = Error::new(ErrorKind::Changed, "file changed since its header was parsed");
+            let modified = Identity { modified_ns: expected.modified_ns, ..found } == expected;
+            match modified {
+                true => error.with_expected("no change", Modified(found.modified_ns - expected.modified_ns)),
+                false => error.with_expected(expected, found),
+            }
         };
         Err(error.with_file(&self.path))
+    }
+}
+
+/// How much later a file was modified, in nanoseconds.
+struct Modified(i128);
+
+impl fmt::Display for Modified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let by = Duration::from_nanos(u64::try_from(self.0.unsigned_abs()).unwrap_or(u64::MAX));
+        write!(f, "modified {by:?} {}", if self.0 > 0 { "later" } else { "earlier" })
     }
 }
 
@@ -249,6 +265,15 @@ mod tests {
         assert_eq!((error.kind(), error.at().bytes), (ErrorKind::Truncated, Some((4, 10))));
         file.write_all(b"and more than before").unwrap();
         assert_eq!(source.verify_identity(source.identity()).unwrap_err().kind(), ErrorKind::Changed);
+    }
+
+    #[test]
+    fn what_changed_is_told_in_words() {
+        let (file, source) = file_of(b"0123456789");
+        let times = file.as_file().metadata().unwrap().modified().unwrap();
+        file.as_file().set_modified(times + Duration::from_millis(1500)).unwrap();
+        let error = source.verify_identity(source.identity()).unwrap_err();
+        assert_eq!((error.kind(), error.found()), (ErrorKind::Changed, Some("modified 1.5s later")));
     }
 
     #[test]

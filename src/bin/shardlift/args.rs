@@ -1,9 +1,12 @@
 //! The grammar of the command line. What belongs to later is parsed here and refused by name, never ignored.
 
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use shardlift::{Error, ErrorKind, Result};
+use shardlift::{Error, ErrorKind, Result, limits};
 
 /// Moves the weights of safetensors checkpoints into the memory of many ranks.
 #[derive(Debug, Parser)]
@@ -50,7 +53,7 @@ impl Command {
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
-    pub(crate) model: String,
+    pub(crate) model: PathBuf,
     /// Only tensors whose name matches
     #[arg(long, value_name = "GLOB")]
     pub(crate) filter: Option<String>,
@@ -72,7 +75,7 @@ pub(crate) enum Sort {
 #[derive(Debug, Args)]
 pub(crate) struct VerifyArgs {
     /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
-    pub(crate) model: String,
+    pub(crate) model: PathBuf,
     /// Read every byte: digests of tensors, and sha256 against the blob names of the Hugging Face cache
     #[arg(long)]
     pub(crate) deep: bool,
@@ -99,7 +102,7 @@ pub(crate) struct MeshArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) cp: u32,
     /// How tensors are divided: auto (from config.json), replicate, hf-plan:FILE, or a rules FILE
-    #[arg(long, value_name = "RULES", default_value = "auto", value_parser = rules)]
+    #[arg(long, value_name = "RULES", default_value = "auto", value_parser = OsStringValueParser::new().try_map(rules))]
     pub(crate) rules: RulesChoice,
     /// Whose names and layouts the destinations have
     #[arg(long, value_enum, default_value_t = Target::Plain)]
@@ -147,7 +150,7 @@ impl MeshArgs {
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
     /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
-    pub(crate) model: String,
+    pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) mesh: MeshArgs,
     /// Plan for the process that drives this rank only
@@ -173,7 +176,7 @@ pub(crate) struct PlanArgs {
 #[derive(Debug, Args)]
 pub(crate) struct LoadArgs {
     /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
-    pub(crate) model: String,
+    pub(crate) model: PathBuf,
     #[command(flatten)]
     pub(crate) mesh: MeshArgs,
     /// Drive only this rank; the others belong to other processes
@@ -185,8 +188,8 @@ pub(crate) struct LoadArgs {
     /// How files are read
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub(crate) engine: Engine,
-    /// Memory for staging, for instance 256M
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    /// Memory for staging, for instance 256M; at least 2M
+    #[arg(long, value_name = "SIZE", value_parser = staging)]
     pub(crate) staging: Option<u64>,
     /// How destination memory is allocated
     #[arg(long, value_enum, default_value_t = MemoryChoice::Blocks)]
@@ -291,7 +294,7 @@ pub(crate) enum Cast {
 #[derive(Debug, Args)]
 pub(crate) struct ReshardArgs {
     /// A .safetensors file, a directory, or org/name[@revision] in the local Hugging Face cache
-    pub(crate) model: String,
+    pub(crate) model: PathBuf,
     /// The folder to write
     pub(crate) out: PathBuf,
     #[command(flatten)]
@@ -318,15 +321,15 @@ pub(crate) fn not_in_this_build(what: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::Unsupported, format!("not in this build: {what}"))
 }
 
-fn rules(text: &str) -> Result<RulesChoice, String> {
-    Ok(match text {
-        "auto" => RulesChoice::Auto,
-        "replicate" => RulesChoice::Replicate,
-        _ => match text.strip_prefix("hf-plan:") {
-            Some("") => return Err("hf-plan: needs a file".into()),
-            Some(path) => RulesChoice::HfPlan(path.into()),
-            None if text.is_empty() => return Err("no file".into()),
-            None => RulesChoice::File(text.into()),
+fn rules(word: OsString) -> Result<RulesChoice, String> {
+    Ok(match word.as_bytes() {
+        b"auto" => RulesChoice::Auto,
+        b"replicate" => RulesChoice::Replicate,
+        b"" => return Err("no file".into()),
+        b"hf-plan:" => return Err("hf-plan: needs a file".into()),
+        bytes => match bytes.strip_prefix(b"hf-plan:") {
+            Some(path) => RulesChoice::HfPlan(OsStr::from_bytes(path).into()),
+            None => RulesChoice::File(word.into()),
         },
     })
 }
@@ -369,6 +372,15 @@ fn size(text: &str) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
+/// A size that staging can work with.
+fn staging(text: &str) -> Result<u64, String> {
+    let least = limits::STAGING_MIN as u64;
+    match size(text)? {
+        bytes if bytes < least => Err(format!("expected at least {least} bytes, found {bytes}")),
+        bytes => Ok(bytes),
+    }
+}
+
 /// Bytes per second: a size, with or without `/s`.
 fn rate(text: &str) -> Result<u64, String> {
     size(text.strip_suffix("/s").unwrap_or(text))
@@ -397,6 +409,8 @@ mod tests {
         assert_eq!(size("256M"), Ok(256 << 20));
         assert_eq!(size("1.5GiB"), Ok(3 << 29));
         assert_eq!(rate("2GB/s"), Ok(2_000_000_000));
+        assert_eq!(staging("2M"), Ok(2 << 20));
+        assert!(staging("1").unwrap_err().contains("2097152 bytes"));
         for text in ["", "x", "1Q", "-1", "0", "1e99"] {
             assert!(size(text).is_err(), "{text}");
         }
@@ -406,8 +420,8 @@ mod tests {
     fn devices_and_rules() {
         assert_eq!(devices("cuda:0,3"), Ok(Devices::Cuda(vec![0, 3])));
         assert!(devices("cuda:").is_err() && devices("tpu").is_err());
-        assert_eq!(rules("hf-plan:a.json"), Ok(RulesChoice::HfPlan("a.json".into())));
-        assert_eq!(rules("x.toml"), Ok(RulesChoice::File("x.toml".into())));
+        assert_eq!(rules("hf-plan:a.json".into()), Ok(RulesChoice::HfPlan("a.json".into())));
+        assert_eq!(rules("x.toml".into()), Ok(RulesChoice::File("x.toml".into())));
     }
 
     #[test]

@@ -11,13 +11,14 @@ use shardlift::source::{FileSystem, SourceFile};
 use shardlift::{Checkpoint, Loader, Plan, Rules, World};
 
 use crate::args::DoctorArgs;
-use crate::output::{Failure, Output, fields, human_bytes};
+use crate::output::{Failure, Output, count, fields, human_bytes};
 
 pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, Value>, Failure> {
     let DoctorArgs { path, json: _ } = args;
     // A path that is not there is an argument that is wrong, not a machine that is.
-    fs::metadata(path).map_err(|error| shardlift::Error::io("look at", path, error))?;
+    fs::metadata(path).map_err(|error| shardlift::Error::io("cannot look at", path, error))?;
     let cpus = thread::available_parallelism().map_or(1, usize::from);
+    let threads = count(cpus, "thread");
     let [total, available] = memory();
     let uring = uring();
     let file_system = file_system(path);
@@ -43,9 +44,9 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
         Ok((engine, reason)) => output.line(format_args!("auto would choose: {engine} ({reason})")),
         Err(why) => output.line(format_args!("auto would choose: not known ({why})")),
     }
-    output.line(format_args!("memcpy: {memcpy:.1} GB/s with {cpus} threads"));
+    output.line(format_args!("memcpy: {memcpy:.1} GB/s with {threads}"));
     if let Some(pread) = pread {
-        output.line(format_args!("pread from the page cache: {pread:.1} GB/s with {cpus} threads"));
+        output.line(format_args!("pread from the page cache: {pread:.1} GB/s with {threads}"));
     }
     output.line(format_args!("cuda: not in this build"));
 

@@ -8,7 +8,7 @@ use shardlift::{Checkpoint, Dtype};
 
 use crate::args::{InspectArgs, Sort};
 use crate::model;
-use crate::output::{Failure, Output, fields, human_bytes};
+use crate::output::{Failure, Output, count, fields, human_bytes};
 
 pub(crate) fn run(args: &InspectArgs, output: &mut Output) -> Result<Map<String, Value>, Failure> {
     let InspectArgs { model, filter, sort, json: _ } = args;
@@ -36,19 +36,18 @@ fn print(checkpoint: &Checkpoint, tensors: &[&TensorMeta], output: &mut Output) 
     }
     let mut dtypes: BTreeMap<Dtype, (usize, u64)> = BTreeMap::new();
     for tensor in tensors {
-        let (count, bytes) = dtypes.entry(tensor.dtype).or_default();
-        *count += 1;
+        let (number, bytes) = dtypes.entry(tensor.dtype).or_default();
+        *number += 1;
         *bytes += tensor.bytes();
     }
-    for (dtype, (count, bytes)) in dtypes {
-        output.line(format_args!("{dtype}: {count} tensors, {}", human_bytes(bytes)));
+    for (dtype, (number, bytes)) in dtypes {
+        output.line(format_args!("{dtype}: {}, {}", count(number, "tensor"), human_bytes(bytes)));
     }
-    let (files, all) = (checkpoint.files().len(), checkpoint.tensors().len());
+    let (files, all) = (count(checkpoint.files().len(), "file"), checkpoint.tensors().len());
     let bytes = checkpoint.bytes();
-    let files = if files == 1 { "1 file".into() } else { format!("{files} files") };
-    output.line(format_args!("{files}, {all} tensors, {} ({bytes} bytes)", human_bytes(bytes)));
+    output.line(format_args!("{files}, {}, {} ({bytes} bytes)", count(all, "tensor"), human_bytes(bytes)));
     if tensors.len() != all {
-        output.line(format_args!("{} tensors match", tensors.len()));
+        output.line(format_args!("matching: {}", count(tensors.len(), "tensor")));
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use shardlift::{Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, l
 use crate::args::{Devices, Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
 use crate::interrupt::Interrupt;
 use crate::model;
-use crate::output::{Failure, Output, fields, hex, human_bytes};
+use crate::output::{Failure, Output, Warnings, count, fields, hex, human_bytes};
 
 pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -> Result<Map<String, Value>, Failure> {
     args.supported()?;
@@ -40,15 +40,14 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     let failed = |error| Failure::started(error).with_signal(interrupt.signal());
     let mut load = loader.start(&plan).map_err(failed)?;
     interrupt.cancels(load.monitor());
-    let progress = Progress::show(load.monitor());
-    let mut tensors: BTreeMap<Rank, u64> = world.driven().iter().map(|rank| (*rank, 0)).collect();
+    let watch = Watch::start(load.monitor(), output.warnings());
+    let mut tensors: BTreeMap<Rank, usize> = world.driven().iter().map(|rank| (*rank, 0)).collect();
     for tensor in &mut load {
         let tensor = tensor.map_err(failed)?;
         *tensors.entry(tensor.rank()).or_default() += 1;
     }
     let (weights, report) = load.finish().map_err(failed)?;
-    drop(progress);
-    output.warn(&report.warnings);
+    drop(watch);
 
     let mut digests: BTreeMap<Rank, u64> = BTreeMap::new();
     if *check {
@@ -79,7 +78,7 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     for rank in world.driven() {
         let bytes = human_bytes(plan.bytes_on(*rank));
         let digest = digests.get(rank).map(|digest| format!(", digest {}", hex(*digest))).unwrap_or_default();
-        output.line(format_args!("rank {rank}: {} tensors, {bytes}{digest}", tensors[rank]));
+        output.line(format_args!("rank {rank}: {}, {bytes}{digest}", count(tensors[rank], "tensor")));
     }
     if *check {
         output.line(format_args!("check: every byte as in the files"));
@@ -165,37 +164,60 @@ fn gb_per_s(report: &Report) -> f64 {
     if report.seconds > 0.0 { report.needed_bytes as f64 / report.seconds / 1e9 } else { 0.0 }
 }
 
-/// A bar on stderr while it lives, if stderr is a terminal.
-pub(crate) struct Progress {
+/// While it lives: the load's warnings as they come, and a bar on stderr if that is a terminal. When it is dropped no
+/// warning is left untold, however the load ended.
+pub(crate) struct Watch {
+    news: Arc<Mutex<News>>,
     done: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Progress {
-    pub(crate) fn show(monitor: Monitor) -> Progress {
-        let done = Arc::new(AtomicBool::new(false));
-        if !std::io::stderr().is_terminal() {
-            return Progress { done, thread: None };
+struct News {
+    monitor: Monitor,
+    warnings: Warnings,
+    told: usize,
+    bar: ProgressBar,
+}
+
+impl News {
+    fn tell(&mut self) {
+        let all = self.monitor.warnings();
+        let new = &all[self.told..];
+        if !new.is_empty() {
+            self.bar.suspend(|| self.warnings.warn(new));
+            self.told = all.len();
         }
+    }
+}
+
+impl Watch {
+    pub(crate) fn start(monitor: Monitor, warnings: Warnings) -> Watch {
+        let bar = match std::io::stderr().is_terminal() {
+            true => ProgressBar::new(monitor.progress().bytes_total),
+            false => ProgressBar::hidden(),
+        };
         let style =
-            ProgressStyle::with_template("{bar:40} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}")
-                .unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = ProgressBar::new(monitor.progress().bytes_total).with_style(style);
-        let theirs = Arc::clone(&done);
-        let draw = move || {
+            ProgressStyle::with_template("{bar:40} {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec}");
+        let bar = bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        let done = Arc::new(AtomicBool::new(false));
+        let news = News { monitor: monitor.clone(), warnings, told: 0, bar: bar.clone() };
+        let news = Arc::new(Mutex::new(news));
+        let (theirs, told) = (Arc::clone(&done), Arc::clone(&news));
+        let watch = move || {
             while !theirs.load(Ordering::Acquire) {
+                lock(&told).tell();
                 bar.set_position(monitor.progress().bytes_done);
                 thread::park_timeout(Duration::from_millis(100));
             }
             bar.finish_and_clear();
         };
-        // No bar is no reason not to load.
-        let thread = thread::Builder::new().name("shardlift-progress".into()).spawn(draw).ok();
-        Progress { done, thread }
+        // Without the thread there is no bar, and the warnings come at the end.
+        let thread = thread::Builder::new().name("shardlift-watch".into()).spawn(watch).ok();
+        Watch { news, done, thread }
     }
 }
 
-impl Drop for Progress {
+impl Drop for Watch {
     fn drop(&mut self) {
         self.done.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
@@ -203,5 +225,10 @@ impl Drop for Progress {
             // The bar is gone either way; a panic while drawing it is not the load's error.
             let _ = thread.join();
         }
+        lock(&self.news).tell();
     }
+}
+
+fn lock(news: &Mutex<News>) -> MutexGuard<'_, News> {
+    news.lock().unwrap_or_else(PoisonError::into_inner)
 }

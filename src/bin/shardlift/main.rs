@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 fn usage(error: clap::Error) -> ExitCode {
     use clap::error::ErrorKind as Clap;
 
-    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<String> = std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
     let json = words.iter().take_while(|word| *word != "--").any(|word| word == "--json");
     if !error.use_stderr() || !json {
         let status = if matches!(error.kind(), Clap::DisplayHelp | Clap::DisplayVersion) { 0 } else { 2 };

@@ -9,11 +9,12 @@ use shardlift::{Checkpoint, Error, ErrorKind, HubCache, Plan, Rank, Result, Rule
 use crate::args::{Devices, MeshArgs, RulesChoice};
 
 /// Opens MODEL; an existing path wins over a name in the Hugging Face cache.
-pub(crate) fn open(model: &str) -> Result<Checkpoint> {
-    if !Path::new(model).exists() && is_hub_id(model) {
-        return Checkpoint::open_hub(model, &HubCache::from_env()?);
+pub(crate) fn open(model: &Path) -> Result<Checkpoint> {
+    // A link to nothing is a path, too.
+    match model.to_str().filter(|id| model.symlink_metadata().is_err() && is_hub_id(id)) {
+        Some(id) => Checkpoint::open_hub(id, &HubCache::from_env()?),
+        None => Checkpoint::open(model),
     }
-    Checkpoint::open(model)
 }
 
 /// Whether this reads as `org/name[@revision]`.

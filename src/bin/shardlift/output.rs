@@ -1,7 +1,8 @@
 //! What goes to stdout and how the process ends: text or exactly one JSON object, and the exit status.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io::{self, BufWriter, Stdout, Write};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Map, Value, json};
 use shardlift::{Error, ErrorKind};
@@ -16,7 +17,29 @@ pub(crate) struct Output {
     json: bool,
     stdout: BufWriter<Stdout>,
     written: io::Result<()>,
-    warnings: Vec<String>,
+    warnings: Warnings,
+}
+
+/// What is odd but no error, from any thread of the command: on stderr at once, or in the object.
+#[derive(Debug, Clone)]
+pub(crate) struct Warnings {
+    json: bool,
+    told: Arc<Mutex<Vec<String>>>,
+}
+
+impl Warnings {
+    pub(crate) fn warn(&self, warnings: &[String]) {
+        for warning in warnings {
+            if !self.json {
+                note(format_args!("warning: {warning}"));
+            }
+            self.told().push(warning.clone());
+        }
+    }
+
+    fn told(&self) -> MutexGuard<'_, Vec<String>> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// An error with what the exit status depends on besides its kind.
@@ -55,6 +78,8 @@ impl Failure {
             ErrorKind::Rules | ErrorKind::Unsupported | ErrorKind::Usage => 2,
             ErrorKind::Device | ErrorKind::DeviceMemory => 4,
             ErrorKind::NotFound if !self.started => 2,
+            // A file of the command line that does not open, as one that is not there; a read that failed has bytes.
+            ErrorKind::Io if !self.started && self.error.file().is_some() && self.error.at().bytes.is_none() => 2,
             ErrorKind::Format | ErrorKind::Index if !self.started => 3,
             _ => 1,
         }
@@ -63,24 +88,25 @@ impl Failure {
 
 impl Output {
     pub(crate) fn new(command: &'static str, json: bool) -> Output {
-        Output { command, json, stdout: BufWriter::new(io::stdout()), written: Ok(()), warnings: Vec::new() }
+        let warnings = Warnings { json, told: Arc::default() };
+        Output { command, json, stdout: BufWriter::new(io::stdout()), written: Ok(()), warnings }
     }
 
     /// One line of text; nothing with `--json`.
     pub(crate) fn line(&mut self, line: fmt::Arguments<'_>) {
         if !self.json && self.written.is_ok() {
-            self.written = writeln!(self.stdout, "{line}");
+            self.written = writeln!(self.stdout, "{}", one_line(line));
         }
     }
 
-    /// What is odd but no error: on stderr, or in the object.
+    /// What is odd but no error.
     pub(crate) fn warn(&mut self, warnings: &[String]) {
-        for warning in warnings {
-            if !self.json {
-                note(format_args!("warning: {warning}"));
-            }
-            self.warnings.push(warning.clone());
-        }
+        self.warnings.warn(warnings);
+    }
+
+    /// A handle for warnings from other threads.
+    pub(crate) fn warnings(&self) -> Warnings {
+        self.warnings.clone()
     }
 
     /// Writes the object or the error line, and gives the exit status.
@@ -115,7 +141,7 @@ impl Output {
         object.insert("version".into(), VERSION.into());
         object.insert("command".into(), self.command.into());
         object.insert("ok".into(), result.is_ok().into());
-        object.insert("warnings".into(), json!(self.warnings));
+        object.insert("warnings".into(), json!(*self.warnings.told()));
         match result {
             Ok(fields) => object.extend(fields),
             Err(failure) => {
@@ -143,7 +169,26 @@ fn error_object(error: &Error) -> Value {
 
 /// One line on stderr. A closed stderr is nobody's error.
 fn note(line: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "{line}");
+    let _ = writeln!(io::stderr(), "{}", one_line(line));
+}
+
+/// Names come from files: their control characters must neither end a line nor speak to the terminal.
+fn one_line(line: fmt::Arguments<'_>) -> String {
+    let text = line.to_string();
+    let mut escaped = String::with_capacity(text.len());
+    for char in text.chars() {
+        // Writing to a string does not fail.
+        let _ = match char.is_control() {
+            true => write!(escaped, "{}", char.escape_default()),
+            false => escaped.write_char(char),
+        };
+    }
+    escaped
+}
+
+/// A number and what it counts.
+pub(crate) fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 /// Turns `json!({..})` into the fields of an object.
@@ -193,8 +238,20 @@ mod tests {
         for kind in [ErrorKind::Io, ErrorKind::Truncated, ErrorKind::Changed, ErrorKind::Mismatch, ErrorKind::Audit] {
             assert_eq!(status(kind), [1, 1]);
         }
+        // Before the load a path that does not open is an argument; a read that fails is not.
+        let closed = || Error::new(ErrorKind::Io, "x").with_file("model");
+        assert_eq!([Failure::from(closed()).status(), Failure::started(closed()).status()], [2, 1]);
+        assert_eq!(Failure::from(closed().with_bytes(0, 8)).status(), 1);
         let cancelled = |signal| Failure::from(Error::new(ErrorKind::Cancelled, "x")).with_signal(signal).status();
         assert_eq!([cancelled(Some(2)), cancelled(Some(15))], [130, 143]);
+    }
+
+    #[test]
+    fn warnings_of_other_threads_are_in_the_object_of_a_failure() {
+        let output = Output::new("load", true);
+        output.warnings().warn(&["slow".into()]);
+        let object = output.object(Err(Failure::from(Error::new(ErrorKind::Stalled, "x"))));
+        assert_eq!((&object["warnings"], &object["ok"]), (&json!(["slow"]), &json!(false)));
     }
 
     #[test]

@@ -6,7 +6,7 @@ use shardlift::{Plan, Rank};
 
 use crate::args::{Devices, PlanArgs};
 use crate::model;
-use crate::output::{Failure, Output, fields, hex};
+use crate::output::{Failure, Output, count, fields, hex};
 
 pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Map<String, Value>, Failure> {
     let PlanArgs { model, mesh, rank, explain, audit, storage, link, json: _ } = args;
@@ -19,20 +19,21 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Map<String, Va
 
     let explanation = explain.as_ref().map(|tensor| plan.explain(tensor)).transpose()?;
     let seconds = predict(&plan, *storage, *link);
-    match &explanation {
-        Some(text) => output.line(format_args!("{}", text.trim_end())),
-        None => output.line(format_args!("{}", plan.to_string().trim_end())),
+    for line in explanation.clone().unwrap_or_else(|| plan.to_string()).lines() {
+        output.line(format_args!("{line}"));
     }
     if let Some(seconds) = seconds {
         output.line(format_args!("predicted: {seconds:.3} s"));
     }
-    let counts = |count: fn(&RankPlan) -> usize| plan.ranks().iter().map(count).sum::<usize>();
+    let counts = |of: fn(&RankPlan) -> usize| plan.ranks().iter().map(of).sum::<usize>();
     let (destinations, pieces) = (counts(|rank| rank.dests.len()), counts(|rank| rank.pieces.len()));
     if *audit {
         // A plan that breaks an invariant does not exist: Plan::new audits every plan.
         output.line(format_args!(
-            "audit: passed for {} ranks, {destinations} destinations, {pieces} pieces",
-            plan.ranks().len()
+            "audit: passed for {}, {}, {}",
+            count(plan.ranks().len(), "rank"),
+            count(destinations, "destination"),
+            count(pieces, "piece")
         ));
     }
     let audited = json!({ "passed": true, "destinations": destinations, "pieces": pieces });

@@ -5,7 +5,7 @@ use shardlift::{Loader, Plan};
 
 use crate::args::{Devices, ReshardArgs};
 use crate::interrupt::Interrupt;
-use crate::load::{Progress, report_object};
+use crate::load::{Watch, report_object};
 use crate::model;
 use crate::output::{Failure, Output, fields, hex, human_bytes};
 use crate::plan::mesh_object;
@@ -28,11 +28,13 @@ pub(crate) fn run(
     let failed = |error| Failure::started(error).with_signal(interrupt.signal());
     let reshard = Loader::new().start_reshard(&plan, out, *force).map_err(failed)?;
     interrupt.removes(reshard.partial());
-    interrupt.cancels(reshard.monitor());
-    let progress = Progress::show(reshard.monitor());
+    let monitor = reshard.monitor();
+    interrupt.cancels(monitor.clone());
+    let watch = Watch::start(monitor.clone(), output.warnings());
     let report = reshard.finish().map_err(failed)?;
-    drop(progress);
-    output.warn(&report.warnings);
+    drop(watch);
+    // What was odd while bytes moved is told already; what came after is not.
+    output.warn(&report.warnings[monitor.warnings().len()..]);
 
     let mut files = Vec::new();
     for rank in world.driven() {

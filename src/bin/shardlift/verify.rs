@@ -1,17 +1,16 @@
 //! `shardlift verify`: every rule of the format and the index; with `--deep`, every byte.
 
-use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
-use shardlift::checkpoint::{CheckpointFile, TensorMeta};
+use shardlift::checkpoint::CheckpointFile;
+use shardlift::source::SourceFile;
 use shardlift::{Checkpoint, Digest, Error, ErrorKind, FileId, Result};
 
 use crate::args::VerifyArgs;
 use crate::model;
-use crate::output::{Failure, Output, fields, hex, human_bytes};
+use crate::output::{Failure, Output, count, fields, hex, human_bytes};
 
 pub(crate) fn run(args: &VerifyArgs, output: &mut Output) -> Result<Map<String, Value>, Failure> {
     let VerifyArgs { model, deep, json: _ } = args;
@@ -24,17 +23,17 @@ pub(crate) fn run(args: &VerifyArgs, output: &mut Output) -> Result<Map<String, 
     for (id, file) in (0..).map(FileId).zip(checkpoint.files()) {
         let mut sums = FileSums::default();
         if *deep {
-            sums = read(&checkpoint, id, file)?;
+            sums = read(&checkpoint, id, file).map_err(Failure::started)?;
             match &sums.expected {
                 Some(_) => output.line(format_args!("{}: sha256 {} as its blob is named", file.name, sums.sha256)),
                 None => output.line(format_args!("{}: sha256 {}", file.name, sums.sha256)),
             }
         }
-        let count = checkpoint.tensors().iter().filter(|tensor| tensor.file == id).count();
+        let of_file = checkpoint.tensors().iter().filter(|tensor| tensor.file == id).count();
         files.push(json!({
             "name": file.name,
             "bytes": file.identity.size,
-            "tensors": count,
+            "tensors": of_file,
             "sha256": deep.then_some(sums.sha256),
             "sha256_expected": sums.expected,
         }));
@@ -43,9 +42,10 @@ pub(crate) fn run(args: &VerifyArgs, output: &mut Output) -> Result<Map<String, 
             tensors.push(json!({ "name": tensor, "digest": hex(digest) }));
         }
     }
-    let (count, bytes) = (checkpoint.tensors().len(), checkpoint.bytes());
+    let (of_files, of_tensors) = (count(files.len(), "file"), count(checkpoint.tensors().len(), "tensor"));
+    let bytes = checkpoint.bytes();
     let read = if *deep { "every byte read" } else { "headers only" };
-    output.line(format_args!("ok: {} files, {count} tensors, {} ({read})", files.len(), human_bytes(bytes)));
+    output.line(format_args!("ok: {of_files}, {of_tensors}, {} ({read})", human_bytes(bytes)));
     Ok(fields(json!({
         "path": checkpoint.path().to_string_lossy(),
         "deep": deep,
@@ -63,33 +63,23 @@ struct FileSums {
     tensors: Vec<(String, u64)>,
 }
 
-/// Reads a file from start to end, once.
-fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<FileSums, Failure> {
-    let failed = |what: &str, error| Failure::started(Error::io(what, &file.path, error));
-    let mut reader = File::open(&file.path).map_err(|error| failed("open", error))?;
+/// Reads a file from start to end, once; it is the one whose header was parsed, before and after.
+fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<FileSums> {
+    let source = SourceFile::open(&file.path).map_err(|error| match error.kind() {
+        ErrorKind::Usage => Error::new(ErrorKind::Changed, "file is no regular file any more").with_file(&file.path),
+        _ => error,
+    })?;
+    source.verify_identity(file.identity)?;
     let mut sha256 = Sha256::new();
     let mut chunk = vec![0; CHUNK];
     let mut sums = FileSums { expected: blob_name(&file.path), ..FileSums::default() };
 
     let mut position = 0;
-    let mut tensors: Vec<&TensorMeta> = checkpoint.tensors().iter().filter(|tensor| tensor.file == id).collect();
-    tensors.sort_by_key(|tensor| tensor.start);
-    let mut advance = |mut digest: Option<&mut Digest>, to: u64, tensor: Option<&str>| -> Result<(), Failure> {
+    let mut advance = |to: u64, mut digest: Option<&mut Digest>| -> Result<()> {
         let start = position;
         while position < to {
             let want = usize::try_from(to - position).unwrap_or(CHUNK).min(CHUNK);
-            let truncated = || {
-                let error = Error::new(ErrorKind::Truncated, "file ended early").with_file(&file.path);
-                let error = error.with_bytes(position, to);
-                Failure::started(match tensor {
-                    Some(tensor) => error.with_tensor(tensor),
-                    None => error,
-                })
-            };
-            reader.read_exact(&mut chunk[..want]).map_err(|error| match error.kind() {
-                std::io::ErrorKind::UnexpectedEof => truncated(),
-                _ => failed("read", error),
-            })?;
+            source.read_exact_at(&mut chunk[..want], position)?;
             sha256.update(&chunk[..want]);
             if let Some(digest) = &mut digest {
                 digest.add(position - start, &chunk[..want]);
@@ -98,25 +88,21 @@ fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<Fi
         }
         Ok(())
     };
-    for tensor in tensors {
-        // The header, or nothing: the data has no holes.
-        advance(None, tensor.start, None)?;
+    for tensor in checkpoint.tensors().iter().filter(|tensor| tensor.file == id) {
+        // The header, or a tensor that the index leaves out: none of the checkpoint's, but in the file's sha256.
+        advance(tensor.start, None)?;
         let mut digest = Digest::default();
-        advance(Some(&mut digest), tensor.end, Some(&tensor.name))?;
+        advance(tensor.end, Some(&mut digest)).map_err(|error| error.with_tensor(&tensor.name))?;
         sums.tensors.push((tensor.name.clone(), digest.value()));
     }
-    // An orphan that the index leaves out is no tensor of the checkpoint, but it is in the file's sha256.
-    advance(None, file.identity.size, None)?;
-    let end = reader.seek(SeekFrom::End(0)).map_err(|error| failed("seek", error))?;
-    if end != file.identity.size {
-        let error = Error::new(ErrorKind::Changed, "file changed while it was read").with_file(&file.path);
-        return Err(Failure::started(error.with_expected(file.identity.size, end)));
-    }
+    advance(file.identity.size, None)?;
+    source.verify_identity(file.identity)?;
+    source.verify_path()?;
     sums.sha256 = sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     match &sums.expected {
         Some(expected) if *expected != sums.sha256 => {
             let error = Error::new(ErrorKind::Mismatch, "sha256 differs from the name of the blob");
-            Err(Failure::started(error.with_file(&file.path).with_expected(expected, &sums.sha256)))
+            Err(error.with_file(&file.path).with_expected(expected, &sums.sha256))
         }
         _ => Ok(sums),
     }
@@ -132,3 +118,53 @@ fn blob_name(path: &Path) -> Option<String> {
 
 /// Large enough to keep storage busy, small enough to stay in the cache while two sums are formed.
 const CHUNK: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use std::fs::{self, OpenOptions};
+    use std::time::{Duration, SystemTime};
+
+    use super::*;
+
+    /// A file of one tensor with this many zeros, and its checkpoint.
+    fn model(folder: &Path, bytes: u64) -> Checkpoint {
+        let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[0,{bytes}]}}}}"#);
+        let path = folder.join("model.safetensors");
+        fs::write(&path, [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()).unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        file.set_len(8 + header.len() as u64 + bytes).unwrap();
+        Checkpoint::open(&path).unwrap()
+    }
+
+    fn kind(checkpoint: &Checkpoint) -> ErrorKind {
+        read(checkpoint, FileId(0), &checkpoint.files()[0]).err().unwrap().kind()
+    }
+
+    #[test]
+    fn a_file_that_is_another_one_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = model(folder.path(), 100);
+        let path = &checkpoint.files()[0].path;
+        read(&checkpoint, FileId(0), &checkpoint.files()[0]).unwrap();
+        let copy = folder.path().join("copy");
+        fs::copy(path, &copy).unwrap();
+        fs::rename(&copy, path).unwrap();
+        assert_eq!(kind(&checkpoint), ErrorKind::Changed);
+        fs::remove_file(path).unwrap();
+        fs::create_dir(path).unwrap();
+        assert_eq!(kind(&checkpoint), ErrorKind::Changed);
+    }
+
+    #[test]
+    fn a_file_that_is_touched_while_it_is_read_is_an_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let checkpoint = model(folder.path(), 64 << 20);
+        let file = OpenOptions::new().write(true).open(&checkpoint.files()[0].path).unwrap();
+        let touch = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(10));
+            file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        });
+        assert_eq!(kind(&checkpoint), ErrorKind::Changed);
+        touch.join().unwrap();
+    }
+}

@@ -36,6 +36,12 @@ impl Rules {
         let Some(json) = checkpoint.config() else {
             return Err(broken("no-config", "no config.json beside the model; give rules instead"));
         };
+        Rules::for_config(&Config { json, checkpoint })
+            .map_err(|error| checkpoint.config_path().into_iter().fold(error, Error::with_file))
+    }
+
+    fn for_config(config: &Config<'_>) -> Result<Rules> {
+        let json = config.json;
         let model_type = json.get("model_type").and_then(Value::as_str);
         let architecture = json.pointer("/architectures/0").and_then(Value::as_str);
         let family = FAMILIES.iter().find(|family| match (model_type, architecture) {
@@ -44,7 +50,7 @@ impl Rules {
             (None, None) => false,
         });
         match family {
-            Some(family) => (family.rules)(&Config { json, checkpoint }),
+            Some(family) => (family.rules)(config),
             None => Err(unknown(model_type.or(architecture))),
         }
     }
