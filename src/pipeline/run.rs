@@ -121,15 +121,19 @@ fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled
 
 /// [`Job::verify_files`] on a thread of its own: a file system that is gone may not answer at all.
 fn verify_files(job: &Arc<Job>) -> Result<()> {
-    let (tell, told) = mpsc::channel();
+    // Nothing is sent: the channel closes when the thread is done.
+    let (alive, ended) = mpsc::channel::<()>();
     let shared = Arc::clone(job);
-    spawn("shardlift-verify", move || tell.send(shared.verify_files()))?;
-    told.recv_timeout(job.setup.stall_error).unwrap_or_else(|error| match error {
-        RecvTimeoutError::Timeout => {
-            Err(Error::new(ErrorKind::Stalled, "the files' identities could not be had again in time"))
-        }
-        RecvTimeoutError::Disconnected => Err(Error::new(ErrorKind::Panicked, "the thread that verifies files died")),
-    })
+    let thread = spawn("shardlift-verify", move || {
+        let outcome = shared.verify_files();
+        drop(alive);
+        outcome
+    })?;
+    if ended.recv_timeout(job.setup.stall_error) == Err(RecvTimeoutError::Timeout) {
+        return Err(Error::new(ErrorKind::Stalled, "the files' identities could not be had again in time"));
+    }
+    // Joined, so that it does not hold the load's memory any longer.
+    thread.join().unwrap_or_else(|payload| Err(panicked(payload)))
 }
 
 fn start_workers(
