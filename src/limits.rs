@@ -108,8 +108,8 @@ pub const COPY_WAIT: Duration = Duration::from_millis(5);
 /// How soon a throttled read notices that its load was stopped.
 pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
 
-/// Reads in flight of one io_uring. With several threads' rings this keeps an NVMe queue full at 1 MiB each.
-pub const URING_DEPTH: u32 = 16;
+/// Reads in flight of one io_uring: with half a megabyte each, 4 to 32 made no difference (`docs/performance.md`).
+pub const URING_DEPTH: u32 = 8;
 
 /// Most slots that one io_uring registers: a table of this size costs a page, and more slots are never in flight.
 pub const URING_SLOTS: u16 = 1024;

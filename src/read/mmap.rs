@@ -1,5 +1,5 @@
-//! Copies out of guarded mappings: for those who ask for it. Slower than reading into prepared memory (see
-//! `docs/performance.md`), so `auto` never chooses it.
+//! Copies out of guarded mappings: for those who ask for it. Warm it is no faster than reading into prepared memory, and
+//! cold it is slower (`docs/performance.md`), so `auto` never chooses it.
 
 use std::collections::HashMap;
 use std::io;
