@@ -114,8 +114,12 @@ impl Counters {
         }
     }
 
+    /// Adds a warning, unless it was given before.
     pub(crate) fn warn(&self, warning: String) {
-        lock(&self.warnings).push(warning);
+        let mut warnings = lock(&self.warnings);
+        if !warnings.contains(&warning) {
+            warnings.push(warning);
+        }
     }
 
     pub(crate) fn warnings(&self) -> Vec<String> {

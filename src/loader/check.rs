@@ -54,10 +54,10 @@ fn check_ranks(plan: &Plan, ranks: &[&Tensor]) -> Result<Vec<u64>> {
 fn read(plan: &Plan, tensor: u32) -> Result<Vec<u8>> {
     let meta = plan.tensor(tensor);
     let planned = plan.file(meta.file);
-    let file = SourceFile::open(&planned.path)?;
-    file.verify_identity(planned.identity)?;
     let mut bytes = vec![0; meta.bytes() as usize];
-    file.read_exact_at(&mut bytes, meta.start).map_err(|error| error.with_tensor(&meta.name))?;
+    SourceFile::reopen(&planned.path, planned.identity)
+        .and_then(|file| file.read_exact_at(&mut bytes, meta.start))
+        .map_err(|error| error.with_tensor(&meta.name))?;
     Ok(bytes)
 }
 

@@ -31,8 +31,7 @@ pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Resul
                 Some((_, mapping)) => Arc::clone(mapping),
                 None => {
                     let planned = plan.file(id);
-                    let file = Arc::new(SourceFile::open(&planned.path)?);
-                    file.verify_identity(planned.identity)?;
+                    let file = Arc::new(SourceFile::reopen(&planned.path, planned.identity)?);
                     let mapping = Arc::new(Mapping::new(&file)?);
                     files[id.0 as usize] = Some((file, Arc::clone(&mapping)));
                     mapping

@@ -134,8 +134,7 @@ impl Job {
         }
         let planned = self.setup.plan.file(id);
         let _span = tracing::debug_span!("file", path = %planned.path.display()).entered();
-        let file = Arc::new(SourceFile::open(&planned.path)?);
-        file.verify_identity(planned.identity)?;
+        let file = Arc::new(SourceFile::reopen(&planned.path, planned.identity)?);
         *slot = Some(Arc::clone(&file));
         Ok(file)
     }

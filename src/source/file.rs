@@ -66,6 +66,22 @@ impl SourceFile {
         Ok(SourceFile { identity: Identity::of(&metadata), path, file })
     }
 
+    /// Opens a file once more that had this identity when its header was parsed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Changed`] if it is another file by now or no regular one, [`ErrorKind::Truncated`] if it is shorter,
+    /// [`ErrorKind::NotFound`] or [`ErrorKind::Io`] as the system says.
+    pub fn reopen(path: impl Into<PathBuf>, identity: Identity) -> Result<SourceFile> {
+        let file = SourceFile::open(path).map_err(|error| match (error.kind(), error.file()) {
+            (ErrorKind::Usage, Some(path)) => {
+                Error::new(ErrorKind::Changed, "file is no regular file any more").with_file(path)
+            }
+            _ => error,
+        })?;
+        file.verify_identity(identity)?;
+        Ok(file)
+    }
+
     /// The path as it was opened.
     pub fn path(&self) -> &Path {
         &self.path
@@ -285,6 +301,9 @@ mod tests {
         assert_eq!(source.verify_path().unwrap_err().kind(), ErrorKind::Changed);
         std::fs::remove_file(file.path()).unwrap();
         assert_eq!(source.verify_path().unwrap_err().kind(), ErrorKind::Changed);
+        std::fs::create_dir(file.path()).unwrap();
+        assert_eq!(SourceFile::reopen(file.path(), source.identity()).unwrap_err().kind(), ErrorKind::Changed);
+        std::fs::remove_dir(file.path()).unwrap();
     }
 
     #[test]

@@ -9,7 +9,7 @@ use crate::model;
 use crate::output::{Failure, Output, count, fields, hex};
 
 pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Map<String, Value>, Failure> {
-    let PlanArgs { model, mesh, rank, explain, audit, storage, link, json: _ } = args;
+    let PlanArgs { model, mesh, rank, explain, audit, storage, link, json } = args;
     mesh.supported()?;
     let checkpoint = model::open(model)?;
     output.warn(checkpoint.warnings());
@@ -37,7 +37,9 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Map<String, Va
         ));
     }
     let audited = json!({ "passed": true, "destinations": destinations, "pieces": pieces });
-    let ranks: Vec<Value> = world.driven().iter().map(|rank| rank_object(&plan, *rank)).collect();
+    // One object for each destination of each rank: only for who reads them.
+    let shown = if *json { world.driven() } else { &[] };
+    let ranks: Vec<Value> = shown.iter().map(|rank| rank_object(&plan, *rank)).collect();
     Ok(fields(json!({
         "path": checkpoint.path().to_string_lossy(),
         "plan_digest": hex(plan.digest()),

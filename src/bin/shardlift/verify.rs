@@ -65,11 +65,7 @@ struct FileSums {
 
 /// Reads a file from start to end, once; it is the one whose header was parsed, before and after.
 fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<FileSums> {
-    let source = SourceFile::open(&file.path).map_err(|error| match error.kind() {
-        ErrorKind::Usage => Error::new(ErrorKind::Changed, "file is no regular file any more").with_file(&file.path),
-        _ => error,
-    })?;
-    source.verify_identity(file.identity)?;
+    let source = SourceFile::reopen(&file.path, file.identity)?;
     let mut sha256 = Sha256::new();
     let mut chunk = vec![0; CHUNK];
     let mut sums = FileSums { expected: blob_name(&file.path), ..FileSums::default() };
