@@ -98,7 +98,7 @@ fn file_system(path: &Path) -> Option<(&'static str, String)> {
 
 #[cfg(target_os = "linux")]
 fn uring() -> Result<(), String> {
-    io_uring::IoUring::new(2).map(drop).map_err(|error| error.to_string())
+    shardlift::read::Uring::new(1, 1, false).map(drop).map_err(|error| error.to_string())
 }
 
 #[cfg(not(target_os = "linux"))]
