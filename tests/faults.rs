@@ -3,6 +3,8 @@
 
 #[path = "support/model.rs"]
 mod model;
+#[path = "support/stuck.rs"]
+mod stuck;
 
 use std::io;
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use shardlift::read::{Engine, EngineChoice, Mmap, Next, Pread, Request, Uring, Work};
 use shardlift::{Checkpoint, ErrorKind, Loader, Rank, Residency, Result, Rules, World};
+use stuck::Stuck;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
@@ -163,33 +166,14 @@ fn a_read_of_a_single_page_may_come_short_too() {
     }
 }
 
-/// An engine that takes requests and does not come back with them for a while.
-#[derive(Debug)]
-struct Stuck;
-
-impl Engine for Stuck {
-    fn name(&self) -> &'static str {
-        "stuck"
-    }
-    fn threads(&self) -> usize {
-        2
-    }
-    fn run(&self, work: &dyn Work) -> Result<()> {
-        while let Next::Request(request) = work.next(true) {
-            std::thread::sleep(STALL);
-            work.done(request, Ok(0));
-        }
-        Ok(())
-    }
-}
-
 #[test]
 fn a_stalled_read_is_a_warning_and_then_an_error_that_names_it() {
     let folder = tempfile::tempdir().unwrap();
     model::write(folder.path(), 12);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let loader =
-        Loader::new().custom_engine(Arc::new(Stuck)).stall(Duration::from_millis(50), Duration::from_millis(200));
+    let loader = Loader::new()
+        .custom_engine(Arc::new(Stuck(STALL)))
+        .stall(Duration::from_millis(50), Duration::from_millis(200));
     let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &World::host(2)).unwrap();
     let began = Instant::now();
     let load = loader.start(&plan).unwrap();

@@ -1,6 +1,9 @@
 //! The memory of a load, as the system counts it: destinations, the staging budget, and little else. One test in a
 //! process of its own, because it is the process that is measured.
 
+#[path = "support/stuck.rs"]
+mod stuck;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,8 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use safetensors::tensor::{Dtype, TensorView};
-use shardlift::read::{Engine, EngineChoice, Next, Pread, Work};
+use shardlift::read::{Engine, EngineChoice, Pread, Work};
 use shardlift::{Checkpoint, ErrorKind, Loader, Memory, Plan, Result, Rules, World};
+use stuck::Stuck;
 
 const MIB: u64 = 1 << 20;
 const STAGING: u64 = 32 * MIB;
@@ -81,26 +85,6 @@ fn growth<T>(load: impl FnOnce() -> T) -> (T, u64) {
         result
     });
     (result, peak.into_inner().max(resident()) - before)
-}
-
-/// An engine whose reads take long to come back.
-#[derive(Debug)]
-struct Stuck;
-
-impl Engine for Stuck {
-    fn name(&self) -> &'static str {
-        "stuck"
-    }
-    fn threads(&self) -> usize {
-        2
-    }
-    fn run(&self, work: &dyn Work) -> Result<()> {
-        while let Next::Request(request) = work.next(true) {
-            thread::sleep(Duration::from_millis(600));
-            work.done(request, Ok(0));
-        }
-        Ok(())
-    }
 }
 
 /// An engine that takes much memory when its reads are done.
@@ -187,7 +171,7 @@ fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
     assert!(resident_trimmed() < at_rest + REST, "a cancelled load gives its memory back");
 
     let loader = Loader::new()
-        .custom_engine(Arc::new(Stuck))
+        .custom_engine(Arc::new(Stuck(Duration::from_millis(600))))
         .staging(STAGING as usize)
         .stall(Duration::from_millis(50), Duration::from_millis(100));
     let load = loader.start(&plan).unwrap();
