@@ -22,7 +22,7 @@ pub const INDEX_MAX: u64 = 100_000_000;
 pub const HEADER_THREADS_MAX: usize = 32;
 
 /// Staging memory of one [`Loader`](crate::Loader), shared by its loads: half of what the strongest rival pins, and
-/// enough for 16 slots of 16 MiB in flight.
+/// enough for 64 slots in flight.
 pub const STAGING: usize = 256 << 20;
 
 /// Smallest staging budget: two slots of the smallest size, so that a read and a copy can overlap.
@@ -67,7 +67,7 @@ pub const STALL_WARNING: Duration = Duration::from_secs(5);
 /// A read without progress for this long fails the load. Network file systems recover within a minute or not at all.
 pub const STALL_ERROR: Duration = Duration::from_secs(60);
 
-/// Largest staging slot. A slot is what one read fills and one event guards; 16 of them overlap reads and copies.
+/// Largest staging slot. A slot is what one read fills and one event guards.
 pub const SLOT: usize = 4 << 20;
 
 /// Most bytes of a read that lands straight in host memory.
@@ -113,6 +113,9 @@ pub const URING_DEPTH: u32 = 8;
 
 /// Most slots that one io_uring registers: a table of this size costs a page, and more slots are never in flight.
 pub const URING_SLOTS: u16 = 1024;
+
+/// How long a thread waits whose io_uring took no more reads for now.
+pub const URING_BUSY: Duration = Duration::from_millis(1);
 
 /// Most threads with a ring of their own: beyond it, completions are handled faster than storage produces them.
 pub const URING_THREADS_MAX: usize = 4;

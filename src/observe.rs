@@ -55,15 +55,16 @@ pub struct Report {
     pub engine: String,
     /// Why this engine.
     pub engine_reason: String,
-    /// Peak anonymous and shared memory over destinations and plan.
+    /// Peak memory over destinations and plan: anonymous memory, all of ours. Pages of mapped files do not count, wherever
+    /// the files lie.
     pub peak_extra_bytes: u64,
-    /// Peak pinned memory.
+    /// Peak memory pinned for copies to a device; 0 on host devices.
     pub peak_pinned_bytes: u64,
     /// As [`Progress::abandoned_bytes`]; 0, because a load that abandons memory fails.
     pub abandoned_bytes: u64,
     /// Busy and waiting seconds of each stage, summed over its threads.
     pub stages: Stages,
-    /// The stage that bounds the load: `storage`, `cpu`, `link` or `consumer`.
+    /// The stage that bounds the load: `storage`, `cpu` or `link`.
     pub bottleneck: String,
     /// What was odd but no error.
     pub warnings: Vec<String>,
@@ -169,11 +170,10 @@ fn add_time(counter: &AtomicU64, time: Duration) {
     counter.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
 }
 
-/// Anonymous and shared memory of this process in bytes, or `None` where the system does not say.
+/// Anonymous memory of this process in bytes, or `None` where the system does not say. What it shares are files, also
+/// those that lie in memory.
 pub(crate) fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kib = |key: &str| -> Option<u64> {
-        status.lines().find_map(|line| line.strip_prefix(key))?.split_whitespace().next()?.parse().ok()
-    };
-    Some((kib("RssAnon:")? + kib("RssShmem:")?) * 1024)
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }

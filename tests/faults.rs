@@ -37,7 +37,8 @@ struct Faulty {
 
 const STALL: Duration = Duration::from_millis(1500);
 
-impl Engine for Faulty {
+// SAFETY: the engine inside answers for it; an outcome is only made worse.
+unsafe impl Engine for Faulty {
     fn name(&self) -> &'static str {
         self.engine.name()
     }
@@ -249,4 +250,45 @@ fn lent_tensors_of_a_file_cut_short_read_as_zeros_from_there() {
         missing += landed.len() - left;
     }
     assert!(missing > 4 << 20, "{missing} bytes were cut off");
+}
+
+/// An engine that leaves what it should read, or says that it read more than there is room for.
+#[derive(Debug)]
+struct Careless {
+    reports: Option<usize>,
+}
+
+// SAFETY: it writes nothing and keeps nothing; what it reports is refused, which is what the test is about.
+unsafe impl Engine for Careless {
+    fn name(&self) -> &'static str {
+        "careless"
+    }
+    fn threads(&self) -> usize {
+        1
+    }
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        if let (Some(bytes), Next::Request(request)) = (self.reports, work.next(true)) {
+            work.done(request, Ok(bytes));
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_load_is_over_when_every_byte_has_landed_not_when_the_engine_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 16);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    for world in [World::host(2), World::host_staged(2)] {
+        for reports in [None, Some(usize::MAX)] {
+            let loader = Loader::new().custom_engine(Arc::new(Careless { reports }));
+            let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &world).unwrap();
+            let error = loader.load(&plan).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Io);
+            assert!(error.tensor().is_some() && error.to_string().contains("engine careless"), "{error}");
+            let out = folder.path().join("out");
+            assert_eq!(loader.reshard(&plan, &out, false).unwrap_err().kind(), ErrorKind::Io);
+            assert!(!out.exists());
+        }
+    }
 }

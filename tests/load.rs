@@ -152,6 +152,10 @@ fn the_callers_memory_is_filled_and_its_size_checked() {
     let load = unsafe { loader.start_into(&plan, std::slice::from_ref(&entry)) }.unwrap();
     drop(load.finish().unwrap());
     assert!(buffer == tensors[3].bytes);
+    let nothing = CallerMemory { name: "i.empty".into(), address: std::ptr::null_mut(), bytes: 0, ..entry.clone() };
+    // SAFETY: no bytes are read or written there.
+    let (weights, _) = unsafe { loader.start_into(&plan, &[nothing]) }.unwrap().finish().unwrap();
+    assert!(weights.tensor(Rank(0), "i.empty").unwrap().as_bytes().is_empty());
     entry.bytes -= 1;
     // SAFETY: as above; the size is refused before anything is written.
     let refused = unsafe { loader.start_into(&plan, &[entry]) }.unwrap_err();
@@ -303,5 +307,22 @@ fn a_check_notices_one_flipped_bit() {
         // SAFETY: as above.
         unsafe { *std::ptr::with_exposed_provenance_mut::<u8>(last) ^= 0x10 };
         assert_eq!(weights.check().unwrap(), before);
+    }
+}
+
+#[test]
+fn a_staging_budget_of_any_size_serves_every_engine() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 15);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(model::RULES).unwrap();
+    for bytes in [2 << 20, 2_100_001, 5_000_000] {
+        for engine in ENGINES {
+            for world in [World::host(2), World::host_staged(2)] {
+                let loader = Loader::new().engine(engine).staging(bytes);
+                let plan = loader.plan(&checkpoint, &rules, &world).unwrap();
+                loader.load(&plan).unwrap().0.check().unwrap();
+            }
+        }
     }
 }

@@ -23,7 +23,7 @@ impl HubCache {
     /// # Errors
     /// [`ErrorKind::NotFound`] if none of these variables nor `HOME` is set.
     pub fn from_env() -> Result<HubCache> {
-        #[expect(clippy::disallowed_methods, reason = "one of the two functions that read the environment")]
+        #[expect(clippy::disallowed_methods, reason = "the one function that reads the environment")]
         HubCache::from_variables(|name| std::env::var_os(name))
     }
 

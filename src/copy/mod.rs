@@ -1,6 +1,7 @@
 //! Filled slots -> bytes on a device. Knows neither files nor engines.
 
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -44,16 +45,17 @@ pub(crate) trait Landed {
 /// Feeds filled slots to a device's queue until the inbox closes, then drains it.
 ///
 /// # Errors
-/// A copy failed, or none completed for `stall`. In the second case queue and slots are kept for ever (see
-/// [`Landed::abandoned`]): the device may still use them.
+/// A copy failed, or none completed for `stall`. If copies are still under way then, and do not end within `stall`
+/// either, queue and slots are kept for ever (see [`Landed::abandoned`]): the device may still use them.
 pub(crate) fn run(queue: Box<dyn Queue>, inbox: &Receiver<Filled>, landed: &dyn Landed, stall: Duration) -> Result<()> {
     let mut copier = Copier { queue, in_flight: VecDeque::new(), progress: Instant::now() };
-    let outcome = copier.feed(inbox, landed, stall);
-    if outcome.as_ref().is_err_and(|error| error.kind() == ErrorKind::Stalled) {
+    let outcome = catch_unwind(AssertUnwindSafe(|| copier.feed(inbox, landed, stall)));
+    let stalled = matches!(&outcome, Ok(Err(error)) if error.kind() == ErrorKind::Stalled);
+    if !matches!(outcome, Ok(Ok(()))) && (stalled || !copier.queue.settle(stall)) {
         landed.abandoned(copier.in_flight.len());
         copier.abandon();
     }
-    outcome
+    outcome.unwrap_or_else(|payload| resume_unwind(payload))
 }
 
 /// A queue and the slots that its copies read from. A slot is in the list before its copies are submitted, and leaves
@@ -152,6 +154,7 @@ mod tests {
         tell: Sender<u64>,
         done: Receiver<Result<u64>>,
         finished: u64,
+        settles: bool,
         dropped: Arc<Mutex<Vec<&'static str>>>,
     }
 
@@ -167,6 +170,10 @@ mod tests {
                 self.finished = done?;
             }
             Ok(self.finished)
+        }
+
+        fn settle(&mut self, _: Duration) -> bool {
+            self.settles
         }
     }
 
@@ -206,12 +213,12 @@ mod tests {
     }
 
     /// A copier on a thread of its own, and a ring of two slots.
-    fn rig(stall: Duration) -> Rig {
+    fn rig(stall: Duration, settles: bool) -> Rig {
         let (inbox, filled) = mpsc::channel();
         let (tell, submitted) = mpsc::channel();
         let (done, told) = mpsc::channel();
         let (seen, dropped) = (Arc::new(Seen::default()), Arc::default());
-        let queue = Slow { submitted: 0, tell, done: told, finished: 0, dropped: Arc::clone(&dropped) };
+        let queue = Slow { submitted: 0, tell, done: told, finished: 0, settles, dropped: Arc::clone(&dropped) };
         let landed = Arc::clone(&seen);
         let thread = std::thread::spawn(move || run(Box::new(queue), &filled, &*landed, stall));
         Rig { ring: Ring::new(8192, 4096), inbox: Some(inbox), submitted, done, seen, dropped, thread }
@@ -229,7 +236,7 @@ mod tests {
 
     #[test]
     fn a_slot_is_free_only_after_its_copies() {
-        let mut rig = rig(LONG);
+        let mut rig = rig(LONG, true);
         rig.send(1);
         rig.send(2);
         assert_eq!((rig.submitted.recv().unwrap(), rig.submitted.recv().unwrap()), (1, 2));
@@ -249,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_failed_copy_ends_the_queue_before_its_slots_go_back() {
-        let rig = rig(LONG);
+        let rig = rig(LONG, true);
         rig.send(1);
         rig.submitted.recv().unwrap();
         rig.done.send(Err(Error::new(ErrorKind::Device, "of the test"))).unwrap();
@@ -261,12 +268,25 @@ mod tests {
 
     #[test]
     fn what_a_stalled_device_may_still_use_is_kept() {
-        let rig = rig(Duration::from_millis(20));
+        let rig = rig(Duration::from_millis(20), true);
         rig.send(1);
         assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Stalled);
         assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
         assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 1);
         let free = rig.ring.try_lend().unwrap();
         assert!(free.is_some() && rig.ring.try_lend().unwrap().is_none(), "the slot in flight is gone for ever");
+    }
+
+    #[test]
+    fn a_failed_copy_does_not_wait_for_ever_for_the_others() {
+        let rig = rig(LONG, false);
+        rig.send(1);
+        rig.send(2);
+        assert_eq!((rig.submitted.recv().unwrap(), rig.submitted.recv().unwrap()), (1, 2));
+        rig.done.send(Err(Error::new(ErrorKind::Device, "of the test"))).unwrap();
+        assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Device);
+        assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
+        assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 2);
+        assert!(rig.ring.try_lend().unwrap().is_none());
     }
 }

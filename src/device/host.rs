@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -131,7 +131,7 @@ impl ThreadQueue {
 
 impl Queue for ThreadQueue {
     unsafe fn submit(&mut self, copies: Vec<RawCopy>) -> Result<u64> {
-        let work = self.work.as_ref().expect("bug in shardlift: submit after drop");
+        let work = self.work.as_ref().expect("bug in shardlift: submit after settle");
         work.send(copies).map_err(|_| ThreadQueue::lost())?;
         self.submitted += 1;
         Ok(self.submitted)
@@ -149,6 +149,19 @@ impl Queue for ThreadQueue {
             self.finished = outcome?;
         }
         Ok(self.finished)
+    }
+
+    fn settle(&mut self, bound: Duration) -> bool {
+        self.work = None;
+        let began = Instant::now();
+        loop {
+            match self.done.recv_timeout(bound.saturating_sub(began.elapsed())) {
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => return false,
+                // The thread has ended.
+                Err(RecvTimeoutError::Disconnected) => return true,
+            }
+        }
     }
 }
 

@@ -46,4 +46,8 @@ pub(crate) trait Queue: Send {
 
     /// The highest ticket that is done, waiting for at most `bound` if the last submitted one is not.
     fn wait(&mut self, bound: Duration) -> Result<u64>;
+
+    /// Whether no copy is under way any more, failed ones included, waiting for at most `bound`. Until it says so,
+    /// dropping the queue may take for ever.
+    fn settle(&mut self, bound: Duration) -> bool;
 }

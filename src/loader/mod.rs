@@ -102,7 +102,9 @@ impl Loader {
     /// Bounds the staging memory in bytes; at least [`limits::STAGING_MIN`].
     pub fn staging(mut self, bytes: usize) -> Loader {
         self.staging = bytes.max(limits::STAGING_MIN);
-        self.ring = Ring::new(self.staging, limits::SLOT.min(self.staging / 2));
+        // Whole blocks, so that O_DIRECT reads fill a slot and no more.
+        let slot = limits::SLOT.min(self.staging / 2) as u64 / limits::DIRECT_ALIGNMENT * limits::DIRECT_ALIGNMENT;
+        self.ring = Ring::new(self.staging, slot as usize);
         self
     }
 
@@ -147,7 +149,8 @@ impl Loader {
     /// Starts a load.
     ///
     /// # Errors
-    /// No memory for the destinations, or no threads. Everything later is an error of the [`Load`].
+    /// No memory for the destinations, no threads, a custom engine with an alignment that slots do not have; with
+    /// [`Residency::Mapped`] also the errors of opening the files. Everything later is an error of the [`Load`].
     pub fn start(&self, plan: &Plan) -> Result<Load> {
         // SAFETY: no memory of the caller.
         unsafe { self.start_into(plan, &[]) }
@@ -160,8 +163,8 @@ impl Loader {
     /// destination.
     ///
     /// # Safety
-    /// For each entry, until the load, its weights and all their tensors are dropped; and for ever if the load ends
-    /// with [`ErrorKind::Stalled`], because what stalled may still write:
+    /// For each entry, until the load, its weights and all their tensors are dropped; and for ever if its monitor's
+    /// [`Progress::abandoned_bytes`] is not 0 after that, because what stalled may still write:
     /// - `address..address + bytes` is valid for reads and writes;
     /// - nobody else reads or writes it before its tensor is complete, nor writes it after;
     /// - no two entries overlap.

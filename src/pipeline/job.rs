@@ -23,6 +23,8 @@ use crate::sync::lock;
 pub(crate) struct Job {
     pub(super) setup: Setup,
     pub(super) reads: Reads,
+    /// What offsets and lengths of requests are a multiple of.
+    pub(super) alignment: u64,
     pub(super) cursor: Mutex<Cursor>,
     /// Remainders of short reads, and interrupted ones.
     pub(super) again: Mutex<VecDeque<Request>>,
@@ -43,6 +45,9 @@ pub(crate) struct Job {
     stopped: AtomicBool,
     cancelled: AtomicBool,
     ended: AtomicBool,
+    abandoned: AtomicBool,
+    /// A device may use slots and destinations at any later time.
+    pub(super) copies_abandoned: AtomicBool,
     pub(super) counters: Arc<Counters>,
     pub(super) totals: Totals,
     last_landing: OnceLock<Instant>,
@@ -61,10 +66,19 @@ pub(super) struct InFlight {
 
 impl Job {
     /// The shared state of a load that has not begun; `inboxes` has one entry for each rank of the world.
-    pub(super) fn new(setup: Setup, inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>) -> Job {
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] if the engine asks for an alignment that slots do not have.
+    pub(super) fn new(setup: Setup, inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>) -> Result<Job> {
         let plan = setup.plan.clone();
         let world = plan.world();
+        // Asked once: the reads are cut for this answer.
         let alignment = setup.engine.alignment();
+        if !alignment.is_power_of_two() || alignment > limits::DIRECT_ALIGNMENT {
+            let name = setup.engine.name();
+            return Err(Error::new(ErrorKind::Usage, format!("engine {name} has an alignment that no slot has"))
+                .with_expected(format!("a power of two up to {}", limits::DIRECT_ALIGNMENT), alignment));
+        }
         let in_place = inboxes.iter().all(Option::is_none);
         let slot = setup.ring.slot_bytes() as u64;
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
@@ -102,6 +116,7 @@ impl Job {
         let job = Job {
             files,
             setup,
+            alignment,
             reads,
             cursor: Mutex::default(),
             again: Mutex::default(),
@@ -116,6 +131,8 @@ impl Job {
             stopped: AtomicBool::new(false),
             cancelled: AtomicBool::new(false),
             ended: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
+            copies_abandoned: AtomicBool::new(false),
             counters: Arc::default(),
             totals,
             last_landing: OnceLock::new(),
@@ -123,7 +140,25 @@ impl Job {
         for (rank, dest) in completed {
             job.complete(rank, dest);
         }
-        job
+        Ok(job)
+    }
+
+    /// Whether every byte has landed, whatever the engine said.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Io`] naming the first tensor that has not, and its rank.
+    pub(super) fn check_complete(&self) -> Result<()> {
+        for &rank in self.setup.plan.world().driven() {
+            let waiting = |bytes: &AtomicU64| bytes.load(Ordering::Acquire) > 0;
+            if let Some(dest) = self.remaining[rank.index()].iter().position(waiting) {
+                let plan = &self.setup.plan;
+                let tensor = &plan.params()[plan.rank(rank).dests[dest].param as usize].name;
+                let missing = self.remaining[rank.index()][dest].load(Ordering::Acquire);
+                let message = format!("engine {} ended {missing} bytes early", self.setup.engine.name());
+                return Err(Error::new(ErrorKind::Io, message).with_tensor(tensor).with_rank(rank));
+            }
+        }
+        Ok(())
     }
 
     /// The file, opened at first use and compared with the identity that it had when its header was parsed.
@@ -151,12 +186,12 @@ impl Job {
     }
 
     /// Enters a read in the list of those in flight, from which only its end removes it.
-    pub(super) fn begin(&self, id: u64, extent: Extent, bytes: usize, in_slot: bool) {
+    pub(super) fn begin(&self, id: u64, extent: Extent, bytes: usize, in_slot: bool, since: Instant) {
         let entry = InFlight {
             extent,
             bytes: bytes as u64,
             in_slot,
-            since: Instant::now(),
+            since,
             thread: std::thread::current().id(),
             warned: false,
         };
@@ -228,11 +263,9 @@ impl Job {
     /// Counts what is given up because somebody may still write to it: these slots, and all destinations, which the
     /// job keeps alive until the last one who uses it lets go.
     pub(super) fn abandon(&self, slots: usize) {
+        let destinations = if self.abandoned.swap(true, Ordering::AcqRel) { 0 } else { self.totals.bytes };
         let slots = (slots * self.setup.ring.slot_bytes()) as u64;
-        let before = self.counters.abandoned_bytes.fetch_add(slots, Ordering::Relaxed);
-        if before == 0 {
-            self.counters.abandoned_bytes.fetch_add(self.totals.bytes, Ordering::Relaxed);
-        }
+        self.counters.abandoned_bytes.fetch_add(destinations + slots, Ordering::Relaxed);
     }
 
     /// The load's error, if it has one.
@@ -323,6 +356,7 @@ impl Landed for Job {
 
     fn abandoned(&self, slots: usize) {
         self.abandon(slots);
+        self.copies_abandoned.store(true, Ordering::Release);
     }
 }
 

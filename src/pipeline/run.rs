@@ -41,11 +41,12 @@ impl Running {
                 copiers.push((rank, queue, filled));
             }
         }
-        let job = Arc::new(Job::new(setup, inboxes));
+        let job = Arc::new(Job::new(setup, inboxes)?);
         let shared = Arc::clone(&job);
         let supervisor = spawn("shardlift-load", move || {
             let report = catch_unwind(AssertUnwindSafe(|| supervise(&shared, copiers))).unwrap_or_else(|payload| {
                 shared.fail(panicked(payload));
+                shared.abandon(0); // its threads may still run
                 Report::default()
             });
             // Whatever happened: nobody waits for another tensor any more.
@@ -112,7 +113,7 @@ fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled
     }
     memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
     if !job.is_stopped()
-        && let Err(error) = verify_files(job)
+        && let Err(error) = job.check_complete().and_then(|()| verify_files(job))
     {
         job.fail(error);
     }
@@ -147,7 +148,7 @@ fn start_workers(
         let thread = spawn(&format!("shardlift-copy-{rank}"), move || {
             let outcome = catch_unwind(AssertUnwindSafe(|| copy::run(queue, &inbox, &*job, job.setup.stall_error)));
             if let Err(error) = outcome.unwrap_or_else(|payload| Err(panicked(payload))) {
-                if error.kind() == ErrorKind::Stalled {
+                if job.copies_abandoned.load(Ordering::Acquire) {
                     keep_for_ever(&job);
                 }
                 job.fail(job.locate_copy(error, rank));
@@ -192,6 +193,7 @@ fn fail_with_reads_of_this_thread(job: &Job, error: Error) {
 /// counted as abandoned, and true is returned.
 fn watch_reads(job: &Job) -> bool {
     let (warning, bound) = (job.setup.stall_warning, job.setup.stall_error);
+    let mut slow = Vec::new();
     let mut stalled = None;
     let mut slots = 0;
     for read in lock(&job.in_flight).values_mut() {
@@ -201,11 +203,14 @@ fn watch_reads(job: &Job) -> bool {
             stalled = Some(read.extent);
         } else if waited >= warning && !read.warned {
             read.warned = true;
-            let file = job.setup.plan.file(read.extent.file).path.display();
-            let message = format!("a read of {file} has made no progress for {warning:?}");
-            tracing::warn!("{message}");
-            job.counters.warn(message);
+            slow.push(read.extent.file);
         }
+    }
+    for file in slow {
+        let file = job.setup.plan.file(file).path.display();
+        let message = format!("a read of {file} has made no progress for {warning:?}");
+        tracing::warn!("{message}");
+        job.counters.warn(message);
     }
     let Some(extent) = stalled else { return false };
     job.abandon(slots);

@@ -27,7 +27,7 @@ impl Work for Job {
                 // Aligned requests reach beyond the bytes that are needed; errors name those.
                 let needed = request.pending.op.extent;
                 let left = Extent { start: needed.start.max(request.offset), ..needed };
-                self.begin(request.id, left, request.bytes, request.slot.is_some());
+                self.begin(request.id, left, request.bytes, request.slot.is_some(), request.pending.since);
                 return Next::Request(request);
             }
             match self.take() {
@@ -73,16 +73,21 @@ impl Work for Job {
                 return;
             }
             Err(error) => Some(Error::new(ErrorKind::Io, format!("read failed: {error}")).with_source(error)),
+            Ok(bytes) if bytes > request.bytes => Some(Error::new(
+                ErrorKind::Io,
+                format!("engine {} reports {bytes} bytes in a buffer of {}", self.setup.engine.name(), request.bytes),
+            )),
             Ok(0) => Some(
                 Error::new(ErrorKind::Truncated, "file ended early")
                     .with_expected(format!("{} bytes", extent.end), format!("{} bytes", request.offset)),
             ),
             Ok(bytes) if request.offset + (bytes as u64) < extent.end => {
                 // A short read: the rest is a request of its own. It starts on the engine's alignment again.
-                let bytes = bytes - bytes % self.setup.engine.alignment() as usize;
+                let bytes = bytes - bytes % self.alignment as usize;
                 // Less than one aligned block may be a short read, or all that the file has: a second time it is that.
                 if bytes > 0 || !request.pending.repeated {
                     request.pending.repeated = bytes == 0;
+                    request.pending.since = Instant::now();
                     request.offset += bytes as u64;
                     request.address = request.address.wrapping_add(bytes);
                     request.bytes -= bytes;
@@ -123,9 +128,12 @@ impl Job {
             *cursor = behind;
             (op, slot)
         };
-        let alignment = self.setup.engine.alignment();
-        let base = op.extent.start - op.extent.start % alignment;
-        let bytes = (op.extent.end.next_multiple_of(alignment) - base) as usize;
+        let base = op.extent.start - op.extent.start % self.alignment;
+        let bytes = (op.extent.end.next_multiple_of(self.alignment) - base) as usize;
+        assert!(
+            slot.is_none() || bytes <= self.setup.ring.slot_bytes(),
+            "bug in shardlift: a read larger than its slot"
+        );
         let mut pieces = Vec::new();
         let address = match &slot {
             Some(slot) => slot.address(),
@@ -140,7 +148,8 @@ impl Job {
         };
         let id = self.request_id();
         // Before the file is opened: that may take for ever too.
-        self.begin(id, op.extent, bytes, slot.is_some());
+        let since = Instant::now();
+        self.begin(id, op.extent, bytes, slot.is_some(), since);
         let file = match self.file(op.extent.file) {
             Ok(file) => file,
             Err(error) => {
@@ -148,13 +157,13 @@ impl Job {
                 return Err(self.locate(error, op.extent));
             }
         };
-        let pending = Pending { base, op, pieces, repeated: false };
+        let pending = Pending { base, op, pieces, repeated: false, since };
         Ok(Taken::Request(Request { id, file, offset: base, address, bytes, slot, pending }))
     }
 
     /// All bytes of a read are in its buffer: sends them on to every destination.
     fn arrived(&self, request: Request) -> Result<()> {
-        let Request { file, slot, pending: Pending { op, base, pieces, repeated: _ }, .. } = request;
+        let Request { file, slot, pending: Pending { op, base, pieces, repeated: _, since: _ }, .. } = request;
         match slot {
             None => self.fan_out(&pieces),
             Some(slot) => self.land(&op, base, slot)?,

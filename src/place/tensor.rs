@@ -63,6 +63,9 @@ impl Tensor {
 
     /// The bytes, row-major and dense, in the file's (little-endian) element format.
     pub fn as_bytes(&self) -> &[u8] {
+        if self.address == 0 {
+            return &[]; // what the caller may give for no bytes
+        }
         let address = std::ptr::with_exposed_provenance::<u8>(self.address as usize);
         // SAFETY: a `Tensor` exists only for complete destinations in host memory: every byte was written, none is
         // written again, and `owner` keeps the memory alive.

@@ -2,7 +2,7 @@
 
 use super::EngineChoice;
 use crate::extent::FileId;
-use crate::limits::{AUTO_FILES, AUTO_RESIDENT, AUTO_SMALL};
+use crate::limits::{self, AUTO_FILES, AUTO_RESIDENT, AUTO_SMALL};
 use crate::plan::Plan;
 use crate::source::{FileSystem, SourceFile};
 
@@ -31,7 +31,7 @@ pub(crate) fn choose(plan: &Plan) -> (EngineChoice, String) {
                 return (EngineChoice::Pread, format!("file system {magic:#x} is not known"));
             }
         }
-        if file.direct_alignment().is_none() {
+        if file.direct(limits::DIRECT_ALIGNMENT).is_none() {
             return (EngineChoice::Pread, format!("{name} refuses O_DIRECT"));
         }
         resident.extend(file.resident_fraction(&ranges(plan, FileId(id as u32))));

@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::{Engine, Mmap, Next, Pending, Pread, Request, Throttled, Work};
 use crate::extent::{Extent, FileId};
@@ -370,7 +370,7 @@ impl Script {
             address,
             bytes: read.bytes,
             slot,
-            pending: Pending { op, base: read.offset, pieces: Vec::new(), repeated: false },
+            pending: Pending { op, base: read.offset, pieces: Vec::new(), repeated: false, since: Instant::now() },
         };
         state.lent.insert(id, Lent { read, thread: thread::current().id(), address, memory });
         Some(request)

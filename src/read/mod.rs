@@ -44,14 +44,22 @@ pub enum EngineChoice {
 }
 
 /// A way to read files. Every thread of a load calls [`run`](Engine::run) once.
-pub trait Engine: Debug + Send + Sync {
+///
+/// # Safety
+/// Callers get what landed as initialised memory, and free it when the load is over. Therefore an engine
+/// - reports only bytes that it has written, from the start of the buffer on: so many, and no more than the buffer has;
+/// - hands every request back to the [`Work`] that it came from, and keeps none beyond [`run`](Engine::run), whichever
+///   way that ends;
+/// - lets nobody write to a buffer, a kernel or device included, whose request it has handed back or dropped.
+pub unsafe trait Engine: Debug + Send + Sync {
     /// The name in reports.
     fn name(&self) -> &'static str;
 
     /// How many threads should call [`run`](Engine::run).
     fn threads(&self) -> usize;
 
-    /// What offsets and lengths of requests must be a multiple of. Above 1 every read goes through a slot, because
+    /// What offsets and lengths of requests must be a multiple of: a power of two, at most
+    /// [`limits::DIRECT_ALIGNMENT`](crate::limits::DIRECT_ALIGNMENT). Above 1 every read goes through a slot, because
     /// tensors start anywhere; requests may then reach past the end of the file.
     fn alignment(&self) -> u64 {
         1
@@ -84,7 +92,8 @@ pub enum Next {
     Request(Request),
     /// Nothing can start until a request in flight has completed.
     Later,
-    /// There will be no more.
+    /// There are no more. An engine with requests in flight asks again when one has come back: what a short read left
+    /// is a request of its own.
     Finished,
 }
 
@@ -110,6 +119,8 @@ pub(crate) struct Pending {
     pub(crate) pieces: Vec<crate::plan::Piece>,
     /// Whether the last attempt brought less than one aligned block.
     pub(crate) repeated: bool,
+    /// When it last made progress: an interruption is none.
+    pub(crate) since: std::time::Instant,
 }
 
 // SAFETY: the buffer belongs to the request alone (a slot that it holds, or a destination range that no other
@@ -130,7 +141,7 @@ impl Request {
     /// The buffer to fill, at least one byte long.
     pub fn buffer(&mut self) -> &mut [MaybeUninit<u8>] {
         // SAFETY: the pipeline makes requests only over memory that is writable for `bytes` bytes, lives until the
-        // request came back, and is named by no other request.
+        // request came back (engines answer for bringing it back before `run` ends), and is named by no other request.
         unsafe { std::slice::from_raw_parts_mut(self.address.cast(), self.bytes) }
     }
 }

@@ -2,7 +2,6 @@
 //! allows it, into registered slots where the memory limit allows that.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
@@ -12,7 +11,6 @@ use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use super::{Engine, Next, Request, Work, pread};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
-use crate::source::{Identity, SourceFile};
 use crate::stage::Slot;
 
 /// Reads through io_uring, one ring for each thread.
@@ -40,7 +38,8 @@ impl Uring {
     }
 }
 
-impl Engine for Uring {
+// SAFETY: the kernel counts what it wrote; `Flights` holds a request until its completion was seen, also when dropped.
+unsafe impl Engine for Uring {
     fn name(&self) -> &'static str {
         "uring"
     }
@@ -93,7 +92,6 @@ struct Flights {
     flights: Vec<Option<Flight>>,
     in_flight: usize,
     direct: bool,
-    twins: HashMap<Identity, Twin, FixedState>,
     registered: Registered,
 }
 
@@ -103,18 +101,11 @@ struct Flight {
     past_cache: bool,
 }
 
-/// A second descriptor of a file, which reads past the page cache.
-struct Twin {
-    /// `None` where the file does not allow it. Stays open after a refusal: reads of it may be queued.
-    file: Option<File>,
-    refused: bool,
-}
-
 impl Flights {
     fn new(ring: IoUring, depth: u32, direct: bool) -> Flights {
         let registered = Registered::new(&ring);
         let flights = (0..depth).map(|_| None).collect();
-        Flights { ring, flights, in_flight: 0, direct, twins: HashMap::default(), registered }
+        Flights { ring, flights, in_flight: 0, direct, registered }
     }
 
     fn full(&self) -> bool {
@@ -131,14 +122,9 @@ impl Flights {
     /// Queues the read of a request that is entered in `flights`.
     fn push(&mut self, position: usize) {
         let Flight { request, past_cache } = self.flights[position].as_mut().expect("bug in shardlift: no flight");
-        let twin = if self.direct {
-            let twin = self.twins.entry(request.file.identity()).or_insert_with(|| Twin::open(&request.file));
-            twin.file.as_ref().filter(|_| !twin.refused)
-        } else {
-            None
-        };
-        *past_cache = twin.is_some();
-        let descriptor = types::Fd(twin.unwrap_or_else(|| request.file.file()).as_raw_fd());
+        let direct = if self.direct { request.file.direct(limits::DIRECT_ALIGNMENT) } else { None };
+        *past_cache = direct.is_some();
+        let descriptor = types::Fd(direct.unwrap_or_else(|| request.file.file()).as_raw_fd());
         let registered = request.slot.as_ref().and_then(|slot| self.registered.position(&self.ring, slot));
         let (offset, buffer) = (request.offset, request.buffer());
         let address = buffer.as_mut_ptr().cast();
@@ -149,7 +135,7 @@ impl Flights {
             None => opcode::Read::new(descriptor, address, bytes).offset(offset).build(),
         };
         // SAFETY: the buffer belongs to the request, which stays in `flights` until its completion was seen (also
-        // when this is dropped), and the descriptor is open for as long as the request's file or its twin lives.
+        // when this is dropped), and both descriptors of the request's file are open for as long as that lives.
         let pushed = unsafe { self.ring.submission().push(&entry.user_data(position as u64)) };
         pushed.expect("bug in shardlift: more requests than the ring has entries");
     }
@@ -158,15 +144,17 @@ impl Flights {
     fn reap(&mut self, work: &dyn Work) -> Result<()> {
         match self.ring.submit_and_wait(1) {
             Ok(_) => {}
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // The kernel is short of something for now; completions may free it.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
+                std::thread::sleep(limits::URING_BUSY);
+            }
             Err(error) => return Err(Error::new(ErrorKind::Io, format!("io_uring: {error}")).with_source(error)),
         }
         while let Some((position, result)) = self.completed() {
             let flight = self.flights[position].take().expect("bug in shardlift: a completion of nothing");
             if flight.past_cache && result < 0 && only_direct_is_refused(-result) {
-                if let Some(twin) = self.twins.get_mut(&flight.request.file.identity()) {
-                    twin.refused = true;
-                }
+                flight.request.file.refuse_direct();
                 self.flights[position] = Some(flight);
                 self.push(position);
                 continue;
@@ -199,16 +187,6 @@ impl Drop for Flights {
                 self.in_flight -= 1;
             }
         }
-    }
-}
-
-impl Twin {
-    /// A descriptor for the alignment that all our requests have, if the file allows that.
-    fn open(file: &SourceFile) -> Twin {
-        let fits = |bytes: u32| limits::DIRECT_ALIGNMENT.is_multiple_of(u64::from(bytes));
-        // Before Linux 6.1 the system does not say; then the first read tells.
-        let fits = file.direct_alignment().is_none_or(|alignment| fits(alignment.memory) && fits(alignment.offset));
-        Twin { file: if fits { file.open_direct().ok() } else { None }, refused: false }
     }
 }
 

@@ -5,6 +5,8 @@ use std::fs::{File, Metadata};
 use std::io::ErrorKind as IoKind;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
@@ -47,6 +49,10 @@ pub struct SourceFile {
     path: PathBuf,
     file: File,
     identity: Identity,
+    /// A second descriptor, which reads past the page cache; `None` inside where the file does not allow that. Stays
+    /// open after a refusal: reads of it may be queued.
+    direct: OnceLock<Option<File>>,
+    direct_refused: AtomicBool,
 }
 
 impl SourceFile {
@@ -63,7 +69,8 @@ impl SourceFile {
         }
         let file = File::open(&path).map_err(|error| Error::io("cannot open", &path, error))?;
         let metadata = file.metadata().map_err(|error| Error::io("cannot stat", &path, error))?;
-        Ok(SourceFile { identity: Identity::of(&metadata), path, file })
+        let (direct, direct_refused) = (OnceLock::new(), AtomicBool::new(false));
+        Ok(SourceFile { identity: Identity::of(&metadata), path, file, direct, direct_refused })
     }
 
     /// Opens a file once more that had this identity when its header was parsed.
@@ -176,6 +183,24 @@ impl SourceFile {
         let metadata = file.metadata().map_err(|error| Error::io("cannot stat", &self.path, error))?;
         self.compare(self.identity, Identity::of(&metadata))?;
         Ok(file)
+    }
+
+    /// A descriptor for reads past the page cache whose offsets, lengths and addresses are multiples of `alignment`, if
+    /// the file allows them. Opened at the first call, and shared.
+    pub fn direct(&self, alignment: u64) -> Option<&File> {
+        let open = || {
+            let fits = |bytes: u32| alignment.is_multiple_of(u64::from(bytes));
+            // Before Linux 6.1 the system does not say; then the first read tells.
+            let told = self.direct_alignment();
+            let fits = told.is_none_or(|needed| fits(needed.memory) && fits(needed.offset));
+            if fits { self.open_direct().ok() } else { None }
+        };
+        self.direct.get_or_init(open).as_ref().filter(|_| !self.direct_refused.load(Ordering::Relaxed))
+    }
+
+    /// From now on there is no descriptor for reads past the page cache: one was refused.
+    pub fn refuse_direct(&self) {
+        self.direct_refused.store(true, Ordering::Relaxed);
     }
 
     /// The share, 0 to 1, of these byte ranges `(from, to)` that the page cache holds, from a few samples spread over

@@ -10,7 +10,8 @@ use shardlift::read::{Engine, Next, Work};
 #[derive(Debug)]
 pub(crate) struct Stuck(pub(crate) Duration);
 
-impl Engine for Stuck {
+// SAFETY: reports no bytes, and keeps no request.
+unsafe impl Engine for Stuck {
     fn name(&self) -> &'static str {
         "stuck"
     }
