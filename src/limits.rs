@@ -90,6 +90,10 @@ pub const LINKS_MAX: usize = 40;
 /// Smallest read that lands straight in a destination; below this one larger read and a copy are cheaper.
 pub const DIRECT_MIN: u64 = 64 << 10;
 
+/// Files that a load keeps open at most, besides those that its reads use at the moment: with a second descriptor each
+/// for O_DIRECT, an eighth of the usual limit of 1024.
+pub const OPEN_FILES: usize = 64;
+
 /// Fewest threads that read: two keep the storage busy while one of them copies.
 pub const READ_THREADS_MIN: usize = 2;
 

@@ -326,3 +326,27 @@ fn a_staging_budget_of_any_size_serves_every_engine() {
         }
     }
 }
+
+#[test]
+fn a_checkpoint_may_have_more_files_than_a_process_may_open() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in 0..200 {
+        let bytes = vec![file as u8; 3000];
+        let view = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![3000], &bytes).unwrap();
+        let path = folder.path().join(format!("part-{file:03}.safetensors"));
+        safetensors::serialize_to_file([(format!("tensor.{file}"), view)], None, &path).unwrap();
+    }
+    for engine in ["pread", "mmap", "uring"] {
+        for residency in ["owned", "mapped"] {
+            let command =
+                "ulimit -n 190 && exec \"$0\" load \"$1\" --rules replicate --check --engine $2 --residency $3";
+            let output = std::process::Command::new("sh")
+                .args(["-c", command, env!("CARGO_BIN_EXE_shardlift")])
+                .arg(folder.path())
+                .args([engine, residency])
+                .output()
+                .unwrap();
+            assert!(output.status.success(), "{engine} {residency}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+}

@@ -22,18 +22,18 @@ pub struct CallerMemory {
 }
 
 /// Lends every destination that is a whole, untransformed tensor from a mapping of its file, and returns the files.
-pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Result<Vec<(FileId, Arc<SourceFile>)>> {
-    let mut files: Vec<Option<(Arc<SourceFile>, Arc<Mapping>)>> = vec![None; plan.checkpoint().files().len()];
+pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Result<Vec<FileId>> {
+    let mut files: Vec<Option<Arc<Mapping>>> = vec![None; plan.checkpoint().files().len()];
     for &rank in plan.world().driven() {
         for (position, dest) in plan.rank(rank).dests.iter().enumerate() {
             let Some((id, start)) = whole_tensor(plan, rank, dest) else { continue };
             let mapping = match &files[id.0 as usize] {
-                Some((_, mapping)) => Arc::clone(mapping),
+                Some(mapping) => Arc::clone(mapping),
                 None => {
                     let planned = plan.file(id);
-                    let file = Arc::new(SourceFile::reopen(&planned.path, planned.identity)?);
+                    let file = SourceFile::reopen(&planned.path, planned.identity)?;
                     let mapping = Arc::new(Mapping::new(&file)?);
-                    files[id.0 as usize] = Some((file, Arc::clone(&mapping)));
+                    files[id.0 as usize] = Some(Arc::clone(&mapping));
                     mapping
                 }
             };
@@ -44,8 +44,8 @@ pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Resul
             destinations.replace(rank, position as u32, place);
         }
     }
-    let opened = files.into_iter().enumerate();
-    Ok(opened.filter_map(|(id, file)| Some((FileId(id as u32), file?.0))).collect())
+    let ids = (0..).map(FileId).zip(files);
+    Ok(ids.filter_map(|(id, mapping)| mapping.map(|_| id)).collect())
 }
 
 /// The file and offset of the tensor that this destination is, if it is one unchanged.

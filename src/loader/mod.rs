@@ -174,14 +174,14 @@ impl Loader {
             Memory::Blocks => Destinations::in_blocks(plan)?,
             Memory::PerTensor => Destinations::per_tensor(plan)?,
         };
-        let opened = match self.residency {
+        let mapped = match self.residency {
             Residency::Owned => Vec::new(),
             Residency::Mapped => lend::lend_mapped(plan, &mut destinations)?,
         };
         // SAFETY: the same duties.
         unsafe { lend::place_into(plan, &mut destinations, memory)? };
         destinations.share_aliases(plan);
-        let setup = Setup { opened, started, ..self.setup(plan, destinations, devices(plan.world())) };
+        let setup = Setup { mapped, started, ..self.setup(plan, destinations, devices(plan.world())) };
         Ok(Load { plan: plan.clone(), running: Running::start(setup)? })
     }
 
@@ -211,7 +211,7 @@ impl Loader {
             stall_warning: self.stall_warning,
             stall_error: self.stall_error,
             drop_page_cache: self.drop_page_cache,
-            opened: Vec::new(),
+            mapped: Vec::new(),
             started: Instant::now(),
         }
     }

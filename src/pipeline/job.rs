@@ -8,14 +8,14 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::Setup;
+use super::files::Files;
 use crate::copy::{Filled, Landed, Landing};
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{Extent, FileId, Rank};
+use crate::extent::{Extent, Rank};
 use crate::limits;
 use crate::observe::{Counters, Totals};
 use crate::plan::{Cursor, Cutting, Reads};
 use crate::read::Request;
-use crate::source::SourceFile;
 use crate::sync::lock;
 
 /// One load in progress.
@@ -28,8 +28,7 @@ pub(crate) struct Job {
     pub(super) cursor: Mutex<Cursor>,
     /// Remainders of short reads, and interrupted ones.
     pub(super) again: Mutex<VecDeque<Request>>,
-    /// Files as they were opened, by id.
-    files: Vec<Mutex<Option<Arc<SourceFile>>>>,
+    pub(super) files: Files,
     /// For each rank, where its filled slots go; `None` where bytes land at once.
     pub(super) inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>,
     /// Bytes that each destination still waits for.
@@ -109,12 +108,8 @@ impl Job {
                 remaining[rank.index()].push(AtomicU64::new(awaited));
             }
         }
-        let files: Vec<_> = plan.checkpoint().files().iter().map(|_| Mutex::new(None)).collect();
-        for (id, file) in &setup.opened {
-            *lock(&files[id.0 as usize]) = Some(Arc::clone(file));
-        }
         let job = Job {
-            files,
+            files: Files::new(&plan, &setup.mapped),
             setup,
             alignment,
             reads,
@@ -156,30 +151,6 @@ impl Job {
                 let missing = self.remaining[rank.index()][dest].load(Ordering::Acquire);
                 let message = format!("engine {} ended {missing} bytes early", self.setup.engine.name());
                 return Err(Error::new(ErrorKind::Io, message).with_tensor(tensor).with_rank(rank));
-            }
-        }
-        Ok(())
-    }
-
-    /// The file, opened at first use and compared with the identity that it had when its header was parsed.
-    pub(super) fn file(&self, id: FileId) -> Result<Arc<SourceFile>> {
-        let mut slot = lock(&self.files[id.0 as usize]);
-        if let Some(file) = &*slot {
-            return Ok(Arc::clone(file));
-        }
-        let planned = self.setup.plan.file(id);
-        let _span = tracing::debug_span!("file", path = %planned.path.display()).entered();
-        let file = Arc::new(SourceFile::reopen(&planned.path, planned.identity)?);
-        *slot = Some(Arc::clone(&file));
-        Ok(file)
-    }
-
-    /// Compares every opened file, descriptor and path, with the identity that it had when its header was parsed.
-    pub(super) fn verify_files(&self) -> Result<()> {
-        for (planned, slot) in self.setup.plan.checkpoint().files().iter().zip(&self.files) {
-            if let Some(file) = &*lock(slot) {
-                file.verify_identity(planned.identity)?;
-                file.verify_path()?;
             }
         }
         Ok(())

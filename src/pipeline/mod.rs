@@ -1,5 +1,6 @@
 //! Runs a plan: threads, back-pressure, first error, cancel, drain. Knows no rules and no command line.
 
+mod files;
 mod job;
 mod run;
 mod work;
@@ -11,7 +12,6 @@ use crate::extent::FileId;
 use crate::place::Destinations;
 use crate::plan::Plan;
 use crate::read::Engine;
-use crate::source::SourceFile;
 
 pub(crate) use crate::device::Device;
 pub(crate) use crate::stage::Ring;
@@ -31,8 +31,8 @@ pub(crate) struct Setup {
     pub(crate) stall_warning: Duration,
     pub(crate) stall_error: Duration,
     pub(crate) drop_page_cache: bool,
-    /// Files that are open already and checked.
-    pub(crate) opened: Vec<(FileId, Arc<SourceFile>)>,
+    /// Files that destinations are lent from.
+    pub(crate) mapped: Vec<FileId>,
     pub(crate) started: std::time::Instant,
 }
 

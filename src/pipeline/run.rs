@@ -120,13 +120,13 @@ fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled
     report(job, &memory, cpu_before)
 }
 
-/// [`Job::verify_files`] on a thread of its own: a file system that is gone may not answer at all.
+/// [`Files::verify`](super::files::Files::verify) on a thread of its own: a file system that is gone may not answer at all.
 fn verify_files(job: &Arc<Job>) -> Result<()> {
     // Nothing is sent: the channel closes when the thread is done.
     let (alive, ended) = mpsc::channel::<()>();
     let shared = Arc::clone(job);
     let thread = spawn("shardlift-verify", move || {
-        let outcome = shared.verify_files();
+        let outcome = shared.files.verify();
         drop(alive);
         outcome
     })?;

@@ -150,7 +150,7 @@ impl Job {
         // Before the file is opened: that may take for ever too.
         let since = Instant::now();
         self.begin(id, op.extent, bytes, slot.is_some(), since);
-        let file = match self.file(op.extent.file) {
+        let file = match self.files.get(op.extent.file) {
             Ok(file) => file,
             Err(error) => {
                 lock(&self.in_flight).remove(&id);

@@ -135,21 +135,21 @@ impl SourceFile {
     /// [`ErrorKind::Truncated`] if it is the same file and shorter, else [`ErrorKind::Changed`] if anything differs.
     pub fn verify_identity(&self, expected: Identity) -> Result<()> {
         let metadata = self.file.metadata().map_err(|error| Error::io("cannot stat", &self.path, error))?;
-        self.compare(expected, Identity::of(&metadata))
+        compare(&self.path, expected, Identity::of(&metadata))
     }
 
-    /// Checks that the path still names the file that was opened, unchanged.
+    /// Checks that a path names a file with this identity, unchanged.
     ///
     /// # Errors
     /// As [`verify_identity`](SourceFile::verify_identity); a path that is gone is [`ErrorKind::Changed`] too.
-    pub fn verify_path(&self) -> Result<()> {
-        match std::fs::metadata(&self.path) {
-            Ok(metadata) => self.compare(self.identity, Identity::of(&metadata)),
+    pub fn verify_path(path: &Path, expected: Identity) -> Result<()> {
+        match std::fs::metadata(path) {
+            Ok(metadata) => compare(path, expected, Identity::of(&metadata)),
             Err(error) if error.kind() == IoKind::NotFound => Err(Error::new(ErrorKind::Changed, "file was removed")
-                .with_expected(self.identity, "nothing")
-                .with_file(&self.path)
+                .with_expected(expected, "nothing")
+                .with_file(path)
                 .with_source(error)),
-            Err(error) => Err(Error::io("cannot stat", &self.path, error)),
+            Err(error) => Err(Error::io("cannot stat", path, error)),
         }
     }
 
@@ -181,7 +181,7 @@ impl SourceFile {
             _ => Error::io("cannot open with O_DIRECT", &self.path, error),
         })?;
         let metadata = file.metadata().map_err(|error| Error::io("cannot stat", &self.path, error))?;
-        self.compare(self.identity, Identity::of(&metadata))?;
+        compare(&self.path, self.identity, Identity::of(&metadata))?;
         Ok(file)
     }
 
@@ -235,26 +235,26 @@ impl SourceFile {
             _ => Error::io("cannot drop cached pages", &self.path, error).with_bytes(from, to),
         })
     }
+}
 
-    fn compare(&self, expected: Identity, found: Identity) -> Result<()> {
-        if found == expected {
-            return Ok(());
-        }
-        let same = (found.device, found.inode) == (expected.device, expected.inode);
-        let error = if same && found.size < expected.size {
-            Error::new(ErrorKind::Truncated, "file became shorter since its header was parsed")
-                .with_expected(format!("{} bytes", expected.size), format!("{} bytes", found.size))
-                .with_bytes(found.size, expected.size)
-        } else {
-            let error = Error::new(ErrorKind::Changed, "file changed since its header was parsed");
-            let modified = Identity { modified_ns: expected.modified_ns, ..found } == expected;
-            match modified {
-                true => error.with_expected("no change", Modified(found.modified_ns - expected.modified_ns)),
-                false => error.with_expected(expected, found),
-            }
-        };
-        Err(error.with_file(&self.path))
+fn compare(path: &Path, expected: Identity, found: Identity) -> Result<()> {
+    if found == expected {
+        return Ok(());
     }
+    let same = (found.device, found.inode) == (expected.device, expected.inode);
+    let error = if same && found.size < expected.size {
+        Error::new(ErrorKind::Truncated, "file became shorter since its header was parsed")
+            .with_expected(format!("{} bytes", expected.size), format!("{} bytes", found.size))
+            .with_bytes(found.size, expected.size)
+    } else {
+        let error = Error::new(ErrorKind::Changed, "file changed since its header was parsed");
+        let modified = Identity { modified_ns: expected.modified_ns, ..found } == expected;
+        match modified {
+            true => error.with_expected("no change", Modified(found.modified_ns - expected.modified_ns)),
+            false => error.with_expected(expected, found),
+        }
+    };
+    Err(error.with_file(path))
 }
 
 /// How much later a file was modified, in nanoseconds.
@@ -300,7 +300,7 @@ mod tests {
     fn changes_are_noticed() {
         let (mut file, source) = file_of(b"0123456789");
         source.verify_identity(source.identity()).unwrap();
-        source.verify_path().unwrap();
+        SourceFile::verify_path(file.path(), source.identity()).unwrap();
         file.as_file().set_len(4).unwrap();
         let error = source.verify_identity(source.identity()).unwrap_err();
         assert_eq!((error.kind(), error.at().bytes), (ErrorKind::Truncated, Some((4, 10))));
@@ -323,9 +323,9 @@ mod tests {
         let other = tempfile::NamedTempFile::new_in(file.path().parent().unwrap()).unwrap();
         std::fs::rename(other.path(), file.path()).unwrap();
         source.verify_identity(source.identity()).unwrap();
-        assert_eq!(source.verify_path().unwrap_err().kind(), ErrorKind::Changed);
+        assert_eq!(SourceFile::verify_path(file.path(), source.identity()).unwrap_err().kind(), ErrorKind::Changed);
         std::fs::remove_file(file.path()).unwrap();
-        assert_eq!(source.verify_path().unwrap_err().kind(), ErrorKind::Changed);
+        assert_eq!(SourceFile::verify_path(file.path(), source.identity()).unwrap_err().kind(), ErrorKind::Changed);
         std::fs::create_dir(file.path()).unwrap();
         assert_eq!(SourceFile::reopen(file.path(), source.identity()).unwrap_err().kind(), ErrorKind::Changed);
         std::fs::remove_dir(file.path()).unwrap();

@@ -93,7 +93,7 @@ fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<Fi
     }
     advance(file.identity.size, None)?;
     source.verify_identity(file.identity)?;
-    source.verify_path()?;
+    SourceFile::verify_path(&file.path, file.identity)?;
     sums.sha256 = sha256.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     match &sums.expected {
         Some(expected) if *expected != sums.sha256 => {
