@@ -94,6 +94,9 @@ pub const DIRECT_MIN: u64 = 64 << 10;
 /// for O_DIRECT, an eighth of the usual limit of 1024.
 pub const OPEN_FILES: usize = 64;
 
+/// Bytes of a file that one thread of a check holds: enough that a read costs more than its call.
+pub const CHECK_WINDOW: u64 = 1 << 20;
+
 /// Fewest threads that read: two keep the storage busy while one of them copies.
 pub const READ_THREADS_MIN: usize = 2;
 

@@ -125,6 +125,8 @@ fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
                 assert!(grown >= checkpoint.bytes(), "{what}: what was measured is not the load: {} MiB", grown / MIB);
                 let extra = report.peak_extra_bytes;
                 assert!(extra <= STAGING + REST, "{what}: reports {} MiB", extra / MIB);
+                let (_, grown) = growth(|| weights.check().unwrap());
+                assert!(grown <= REST / 2, "{what}: the check grew by {} MiB", grown / MIB);
                 drop((weights, loader));
             }
         }
