@@ -3,12 +3,28 @@
 #[path = "support/model.rs"]
 mod model;
 
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use shardlift::read::EngineChoice;
-use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Rank, Residency, Rules, World};
+use shardlift::read::{EngineChoice, Uring};
+use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Rank, Report, Residency, Rules, World};
 
 const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::Mmap, EngineChoice::Uring];
+
+/// A load that was asked to read with io_uring did so, where this machine has it.
+fn assert_uring_if_asked(asked: EngineChoice, report: &Report) {
+    static USABLE: LazyLock<bool> = LazyLock::new(|| {
+        let usable = Uring::new(1, 1, true);
+        #[expect(clippy::print_stderr, reason = "a skipped test says so")]
+        if let Err(error) = &usable {
+            eprintln!("SKIPPED: loads with io_uring: {error}");
+        }
+        usable.is_ok()
+    });
+    if asked == EngineChoice::Uring && *USABLE {
+        assert_eq!(report.engine, "uring", "{}", report.engine_reason);
+    }
+}
 
 fn worlds() -> Vec<World> {
     [1, 2, 3, 4, 8].iter().flat_map(|&n| [World::host(n), World::host_staged(n)]).collect()
@@ -44,6 +60,7 @@ fn every_engine_and_world_is_bit_exact() {
                     }
                 }
                 weights.check().unwrap();
+                assert_uring_if_asked(engine, &report);
                 // Aligned reads may ask for up to a page before and after each span.
                 let slack = if report.engine == "uring" { 32 * 4096 } else { 0 };
                 assert!(report.storage_bytes_read >= report.needed_bytes);
@@ -75,6 +92,7 @@ fn what_the_index_leaves_out_is_neither_planned_nor_loaded() {
             let loader = Loader::new().engine(engine).staging(8 << 20);
             let (weights, report) = loader.load(&loader.plan(&checkpoint, &rules, &world).unwrap()).unwrap();
             assert_eq!(report.needed_bytes, bytes);
+            assert_uring_if_asked(engine, &report);
             for rank in 0..world.size() {
                 for tensor in &kept {
                     let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
