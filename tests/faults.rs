@@ -35,6 +35,7 @@ struct Faulty {
     count: AtomicUsize,
 }
 
+/// Longer than any bound below.
 const STALL: Duration = Duration::from_millis(1500);
 
 // SAFETY: the engine inside answers for it; an outcome is only made worse.
@@ -140,6 +141,39 @@ fn every_read_of_a_load_can_go_wrong() {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_read_of_a_load_can_stall() {
+    const WARNING: Duration = Duration::from_millis(10);
+    const BOUND: Duration = Duration::from_millis(60);
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 17);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(model::RULES).unwrap();
+    for world in [World::host(2), World::host_staged(2)] {
+        for engine in engines() {
+            let start = |fault, at, bound| {
+                let faulty = Faulty { engine: Arc::clone(&engine), fault, at, count: AtomicUsize::new(0) };
+                let loader = Loader::new().staging(8 << 20).custom_engine(Arc::new(faulty)).stall(WARNING, bound);
+                loader.start(&loader.plan(&checkpoint, &rules, &world).unwrap()).unwrap()
+            };
+            let (_, report) = start(Fault::None, 0, shardlift::limits::STALL_ERROR).finish().unwrap();
+            for at in 0..report.reads as usize {
+                let began = Instant::now();
+                let load = start(Fault::Stalls, at, BOUND);
+                let monitor = load.monitor();
+                let error = load.finish().unwrap_err();
+                let took = began.elapsed();
+                let place = format!("{} {world:?} {at} {error:?}", engine.name());
+                assert_eq!(error.kind(), ErrorKind::Stalled, "{place}");
+                assert!(BOUND <= took && took < STALL, "{place}: {took:?}");
+                assert!(error.file().is_some() && error.tensor().is_some(), "{place}");
+                assert!(error.at().bytes.is_some_and(|(from, to)| from < to), "{place}");
+                assert!(monitor.progress().abandoned_bytes > 0, "{place}");
             }
         }
     }

@@ -89,9 +89,28 @@ fn reshard_and_open_what_it_wrote() {
 #[test]
 fn doctor() {
     let model = model();
-    let object = run(&["doctor", path(model.path())], 0);
-    assert!(object["auto"]["engine"].is_string());
+    let doctor = || run(&["doctor", path(model.path())], 0);
+    let object = doctor();
+    assert_eq!(object["auto"]["engine"], "pread");
+    let reason = object["auto"]["reason"].as_str().unwrap();
+    assert!(reason.starts_with("136 bytes to read"), "{reason}");
     assert!(object["memcpy_gb_per_s"].as_f64().unwrap() > 0.0);
+
+    // A small tensor is no reason in a model that is large, though it be holes only.
+    const LARGE: u64 = 128 << 20;
+    let large = json!({
+        "a.small": { "dtype": "U8", "shape": [136], "data_offsets": [0, 136] },
+        "b.large": { "dtype": "U8", "shape": [LARGE], "data_offsets": [136, 136 + LARGE] },
+    });
+    write(model.path(), &large);
+    let file = fs::OpenOptions::new().write(true).open(model.path().join("model.safetensors")).unwrap();
+    file.set_len(file.metadata().unwrap().len() + LARGE).unwrap();
+    let object = doctor();
+    let reason = object["auto"]["reason"].as_str().unwrap();
+    assert!(object["auto"]["engine"].is_string() && !reason.contains("bytes to read"), "{reason}");
+
+    fs::remove_file(model.path().join("model.safetensors")).unwrap();
+    assert_eq!(doctor()["auto"]["engine"], Value::Null);
 }
 
 #[test]

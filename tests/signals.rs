@@ -25,9 +25,23 @@ fn start(args: &[&str]) -> Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
-/// Signals the command after a while, and returns its exit status, its object, and how long it took to end.
+/// Waits until the command reads: its handlers are installed by then.
+fn wait_for_reads(child: &Child) {
+    let began = Instant::now();
+    let reads = || {
+        let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).ok()?;
+        let mut names = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+        names.find(|name| name.starts_with("shardlift-read"))
+    };
+    while reads().is_none() {
+        assert!(began.elapsed() < Duration::from_secs(20), "the load never began");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Signals the command once it reads, and returns its exit status, its object, and how long it took to end.
 fn end(child: Child, signal: Signal) -> (i32, Value, Duration) {
-    thread::sleep(Duration::from_millis(400));
+    wait_for_reads(&child);
     kill_process(Pid::from_child(&child), signal).unwrap();
     let began = Instant::now();
     let output = child.wait_with_output().unwrap();

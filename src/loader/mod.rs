@@ -193,6 +193,13 @@ impl Loader {
         self.start(plan)?.finish()
     }
 
+    /// Name of the engine that a load of this plan would read with, and why, without loading: the same two that its
+    /// [`Report`] would hold.
+    pub fn engine_for(&self, plan: &Plan) -> (&'static str, String) {
+        let (engine, reason) = self.choose_engine(plan);
+        (engine.name(), reason)
+    }
+
     /// Gives staging memory that no load uses back to the system.
     pub fn release(&self) {
         self.ring.release();

@@ -8,7 +8,7 @@ use super::audit::{Declared, audit};
 use super::digest::digest;
 use super::extents::extents;
 use super::leaf::Leaf;
-use super::rules::{AliasRule, Owner, Placement, Rules, Verdict};
+use super::rules::{AliasRule, Owner, Placement, Rules, TENSORS_PER_TASK, Verdict};
 use super::world::World;
 use super::{Dest, Inner, Param, Plan, RankPlan, ReadOrder};
 use crate::checkpoint::{Checkpoint, TensorMeta};
@@ -129,7 +129,7 @@ impl<'a> Builder<'a> {
         let named: Vec<Result<Named<'a>>> = verdicts
             .par_iter()
             .enumerate()
-            .with_min_len(512)
+            .with_min_len(TENSORS_PER_TASK)
             .filter_map(|(tensor, verdict)| match *verdict {
                 Verdict::Rule(rule) => {
                     let made = Made::From { tensor: tensor as u32, rule };

@@ -106,5 +106,5 @@ impl Encoder {
 /// The version of the encoding; a change of it changes every digest.
 const VERSION: u64 = 1;
 
-/// Bytes gathered before they are hashed.
+/// Bytes gathered before they are hashed: many small updates would cost more than their bytes.
 const BUFFER: usize = 16 << 10;

@@ -180,6 +180,9 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
     }
 }
 
+/// An asynchronous note of broken memory that nobody touched yet (siginfo's `si_code` in Linux).
+const BUS_MCEERR_AO: libc::c_int = 5;
+
 /// Hands the signal to the handler that was there before ours.
 ///
 /// # Safety
@@ -187,14 +190,20 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, cont
 unsafe fn forward(signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     let action = EARLIER.get().map_or(libc::SIG_DFL, |earlier| earlier.sa_sigaction);
     let flags = EARLIER.get().map_or(0, |earlier| earlier.sa_flags);
-    // SAFETY: a handler that somebody registered with these flags has this signature; the default is restored so
-    // that the fault, raised again on return, ends the process as it would have without us.
+    // SAFETY: a handler that somebody registered with these flags has this signature; `sigaction` and `raise` are
+    // async-signal-safe.
     unsafe {
+        // What was sent does not come again on return as a fault does, and the system never ignores a fault.
+        let sent = (*info).si_code <= 0 || (*info).si_code == BUS_MCEERR_AO;
         match action {
+            libc::SIG_IGN if sent => {}
             libc::SIG_DFL | libc::SIG_IGN => {
                 let mut default: libc::sigaction = std::mem::zeroed();
                 default.sa_sigaction = libc::SIG_DFL;
                 libc::sigaction(signal, &default, std::ptr::null_mut());
+                if sent {
+                    libc::raise(signal);
+                }
             }
             handler if flags & libc::SA_SIGINFO != 0 => {
                 let handler: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
@@ -303,32 +312,38 @@ mod tests {
         assert!(!again.iter().any(Mapping::broken), "a guard remembers another mapping");
     }
 
-    /// Runs itself in processes of their own, which fault at a mapping that is none of ours.
+    /// Runs itself in processes of their own, which fault at a mapping that is none of ours, or are sent the signal.
     #[test]
-    fn a_fault_elsewhere_is_the_earlier_handlers() {
-        const EARLIER: &str = "SHARDLIFT_TEST_EARLIER";
+    fn a_signal_that_is_not_ours_is_the_earlier_handlers() {
+        const CASE: &str = "SHARDLIFT_TEST_SIGBUS";
         #[expect(clippy::disallowed_methods, reason = "this test speaks to itself in another process")]
-        if let Ok(earlier) = std::env::var(EARLIER) {
-            fault_elsewhere(&earlier);
+        if let Ok(case) = std::env::var(CASE) {
+            let (earlier, cause) = case.split_once(", ").unwrap();
+            in_child(earlier, cause);
         }
-        let name = "source::mapping::tests::a_fault_elsewhere_is_the_earlier_handlers";
+        let name = "source::mapping::tests::a_signal_that_is_not_ours_is_the_earlier_handlers";
+        let exited = |code| (Some(code), None);
         let killed = (None, Some(libc::SIGBUS));
-        for (earlier, expected) in [
-            ("as Rust starts", killed),
-            ("default", killed),
-            ("ignore", killed),
-            ("plain", (Some(42), None)),
-            ("with info", (Some(43), None)),
+        // The system ignores what was sent, never a fault. Rust's own handler waits for the fault to come again.
+        for (earlier, after_fault, after_sent) in [
+            ("as Rust starts", killed, exited(0)),
+            ("default", killed, killed),
+            ("ignore", killed, exited(0)),
+            ("plain", exited(42), exited(42)),
+            ("with info", exited(43), exited(44)),
         ] {
-            let mut child = Command::new(std::env::current_exe().unwrap());
-            child.args(["--exact", name]).stdout(Stdio::null()).stderr(Stdio::null());
-            // A sanitizer would otherwise be the earlier handler, and end the process in its own way.
-            let status = child.env(EARLIER, earlier).env("ASAN_OPTIONS", "handle_sigbus=0").status().unwrap();
-            assert_eq!((status.code(), status.signal()), expected, "{earlier}");
+            for (cause, expected) in [("fault", after_fault), ("sent", after_sent), ("memory error", after_sent)] {
+                let mut child = Command::new(std::env::current_exe().unwrap());
+                child.args(["--exact", name]).stdout(Stdio::null()).stderr(Stdio::null());
+                child.env(CASE, format!("{earlier}, {cause}"));
+                // A sanitizer would otherwise be the earlier handler, and end the process in its own way.
+                let status = child.env("ASAN_OPTIONS", "handle_sigbus=0").status().unwrap();
+                assert_eq!((status.code(), status.signal()), expected, "{earlier}, {cause}");
+            }
         }
     }
 
-    fn fault_elsewhere(earlier: &str) -> ! {
+    fn in_child(earlier: &str, cause: &str) -> ! {
         extern "C" fn plain(_signal: libc::c_int) {
             // SAFETY: ends the process; async-signal-safe.
             unsafe { libc::_exit(42) }
@@ -357,10 +372,28 @@ mod tests {
         file.as_file().set_len(0).unwrap();
         file.close().unwrap(); // nobody else removes it
         assert_eq!(touch(&ours, 1), [0, 0]);
-        // SAFETY: the address is mapped; the signal is what this is about.
-        unsafe {
-            theirs.as_ptr().read_volatile();
-            libc::_exit(0);
+        match cause {
+            // SAFETY: the address is mapped; the signal is what this is about.
+            "fault" => drop(unsafe { theirs.as_ptr().read_volatile() }),
+            "sent" => send(libc::SI_USER),
+            _ => send(BUS_MCEERR_AO),
         }
+        if earlier == "ignore" {
+            assert_eq!(touch(&ours, 2), [0, 0], "the guard is still there");
+        }
+        // SAFETY: ends the process.
+        unsafe { libc::_exit(0) }
+    }
+
+    /// Sends SIGBUS with this `si_code` to this thread.
+    fn send(code: libc::c_int) {
+        // SAFETY: a `siginfo_t` of zeros is one; a process may send itself any code.
+        let sent = unsafe {
+            let mut info: libc::siginfo_t = std::mem::zeroed();
+            info.si_code = code;
+            let (process, thread) = (libc::getpid(), libc::gettid());
+            libc::syscall(libc::SYS_rt_tgsigqueueinfo, process, thread, libc::SIGBUS, &info)
+        };
+        assert_eq!(sent, 0, "{}", io::Error::last_os_error());
     }
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 use shardlift::source::{FileSystem, SourceFile};
-use shardlift::{Checkpoint, Loader, Plan, Rules, World};
+use shardlift::{Checkpoint, Loader, Plan, Rules, World, limits};
 
 use crate::args::DoctorArgs;
 use crate::output::{Failure, Output, count, fields, human_bytes};
@@ -18,13 +18,14 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     // A path that is not there is an argument that is wrong, not a machine that is.
     fs::metadata(path).map_err(|error| shardlift::Error::io("cannot look at", path, error))?;
     let cpus = thread::available_parallelism().map_or(1, usize::from);
-    let threads = count(cpus, "thread");
+    let moving = cpus.min(limits::READ_THREADS_MAX);
+    let threads = count(moving, "thread");
     let [total, available] = memory();
     let uring = uring();
     let file_system = file_system(path);
     let auto = auto(path);
-    let memcpy = memcpy_gb_per_s(cpus);
-    let pread = pread_gb_per_s(cpus);
+    let memcpy = memcpy_gb_per_s(moving);
+    let pread = pread_gb_per_s(moving);
 
     output.line(format_args!("cpus: {cpus}"));
     if let (Some(total), Some(available)) = (total, available) {
@@ -106,31 +107,16 @@ fn uring() -> Result<(), String> {
     Err("only on linux".into())
 }
 
-/// What `auto` answers for the smallest tensor of the checkpoint at PATH.
-fn auto(path: &Path) -> Result<(String, String), String> {
-    let asked = || -> shardlift::Result<Option<(String, String)>> {
-        let checkpoint = Checkpoint::open(path)?;
-        let Some(tensor) = checkpoint.tensors().iter().filter(|tensor| tensor.bytes() > 0).min_by_key(|it| it.bytes())
-        else {
-            return Ok(None);
-        };
-        let rules = Rules::replicate_all().keeping(&tensor.name);
-        let plan = Plan::new(&checkpoint, &rules, &World::host(1))?;
-        let mut load = Loader::new().start(&plan)?;
-        for tensor in &mut load {
-            tensor?;
-        }
-        let (_, report) = load.finish()?;
-        Ok(Some((report.engine, report.engine_reason)))
+/// What `auto` answers for all of the checkpoint at PATH.
+fn auto(path: &Path) -> Result<(&'static str, String), String> {
+    let asked = || -> shardlift::Result<_> {
+        let plan = Plan::new(&Checkpoint::open(path)?, &Rules::replicate_all(), &World::host(1))?;
+        Ok(Loader::new().engine_for(&plan))
     };
-    match asked() {
-        Ok(Some(answer)) => Ok(answer),
-        Ok(None) => Err("the checkpoint has no data".into()),
-        Err(error) => Err(error.to_string()),
-    }
+    asked().map_err(|error| error.to_string())
 }
 
-/// Copies between buffers that fit no cache, on all cores.
+/// Copies between buffers that fit no cache, on every thread.
 fn memcpy_gb_per_s(threads: usize) -> f64 {
     let each = |_| {
         let from = vec![1u8; CEILING_BYTES];
@@ -140,7 +126,7 @@ fn memcpy_gb_per_s(threads: usize) -> f64 {
     best_gb_per_s(threads, each)
 }
 
-/// Reads from a file that lies in the page cache, on all cores.
+/// Reads from a file that lies in the page cache, on every thread.
 #[cfg(target_os = "linux")]
 fn pread_gb_per_s(threads: usize) -> Option<f64> {
     use std::os::unix::fs::FileExt;
@@ -178,4 +164,5 @@ fn best_gb_per_s<W: FnMut() + Send>(threads: usize, worker: impl Fn(usize) -> W)
 
 /// Bytes that each thread moves in a round: more than its share of any cache.
 const CEILING_BYTES: usize = 64 << 20;
+/// The first brings the pages in, and one of the others is seldom disturbed.
 const ROUNDS: usize = 4;

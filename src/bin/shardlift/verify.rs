@@ -65,7 +65,10 @@ struct FileSums {
 
 /// Reads a file from start to end, once; it is the one whose header was parsed, before and after.
 fn read(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile) -> Result<FileSums> {
-    let source = SourceFile::reopen(&file.path, file.identity)?;
+    read_opened(checkpoint, id, file, &SourceFile::reopen(&file.path, file.identity)?)
+}
+
+fn read_opened(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile, source: &SourceFile) -> Result<FileSums> {
     let mut sha256 = Sha256::new();
     let mut chunk = vec![0; CHUNK];
     let mut sums = FileSums { expected: blob_name(&file.path), ..FileSums::default() };
@@ -118,7 +121,7 @@ const CHUNK: usize = 1 << 20;
 #[cfg(test)]
 mod tests {
     use std::fs::{self, OpenOptions};
-    use std::time::{Duration, SystemTime};
+    use std::time::SystemTime;
 
     use super::*;
 
@@ -154,13 +157,12 @@ mod tests {
     #[test]
     fn a_file_that_is_touched_while_it_is_read_is_an_error() {
         let folder = tempfile::tempdir().unwrap();
-        let checkpoint = model(folder.path(), 64 << 20);
-        let file = OpenOptions::new().write(true).open(&checkpoint.files()[0].path).unwrap();
-        let touch = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(10));
-            file.set_modified(SystemTime::UNIX_EPOCH).unwrap();
-        });
-        assert_eq!(kind(&checkpoint), ErrorKind::Changed);
-        touch.join().unwrap();
+        let checkpoint = model(folder.path(), 100);
+        let file = &checkpoint.files()[0];
+        let source = SourceFile::reopen(&file.path, file.identity).unwrap();
+        let read = || read_opened(&checkpoint, FileId(0), file, &source);
+        read().unwrap();
+        OpenOptions::new().write(true).open(&file.path).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        assert_eq!(read().err().unwrap().kind(), ErrorKind::Changed);
     }
 }

@@ -204,7 +204,7 @@ impl Rules {
     pub(super) fn verdicts(&self, tensors: &[TensorMeta]) -> Result<Vec<Verdict>> {
         let matched: Vec<Option<u32>> = tensors
             .par_iter()
-            .with_min_len(512)
+            .with_min_len(TENSORS_PER_TASK)
             .map(|tensor| self.rules.iter().position(|rule| rule.matches(&tensor.name)).map(|rule| rule as u32))
             .collect();
         self.refuse_unused(tensors, &matched)?;
@@ -420,3 +420,6 @@ fn unmatched(tensor: &TensorMeta) -> Error {
 fn broken(rule: &'static str, message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Rules, message).with_rule(rule)
 }
+
+/// Fewest tensors whose names one task of the pool looks at: matching this many costs far more than handing them over.
+pub(super) const TENSORS_PER_TASK: usize = 512;
