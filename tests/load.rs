@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use shardlift::read::{EngineChoice, Uring};
+use shardlift::source::{FileSystem, SourceFile};
 use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Rank, Report, Residency, Rules, World};
 
 const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::Mmap, EngineChoice::Uring];
@@ -343,6 +344,39 @@ fn a_checkpoint_may_have_more_files_than_a_process_may_open() {
                 .output()
                 .unwrap();
             assert!(output.status.success(), "{engine} {residency}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+    }
+}
+
+#[test]
+fn the_page_cache_forgets_what_was_read_if_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 17);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(model::RULES).unwrap();
+    let resident = || {
+        let shares = checkpoint.files().iter().map(|file| {
+            let size = file.identity.size;
+            SourceFile::open(&file.path).unwrap().resident_fraction(&[(0, size)])
+        });
+        shares.sum::<Option<f64>>().map(|sum| sum / checkpoint.files().len() as f64)
+    };
+    for file in checkpoint.files() {
+        let open = std::fs::File::open(&file.path).unwrap();
+        open.sync_all().unwrap(); // what is not written yet cannot be forgotten
+        if matches!(SourceFile::open(&file.path).unwrap().file_system(), Ok(FileSystem::Memory(_))) {
+            return; // the page cache is where these files are
+        }
+    }
+    for engine in ENGINES {
+        for world in [World::host(2), World::host_staged(2)] {
+            let loader = Loader::new().engine(engine).drop_page_cache(true);
+            let plan = loader.plan(&checkpoint, &rules, &world).unwrap();
+            checkpoint.files().iter().for_each(|file| drop(std::fs::read(&file.path).unwrap()));
+            let Some(1.0) = resident() else { return };
+            let (weights, _) = loader.load(&plan).unwrap();
+            assert_eq!(resident(), Some(0.0), "{engine:?}");
+            drop(weights);
         }
     }
 }

@@ -126,7 +126,8 @@ impl Loader {
         self
     }
 
-    /// Whether to drop what was read from the page cache.
+    /// Whether the page cache should forget the files that a load read: each when it is closed, which is at the end
+    /// but for the first of very many.
     pub fn drop_page_cache(mut self, drop: bool) -> Loader {
         self.drop_page_cache = drop;
         self

@@ -15,6 +15,8 @@ use crate::sync::lock;
 #[derive(Debug)]
 pub(super) struct Files {
     plan: Plan,
+    /// Whether the page cache should forget a file when it is closed.
+    forget_pages: bool,
     slots: Vec<Slot>,
     /// Open files, the one opened first in front.
     open: Mutex<VecDeque<FileId>>,
@@ -29,12 +31,12 @@ struct Slot {
 
 impl Files {
     /// The files of a plan, some of which are in use already.
-    pub(super) fn new(plan: &Plan, used: &[FileId]) -> Files {
+    pub(super) fn new(plan: &Plan, used: &[FileId], forget_pages: bool) -> Files {
         let slots: Vec<Slot> = plan.checkpoint().files().iter().map(|_| Slot::default()).collect();
         for id in used {
             slots[id.0 as usize].used.store(true, Ordering::Relaxed);
         }
-        Files { plan: plan.clone(), slots, open: Mutex::default() }
+        Files { plan: plan.clone(), forget_pages, slots, open: Mutex::default() }
     }
 
     /// A file, opened and compared with the identity that it had when its header was parsed.
@@ -48,6 +50,9 @@ impl Files {
             let planned = self.plan.file(id);
             let _span = tracing::debug_span!("file", path = %planned.path.display()).entered();
             let file = Arc::new(SourceFile::reopen(&planned.path, planned.identity)?);
+            if self.forget_pages {
+                file.forget_pages_when_closed();
+            }
             slot.used.store(true, Ordering::Relaxed);
             *opened = Some(Arc::clone(&file));
             file

@@ -28,6 +28,7 @@ pub(crate) struct Job {
     pub(super) cursor: Mutex<Cursor>,
     /// Remainders of short reads, and interrupted ones.
     pub(super) again: Mutex<VecDeque<Request>>,
+    /// After `setup`, whose engine may have them mapped: pages in use would not be forgotten.
     pub(super) files: Files,
     /// For each rank, where its filled slots go; `None` where bytes land at once.
     pub(super) inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>,
@@ -109,7 +110,7 @@ impl Job {
             }
         }
         let job = Job {
-            files: Files::new(&plan, &setup.mapped),
+            files: Files::new(&plan, &setup.mapped, setup.drop_page_cache),
             setup,
             alignment,
             reads,

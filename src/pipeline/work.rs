@@ -163,15 +163,14 @@ impl Job {
 
     /// All bytes of a read are in its buffer: sends them on to every destination.
     fn arrived(&self, request: Request) -> Result<()> {
-        let Request { file, slot, pending: Pending { op, base, pieces, repeated: _, since: _ }, .. } = request;
+        let Request { slot, pending: Pending { op, base, pieces, .. }, .. } = request;
         match slot {
-            None => self.fan_out(&pieces),
-            Some(slot) => self.land(&op, base, slot)?,
+            None => {
+                self.fan_out(&pieces);
+                Ok(())
+            }
+            Some(slot) => self.land(&op, base, slot),
         }
-        if self.setup.drop_page_cache {
-            file.drop_cache(op.extent.start, op.extent.end)?;
-        }
-        Ok(())
     }
 
     /// The bytes lie in the first piece's destination: copies them to the other ones.

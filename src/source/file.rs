@@ -53,6 +53,7 @@ pub struct SourceFile {
     /// open after a refusal: reads of it may be queued.
     direct: OnceLock<Option<File>>,
     direct_refused: AtomicBool,
+    forget_pages: AtomicBool,
 }
 
 impl SourceFile {
@@ -69,8 +70,14 @@ impl SourceFile {
         }
         let file = File::open(&path).map_err(|error| Error::io("cannot open", &path, error))?;
         let metadata = file.metadata().map_err(|error| Error::io("cannot stat", &path, error))?;
-        let (direct, direct_refused) = (OnceLock::new(), AtomicBool::new(false));
-        Ok(SourceFile { identity: Identity::of(&metadata), path, file, direct, direct_refused })
+        Ok(SourceFile {
+            identity: Identity::of(&metadata),
+            path,
+            file,
+            direct: OnceLock::new(),
+            direct_refused: AtomicBool::new(false),
+            forget_pages: AtomicBool::new(false),
+        })
     }
 
     /// Opens a file once more that had this identity when its header was parsed.
@@ -223,17 +230,19 @@ impl SourceFile {
         (samples > 0).then(|| resident as f64 / samples as f64)
     }
 
-    /// Advises the system to forget the cached pages of bytes `from..to`; benches use it to start cold.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Io`] if the system refuses; [`ErrorKind::Unsupported`] if it has no such call.
-    pub fn drop_cache(&self, from: u64, to: u64) -> Result<()> {
-        system::drop_cache(&self.file, from, to).map_err(|error| match error.kind() {
-            IoKind::Unsupported => {
-                Error::new(ErrorKind::Unsupported, "cannot drop cached pages here").with_file(&self.path)
-            }
-            _ => Error::io("cannot drop cached pages", &self.path, error).with_bytes(from, to),
-        })
+    /// When the file is closed, advises the system to forget its cached pages. All at once, because advice about a part
+    /// of a large folio (the page cache's unit) does nothing; those that are mapped at that moment stay.
+    pub fn forget_pages_when_closed(&self) {
+        self.forget_pages.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Drop for SourceFile {
+    fn drop(&mut self) {
+        if self.forget_pages.load(Ordering::Relaxed) {
+            // Advice: where there is none to give, the pages stay.
+            let _ = system::forget_pages(&self.file);
+        }
     }
 }
 
@@ -342,7 +351,6 @@ mod tests {
     fn what_was_just_written_is_resident_where_the_system_says() {
         let (_file, source) = file_of(&vec![1; 1 << 20]);
         source.file_system().unwrap();
-        source.drop_cache(0, 0).ok();
         if let Some(share) = source.resident_fraction(&[(0, 10), (20, 20), (4096, 1 << 20)]) {
             assert!((0.0..=1.0).contains(&share), "{share}");
         }

@@ -76,13 +76,12 @@ pub struct DirectAlignment {
     pub offset: u32,
 }
 
-pub(super) use platform::{direct_alignment, drop_cache, file_system, is_resident, open_direct};
+pub(super) use platform::{direct_alignment, file_system, forget_pages, is_resident, open_direct};
 
 #[cfg(target_os = "linux")]
 mod platform {
     use std::fs::OpenOptions;
     use std::io::IoSliceMut;
-    use std::num::NonZeroU64;
     use std::os::unix::fs::OpenOptionsExt;
 
     use rustix::fs::{Advice, AtFlags, OFlags, StatxFlags};
@@ -122,12 +121,8 @@ mod platform {
         }
     }
 
-    pub(in crate::source) fn drop_cache(file: &File, from: u64, to: u64) -> Result<()> {
-        // A length of zero would mean all up to the end.
-        match NonZeroU64::new(to.saturating_sub(from)) {
-            Some(length) => Ok(rustix::fs::fadvise(file, from, Some(length), Advice::DontNeed)?),
-            None => Ok(()),
-        }
+    pub(in crate::source) fn forget_pages(file: &File) -> Result<()> {
+        Ok(rustix::fs::fadvise(file, 0, None, Advice::DontNeed)?)
     }
 }
 
@@ -153,7 +148,7 @@ mod platform {
         None
     }
 
-    pub(in crate::source) fn drop_cache(_file: &File, _from: u64, _to: u64) -> Result<()> {
+    pub(in crate::source) fn forget_pages(_file: &File) -> Result<()> {
         Err(Error::from(ErrorKind::Unsupported))
     }
 }
