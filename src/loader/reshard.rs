@@ -21,8 +21,8 @@ impl Loader {
     /// With `force` a directory at `out` is replaced; if `out` is a link to one, the link stays.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] if `out` exists and `force` is not set; if it is no directory, a mount point, the model, or
-    /// holds some of the model, whatever `force` says. Else as a load, and [`ErrorKind::Io`] if a file cannot be written.
+    /// [`ErrorKind::Usage`] if `out` exists and `force` is not set; if it cannot be created, is no directory, a mount
+    /// point, the model, or holds some of the model, whatever `force` says. Else as a load, and [`ErrorKind::Io`] if a file cannot be written.
     ///
     /// [`ErrorKind::Usage`]: crate::ErrorKind::Usage
     /// [`ErrorKind::Io`]: crate::ErrorKind::Io
