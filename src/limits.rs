@@ -18,6 +18,9 @@ pub const JSON_DEPTH: usize = 128;
 /// Largest index or `config.json` that is accepted: an index of 92,000 tensors takes 10 MB.
 pub const INDEX_MAX: u64 = 100_000_000;
 
+/// Largest rules file that is accepted: a rule for each of 92,000 tensors takes 10 MB.
+pub const RULES_MAX: u64 = 16 << 20;
+
 /// Most threads that read headers at once: beyond this storage answers no faster.
 pub const HEADER_THREADS_MAX: usize = 32;
 

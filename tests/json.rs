@@ -84,6 +84,57 @@ fn reshard_and_open_what_it_wrote() {
     }
     assert_eq!(run(&args, 2)["error"]["kind"], "usage");
     run(&[&args[..], &["--force"]].concat(), 0);
+
+    // What is divided already is not divided once more, whatever the configuration of the whole model says.
+    fs::write(out.join("config.json"), r#"{"model_type": "llama"}"#).unwrap();
+    let partition = out.join("model-rank-0-part-0.safetensors");
+    assert_eq!(run(&["load", path(&partition), "--check"], 0)["landed_bytes"], 4 * 8 * 4 / 2 + 8);
+    let error = &run(&["load", path(&partition), "--tp", "2"], 2)["error"];
+    assert!(error["message"].as_str().unwrap().contains("partition of rank 0"), "{error}");
+    let told = |ranks: &str| {
+        let error = &run(&["load", path(&out)], 2)["error"];
+        assert!(error["message"].as_str().unwrap().contains(&format!(", of {ranks}: open one")), "{error}");
+    };
+    told("ranks 0 to 1");
+    for rank in [3, 5] {
+        fs::copy(&partition, out.join(format!("model-rank-{rank}-part-0.safetensors"))).unwrap();
+    }
+    told("ranks 0 to 1, 3, 5");
+    for rank in [1, 3, 5] {
+        fs::remove_file(out.join(format!("model-rank-{rank}-part-0.safetensors"))).unwrap();
+    }
+    told("rank 0");
+}
+
+#[test]
+fn a_config_that_cannot_be_used_says_why() {
+    let model = model();
+    let config = model.path().join("config.json");
+    let refused = |reason: &str| {
+        run(&["load", path(model.path())], 0);
+        let error = &run(&["load", path(model.path()), "--tp", "2"], 2)["error"];
+        assert_eq!((&error["kind"], &error["file"]), (&json!("rules"), &json!(path(&config))));
+        assert!(error["message"].as_str().unwrap().contains(reason), "{error}");
+    };
+    fs::write(&config, "{").unwrap();
+    refused("not json");
+    fs::remove_file(&config).unwrap();
+    symlink("config.json", &config).unwrap();
+    refused("cannot open");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn rules_are_read_from_pipes_and_not_without_end() {
+    let model = model();
+    let args = ["load", path(model.path()), "--tp", "2", "--rules"];
+    let error = &run(&[&args[..], &["/dev/zero"]].concat(), 2)["error"];
+    assert_eq!((&error["kind"], &error["expected"]), (&json!("rules"), &json!("at most 16777216 bytes")));
+    let shell = "cat \"$0\" | \"$@\" /dev/stdin";
+    let rules = rules();
+    let mut command = Command::new("sh");
+    command.args(["-c", shell, path(rules.path()), env!("CARGO_BIN_EXE_shardlift")]).args(args);
+    assert!(command.output().unwrap().status.success());
 }
 
 #[test]

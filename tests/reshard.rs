@@ -133,6 +133,37 @@ fn only_folders_are_replaced_and_links_to_them_stay() {
     assert_eq!(names(&root.join("disk")), ["real"]);
 }
 
+#[test]
+fn where_an_output_cannot_be_is_a_wrong_argument_and_nothing_is_left() {
+    let (folder, m) = folder_with_model();
+    let root = folder.path();
+    let file = m.join("one.safetensors");
+    for out in [file.join("out"), root.join("x".repeat(256)), root.join("a").join("x".repeat(256))] {
+        refused(root, &m, &out, "output-not-creatable");
+    }
+    #[cfg(target_os = "linux")]
+    refused(root, &m, Path::new("/proc/shardlift/out"), "output-not-creatable");
+    // The longest name that there is, and a way that leads through folders that are not there.
+    let (long, detour) = ("x".repeat(255), root.join("no/no/../../mine/../plain"));
+    for out in [root.join(&long), detour] {
+        Loader::new().reshard(&plan(&m, 1), out, false).unwrap();
+    }
+    assert_eq!(names(root), ["parent", "plain", &long]);
+    refused(root, &m, &root.join("no/../parent"), "output-is-model");
+}
+
+#[test]
+fn aliases_that_are_left_out_are_a_warning() {
+    let (folder, m) = folder_with_model();
+    let checkpoint = Checkpoint::open(&m).unwrap();
+    let first = &checkpoint.tensors()[0].name;
+    let plan = |rules| Plan::new(&checkpoint, &rules, &World::host(1)).unwrap();
+    let reshard = |rules, out| Loader::new().reshard(&plan(rules), folder.path().join(out), false).unwrap().warnings;
+    let warnings = reshard(Rules::replicate_all().alias("head", first), "aliased");
+    assert_eq!(warnings, [format!("aliases are not written: head of {first}")]);
+    assert!(reshard(Rules::replicate_all(), "plain").is_empty());
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_mount_point_is_refused_before_anything_moves() {
@@ -146,7 +177,7 @@ fn the_output_holds_the_model_and_nothing_from_elsewhere() {
     let root = folder.path();
     // What processes of the same number left when they were killed.
     let id = std::process::id();
-    for stale in [format!(".out.{id}.partial"), format!(".out.{id}-0.partial"), format!(".out.{id}-0.old")] {
+    for stale in [format!(".shardlift-{id}-0.partial"), format!(".shardlift-{id}-0.old")] {
         fs::create_dir(root.join(&stale)).unwrap();
         fs::write(root.join(stale).join("model-rank-7-part-0.safetensors"), "stale").unwrap();
     }

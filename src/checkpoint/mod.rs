@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::dtype::Dtype;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::extent::{FileId, Rank};
 use crate::shape::Shape;
 use crate::source::Identity;
@@ -35,7 +35,7 @@ struct Inner {
     files: Vec<CheckpointFile>,
     tensors: Vec<TensorMeta>,
     names: names::NameTable,
-    config: Option<(PathBuf, serde_json::Value)>,
+    config: Option<(PathBuf, Result<serde_json::Value>)>,
     warnings: Vec<String>,
 }
 
@@ -158,12 +158,25 @@ impl Checkpoint {
 
     /// The model's `config.json`, if there is one beside the files.
     pub fn config(&self) -> Option<&serde_json::Value> {
-        self.inner.config.as_ref().map(|(_, config)| config)
+        self.inner.config.as_ref().and_then(|(_, config)| config.as_ref().ok())
     }
 
     /// The path of that `config.json`.
     pub fn config_path(&self) -> Option<&Path> {
-        self.inner.config.as_ref().map(|(path, _)| path.as_path())
+        self.inner.config.as_ref().filter(|(_, config)| config.is_ok()).map(|(path, _)| path.as_path())
+    }
+
+    /// Why the `config.json` that is there is not used.
+    pub(crate) fn config_error(&self) -> Option<&Error> {
+        self.inner.config.as_ref().and_then(|(_, config)| config.as_ref().err())
+    }
+
+    /// The rank whose partition this is, as far as names say: all files are `model-rank-R-part-P.safetensors` of one
+    /// rank. A `config.json` beside them describes the whole model.
+    pub fn partition_of(&self) -> Option<Rank> {
+        let mut ranks = self.inner.files.iter().map(|file| open::rank_and_part(&file.name).map(|(rank, _)| rank));
+        let first = ranks.next()??;
+        ranks.all(|rank| rank == Some(first)).then_some(first)
     }
 
     /// What is odd but no error: orphans that the index leaves out, a wrong `total_size`, and the like.
@@ -190,7 +203,7 @@ impl Checkpoint {
         for (position, tensor) in tensors.iter().enumerate() {
             assert!(names.insert(&tensor.name, position, |at| tensors[at].name.as_str()).is_none(), "two of a name");
         }
-        let config = config.map(|config| (path.join("config.json"), config));
+        let config = config.map(|config| (path.join("config.json"), Ok(config)));
         Checkpoint { inner: Arc::new(Inner { path, files: vec![file], tensors, names, config, warnings: Vec::new() }) }
     }
 

@@ -41,11 +41,9 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     }
     let names = list(path)?;
     let ranks = group(path, &names)?;
-    if let (Some((first, _)), Some((last, _))) = (ranks.first_key_value(), ranks.last_key_value()) {
-        let message = format!(
-            "directory holds one checkpoint per rank, of ranks {first} to {last}: open one of its files \
-             (or one rank, with Checkpoint::open_rank)"
-        );
+    if !ranks.is_empty() {
+        let message =
+            format!("directory holds one checkpoint per rank, of {}: open one of its files", spelled(ranks.keys()));
         return Err(Error::new(ErrorKind::Usage, message)
             .with_expected("one checkpoint", few(ranks.values().flatten().map(|path| file_name(path))))
             .with_file(path));
@@ -69,10 +67,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
 pub(super) fn open_rank(dir: &Path, rank: Rank) -> Result<Checkpoint> {
     let mut ranks = rank_files(dir)?;
     let Some(paths) = ranks.remove(&rank) else {
-        let found = match (ranks.first_key_value(), ranks.last_key_value()) {
-            (Some((first, _)), Some((last, _))) => format!("ranks {first} to {last}"),
-            _ => "none".into(),
-        };
+        let found = if ranks.is_empty() { "none".into() } else { spelled(ranks.keys()) };
         return Err(Error::new(ErrorKind::NotFound, "directory holds no checkpoint for the rank")
             .with_expected(format!("model-rank-{rank}-part-0.safetensors"), found)
             .with_file(dir)
@@ -174,10 +169,28 @@ fn group(dir: &Path, names: &[String]) -> Result<BTreeMap<Rank, Vec<PathBuf>>> {
 }
 
 /// `model-rank-R-part-P.safetensors`
-fn rank_and_part(name: &str) -> Option<(Rank, u32)> {
+pub(super) fn rank_and_part(name: &str) -> Option<(Rank, u32)> {
     let (rank, part) = name.strip_prefix("model-rank-")?.strip_suffix(".safetensors")?.split_once("-part-")?;
     let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit()).then(|| text.parse().ok()).flatten();
     Some((Rank(number(rank)?), number(part)?))
+}
+
+/// `rank 3`, or `ranks 0 to 2, 5`.
+fn spelled<'a>(ranks: impl Iterator<Item = &'a Rank>) -> String {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for rank in ranks {
+        match runs.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(rank.0) => *last = rank.0,
+            _ => runs.push((rank.0, rank.0)),
+        }
+    }
+    let noun = if matches!(runs[..], [(first, last)] if first == last) { "rank" } else { "ranks" };
+    let run = |&(first, last): &(u32, u32)| match last - first {
+        0 => first.to_string(),
+        _ => format!("{first} to {last}"),
+    };
+    let more = if runs.len() > NAMES_SHOWN { ", ..." } else { "" };
+    format!("{noun} {}{more}", few(runs.iter().map(run)))
 }
 
 fn is_other_format(name: &str) -> bool {
@@ -329,7 +342,7 @@ fn cross_check(
     name_table(files, tensors)
 }
 
-fn read_config(path: PathBuf, warnings: &mut Vec<String>) -> Option<(PathBuf, serde_json::Value)> {
+fn read_config(path: PathBuf, warnings: &mut Vec<String>) -> Option<(PathBuf, Result<serde_json::Value>)> {
     if std::fs::symlink_metadata(&path).is_err() {
         return None;
     }
@@ -337,7 +350,7 @@ fn read_config(path: PathBuf, warnings: &mut Vec<String>) -> Option<(PathBuf, se
         serde_json::from_slice(&bytes)
             .map_err(|error| rule("config-not-json", "not json").with_expected("json", error).with_file(&path))
     });
-    let config = parsed.map_err(|error| warnings.push(format!("config.json is not used: {error}"))).ok()?;
+    let config = parsed.inspect_err(|error| warnings.push(format!("config.json is not used: {error}")));
     Some((path, config))
 }
 

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use crate::checkpoint::Checkpoint;
@@ -56,21 +56,24 @@ impl NewDirectory {
     /// tokenizer and the like. A link to a directory stays a link, what it leads to is replaced.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] if `out` exists and `replace` is not set, or is no directory; and whatever `replace` says
-    /// if replacing it would take the model away. [`ErrorKind::Io`] if nothing can be written beside it, or a file that
-    /// belongs to the model cannot be copied.
+    /// [`ErrorKind::Usage`] if `out` exists and `replace` is not set, is no directory or cannot be created; and whatever
+    /// `replace` says if replacing it would take the model away. [`ErrorKind::Io`] if a file that belongs to the model
+    /// cannot be copied.
     pub(crate) fn create(out: &Path, replace: bool, model: &Checkpoint) -> Result<NewDirectory> {
         let companions = companions(model)?;
+        let out = &without_detours(out);
         refuse_own(out, model, &companions)?;
         if out.file_name().is_none() {
             return Err(Error::new(ErrorKind::Usage, "no output name").with_file(out));
         }
+        let asked = out;
+        let failed = |error| cannot_create(asked, error);
         let out = match exists(out, replace)? {
-            true => fs::canonicalize(out).map_err(|error| Error::io("cannot replace", out, error))?,
+            true => fs::canonicalize(out).map_err(failed)?,
             false => out.to_path_buf(),
         };
-        let parents = make_missing(folder_of(&out))?;
-        let folder = fresh(&out, "partial").inspect_err(|_| remove_empty(&parents))?;
+        let parents = make_missing(folder_of(&out)).map_err(failed)?;
+        let folder = fresh(&out, "partial").map_err(failed).inspect_err(|_| remove_empty(&parents))?;
         let partial = Partial(Arc::new(Written { folder, parents, over: Mutex::new(false) }));
         let mut directory = NewDirectory { out, partial, files: Vec::new(), replace };
         companions.iter().try_for_each(|(name, path)| directory.copy(name, path))?;
@@ -221,7 +224,7 @@ fn exists(out: &Path, replace: bool) -> Result<bool> {
     let refuse = |rule, message: &str| Err(Error::new(ErrorKind::Usage, message).with_rule(rule).with_file(out));
     match fs::symlink_metadata(out) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(Error::io("cannot create", out, error)),
+        Err(error) => Err(cannot_create(out, error)),
         Ok(_) if !fs::metadata(out).is_ok_and(|out| out.is_dir()) => {
             refuse("output-not-folder", "the output exists and is no folder")
         }
@@ -247,21 +250,43 @@ fn is_mount_point(path: &Path) -> bool {
 }
 
 /// Makes the folders of `path` that are missing; these, outermost first.
-fn make_missing(path: &Path) -> Result<Vec<PathBuf>> {
+fn make_missing(path: &Path) -> io::Result<Vec<PathBuf>> {
     let missing: Vec<&Path> = path.ancestors().take_while(|path| !path.exists()).collect();
     let mut made = Vec::new();
     for &path in missing.iter().rev().filter(|path| !path.as_os_str().is_empty()) {
         match fs::create_dir(path) {
             Ok(()) => made.push(path.to_path_buf()),
-            // `a/../b`, or somebody else was faster.
+            // Somebody else was faster.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
             Err(error) => {
                 remove_empty(&made);
-                return Err(Error::io("cannot create", path, error));
+                return Err(error);
             }
         }
     }
     Ok(made)
+}
+
+/// Nothing has been read yet: where the output cannot be, it is the argument that is wrong.
+fn cannot_create(out: &Path, error: io::Error) -> Error {
+    Error::new(ErrorKind::Usage, format!("cannot create the output: {error}"))
+        .with_rule("output-not-creatable")
+        .with_file(out)
+        .with_source(error)
+}
+
+/// The path without the `a/..` of folders that are not there: they would be made only to be left.
+fn without_detours(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        let missing = || fs::symlink_metadata(&plain).is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+        if part == Component::ParentDir && !plain.as_os_str().is_empty() && missing() {
+            plain.pop();
+        } else {
+            plain.push(part);
+        }
+    }
+    plain
 }
 
 /// Removes those of these folders, outermost first, that hold nothing.
@@ -271,18 +296,18 @@ fn remove_empty(folders: &[PathBuf]) {
     }
 }
 
-/// A new empty folder beside `out`. Process numbers come again, in containers above all, so they are not enough.
-fn fresh(out: &Path, suffix: &str) -> Result<PathBuf> {
-    let name = out.file_name().unwrap_or_default().to_string_lossy();
+/// A new empty folder beside `out`. Process numbers come again, in containers above all, so they are not enough; the
+/// name of `out` may be as long as names can be.
+fn fresh(out: &Path, suffix: &str) -> io::Result<PathBuf> {
     for number in 0..limits::TEMPORARY_NAMES {
-        let path = out.with_file_name(format!(".{name}.{}-{number}.{suffix}", std::process::id()));
+        let path = out.with_file_name(format!(".shardlift-{}-{number}.{suffix}", std::process::id()));
         match fs::create_dir(&path) {
             Ok(()) => return Ok(path),
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(Error::io("cannot create", path, error)),
+            Err(error) => return Err(error),
         }
     }
-    Err(Error::new(ErrorKind::Io, "every temporary name beside the output is taken").with_file(out))
+    Err(io::Error::other("every temporary name beside it is taken"))
 }
 
 /// Renames `folder` to `out`, and before that what is there to the name that is returned. Undone if it fails.
@@ -290,7 +315,7 @@ fn take_name(folder: &Path, out: &Path, replace: bool, parents: &[PathBuf]) -> R
     let old = match exists(out, replace)? {
         false => None,
         true => {
-            let old = fresh(out, "old")?;
+            let old = fresh(out, "old").map_err(|error| Error::io("cannot replace", out, error))?;
             fs::rename(out, &old).map_err(|error| {
                 let _ = fs::remove_dir(&old);
                 Error::io("cannot replace", out, error)

@@ -15,13 +15,14 @@ use crate::plan::Plan;
 impl Loader {
     /// Writes each driven rank's partition as `out/model-rank-R-part-0.safetensors`, with the model's configuration
     /// and tokenizer files beside them; those of a model that is a single file if a `config.json` lies beside it.
-    /// Memory stays within the staging budget; `out` appears whole or not at all. Aliases are not written.
+    /// Memory stays within the staging budget; `out` appears whole or not at all. Aliases are not written, which is
+    /// a warning of the report.
     ///
     /// With `force` a directory at `out` is replaced; if `out` is a link to one, the link stays.
     ///
     /// # Errors
-    /// [`ErrorKind::Usage`] if `out` exists and `force` is not set; if it is no directory, a mount point, the model, or
-    /// holds some of the model, whatever `force` says. Else as a load, and [`ErrorKind::Io`] if a file cannot be written.
+    /// [`ErrorKind::Usage`] if `out` exists and `force` is not set; if it cannot be created, is no directory, a mount
+    /// point, the model, or holds some of the model, whatever `force` says. Else as a load, and [`ErrorKind::Io`] if a file cannot be written.
     ///
     /// [`ErrorKind::Usage`]: crate::ErrorKind::Usage
     /// [`ErrorKind::Io`]: crate::ErrorKind::Io
@@ -98,10 +99,19 @@ impl Reshard {
         let Reshard { plan, mut running, directory, started } = self;
         let mut report = running.finish()?;
         report.needed_bytes = plan.needed_bytes(plan.world().driven());
+        report.warnings.extend(left_out(&plan));
         report.warnings.extend(directory.commit(|| running.job().check_cancelled())?);
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }
+}
+
+/// A warning of the aliases: whoever opens the output must know of them from elsewhere.
+fn left_out(plan: &Plan) -> Option<String> {
+    let params = plan.params();
+    let aliases = params.iter().filter_map(|param| Some((&param.name, &params[param.alias_of? as usize].name)));
+    let aliases: Vec<String> = aliases.map(|(name, of)| format!("{name} of {of}")).collect();
+    (!aliases.is_empty()).then(|| format!("aliases are not written: {}", aliases.join(", ")))
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use shardlift::{Error, ErrorKind};
 
 use args::{Cli, Command};
 use interrupt::Interrupt;
-use output::{Failure, Output};
+use output::{Answer, Failure, Output};
 
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -32,13 +32,16 @@ fn main() -> ExitCode {
         Ok(interrupt) => interrupt,
         Err(error) => return ExitCode::from(output.finish(Err(Failure::from(error)))),
     };
-    let result = catch_unwind(AssertUnwindSafe(|| match &cli.command {
-        Command::Inspect(args) => inspect::run(args, &mut output),
-        Command::Verify(args) => verify::run(args, &mut output),
-        Command::Plan(args) => plan::run(args, &mut output),
-        Command::Load(args) => load::run(args, &mut output, &interrupt),
-        Command::Reshard(args) => reshard::run(args, &mut output, &interrupt),
-        Command::Doctor(args) => doctor::run(args, &mut output),
+    let result = catch_unwind(AssertUnwindSafe(|| {
+        let fields = match &cli.command {
+            Command::Inspect(args) => inspect::run(args, &mut output),
+            Command::Verify(args) => verify::run(args, &mut output),
+            Command::Plan(args) => return plan::run(args, &mut output),
+            Command::Load(args) => load::run(args, &mut output, &interrupt),
+            Command::Reshard(args) => reshard::run(args, &mut output, &interrupt),
+            Command::Doctor(args) => doctor::run(args, &mut output),
+        };
+        fields.map(Answer::Fields)
     }));
     let result = result.unwrap_or_else(|panic| {
         let what = panic.downcast_ref::<&str>().map(|text| text.to_string());

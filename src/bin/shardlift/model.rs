@@ -56,10 +56,17 @@ pub(crate) fn rules(checkpoint: &Checkpoint, mesh: &MeshArgs, world: &World) -> 
         RulesChoice::Replicate => Ok(Rules::replicate_all()),
         RulesChoice::File(path) => Rules::from_file(path),
         RulesChoice::HfPlan(_) => Err(crate::args::not_in_this_build("--rules hf-plan")),
-        RulesChoice::Auto if checkpoint.config().is_some() => Rules::for_model(checkpoint),
-        RulesChoice::Auto if world.size() == 1 => Ok(Rules::replicate_all()),
-        RulesChoice::Auto => Err(Error::new(ErrorKind::Rules, "no config.json that says how to divide the tensors")
+        RulesChoice::Auto => match (checkpoint.partition_of(), world.size()) {
+            // Divided already: the configuration beside it is of the whole model.
+            (Some(_), 1) => Ok(Rules::replicate_all()),
+            (Some(rank), _) => Err(Error::new(
+                ErrorKind::Rules,
+                format!("this is the partition of rank {rank} already: load it on one rank, or divide the whole model"),
+            )
             .with_file(checkpoint.path())),
+            (None, 1) if checkpoint.config().is_none() => Ok(Rules::replicate_all()),
+            (None, _) => Rules::for_model(checkpoint),
+        },
     }
 }
 

@@ -4,8 +4,11 @@ use std::fmt::{self, Write as _};
 use std::io::{self, BufWriter, Stdout, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use shardlift::{Error, ErrorKind};
+
+use crate::plan::Planned;
 
 /// The version of every JSON object.
 const VERSION: u32 = 1;
@@ -18,6 +21,37 @@ pub(crate) struct Output {
     stdout: BufWriter<Stdout>,
     written: io::Result<()>,
     warnings: Warnings,
+}
+
+/// What a command adds to its object.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub(crate) enum Answer {
+    Fields(Map<String, Value>),
+    /// Too large for a tree of values.
+    Planned(Box<Planned>),
+}
+
+/// The object of a command.
+#[derive(Serialize)]
+struct Object<'a> {
+    version: u32,
+    command: &'static str,
+    ok: bool,
+    warnings: &'a [String],
+    #[serde(flatten)]
+    answer: Option<&'a Answer>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Value>,
+}
+
+/// An array that is written element by element.
+pub(crate) struct Array<F>(pub(crate) F);
+
+impl<F: Fn() -> I, I: IntoIterator<Item: Serialize>> Serialize for Array<F> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq((self.0)())
+    }
 }
 
 /// What is odd but no error, from any thread of the command: on stderr at once, or in the object.
@@ -110,13 +144,14 @@ impl Output {
     }
 
     /// Writes the object or the error line, and gives the exit status.
-    pub(crate) fn finish(mut self, result: Result<Map<String, Value>, Failure>) -> u8 {
+    pub(crate) fn finish(mut self, result: Result<Answer, Failure>) -> u8 {
         let status = match &result {
             Ok(_) => 0,
             Err(failure) => failure.status(),
         };
         if self.json {
-            let object = self.object(result);
+            let warnings = self.warnings.told();
+            let object = object(self.command, &warnings, &result);
             self.written = serde_json::to_writer(&mut self.stdout, &object)
                 .map_err(io::Error::from)
                 .and_then(|()| writeln!(self.stdout));
@@ -135,20 +170,16 @@ impl Output {
             }
         }
     }
+}
 
-    fn object(&self, result: Result<Map<String, Value>, Failure>) -> Value {
-        let mut object = Map::new();
-        object.insert("version".into(), VERSION.into());
-        object.insert("command".into(), self.command.into());
-        object.insert("ok".into(), result.is_ok().into());
-        object.insert("warnings".into(), json!(*self.warnings.told()));
-        match result {
-            Ok(fields) => object.extend(fields),
-            Err(failure) => {
-                object.insert("error".into(), error_object(&failure.error));
-            }
-        }
-        Value::Object(object)
+fn object<'a>(command: &'static str, warnings: &'a [String], result: &'a Result<Answer, Failure>) -> Object<'a> {
+    Object {
+        version: VERSION,
+        command,
+        ok: result.is_ok(),
+        warnings,
+        answer: result.as_ref().ok(),
+        error: result.as_ref().err().map(|failure| error_object(&failure.error)),
     }
 }
 
@@ -250,7 +281,8 @@ mod tests {
     fn warnings_of_other_threads_are_in_the_object_of_a_failure() {
         let output = Output::new("load", true);
         output.warnings().warn(&["slow".into()]);
-        let object = output.object(Err(Failure::from(Error::new(ErrorKind::Stalled, "x"))));
+        let failure = Err(Failure::from(Error::new(ErrorKind::Stalled, "x")));
+        let object = json!(object("load", &output.warnings.told(), &failure));
         assert_eq!((&object["warnings"], &object["ok"]), (&json!(["slow"]), &json!(false)));
     }
 

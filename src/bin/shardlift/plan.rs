@@ -1,15 +1,25 @@
 //! `shardlift plan`: what would move where, without moving it.
 
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
-use shardlift::plan::{Ax, BoxCopy, Mesh, RankPlan};
+use shardlift::plan::{Ax, BoxCopy, Dest, Mesh, RankPlan};
 use shardlift::{Plan, Rank};
 
 use crate::args::{Devices, PlanArgs};
 use crate::model;
-use crate::output::{Failure, Output, count, fields, hex};
+use crate::output::{Answer, Array, Failure, Output, count, fields, hex};
 
-pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Map<String, Value>, Failure> {
-    let PlanArgs { model, mesh, rank, explain, audit, storage, link, json } = args;
+/// What `--json` shows of a plan.
+#[derive(Debug, Serialize)]
+pub(crate) struct Planned {
+    #[serde(flatten)]
+    fields: Map<String, Value>,
+    #[serde(rename = "ranks", serialize_with = "ranks")]
+    plan: Plan,
+}
+
+pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failure> {
+    let PlanArgs { model, mesh, rank, explain, audit, storage, link, json: _ } = args;
     mesh.supported()?;
     let checkpoint = model::open(model)?;
     output.warn(checkpoint.warnings());
@@ -37,10 +47,7 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Map<String, Va
         ));
     }
     let audited = json!({ "passed": true, "destinations": destinations, "pieces": pieces });
-    // One object for each destination of each rank: only for who reads them.
-    let shown = if *json { world.driven() } else { &[] };
-    let ranks: Vec<Value> = shown.iter().map(|rank| rank_object(&plan, *rank)).collect();
-    Ok(fields(json!({
+    let fields = fields(json!({
         "path": checkpoint.path().to_string_lossy(),
         "plan_digest": hex(plan.digest()),
         "mesh": mesh_object(world.mesh()),
@@ -49,8 +56,8 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Map<String, Va
         "predicted_seconds": seconds,
         "explain": explanation,
         "audit": audit.then_some(audited),
-        "ranks": ranks,
-    })))
+    }));
+    Ok(Answer::Planned(Box::new(Planned { fields, plan })))
 }
 
 /// Storage and links work at the same time, so the slower of them decides. Rates are in GB/s.
@@ -70,45 +77,95 @@ pub(crate) fn mesh_object(mesh: Mesh) -> Value {
     json!({ "dp": dp, "pp": pp, "cp": cp, "tp": tp, "ep": 1 })
 }
 
-fn rank_object(plan: &Plan, rank: Rank) -> Value {
-    let RankPlan { rank: _, dests, pieces } = plan.rank(rank);
-    let mesh = plan.world().mesh();
-    let at = |ax| mesh.coordinate(rank, ax);
-    let destinations: Vec<Value> = dests
-        .iter()
-        .map(|dest| {
-            let param = &plan.params()[dest.param as usize];
-            let own = &pieces[dest.pieces.start as usize..dest.pieces.end as usize];
-            json!({
-                "name": param.name,
-                "dtype": param.dtype.name(),
-                "shape": dest.shape.dims(),
-                "bytes": dest.bytes,
-                "prefill": null,
-                "alias_of": param.alias_of.map(|other| &plan.params()[other as usize].name),
-                "cast": null,
-                "pieces": own.iter().map(|piece| piece_object(plan, piece)).collect::<Vec<_>>(),
-            })
-        })
-        .collect();
-    json!({
-        "rank": rank.0,
-        "coord": { "dp": at(Ax::Dp), "pp": at(Ax::Pp), "cp": at(Ax::Cp), "tp": at(Ax::Tp) },
-        "bytes": plan.bytes_on(rank),
-        "destinations": destinations,
-    })
+/// One object for each destination of each rank, which is most of the output: none is kept.
+fn ranks<S: Serializer>(plan: &Plan, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(plan.world().driven().iter().map(|&rank| RankObject { plan, rank }))
 }
 
-fn piece_object(plan: &Plan, piece: &BoxCopy) -> Value {
-    let BoxCopy { tensor, src, dst, loops, run } = piece;
-    let tensor = plan.tensor(*tensor);
-    let loops: Vec<[u64; 3]> = loops.iter().map(|it| [it.count, it.src_stride, it.dst_stride]).collect();
-    json!({
-        "tensor": tensor.name,
-        "file": plan.file(tensor.file).name,
-        "file_offset": src,
-        "dst_offset": dst,
-        "loops": loops,
-        "run": run,
-    })
+struct RankObject<'a> {
+    plan: &'a Plan,
+    rank: Rank,
+}
+
+impl Serialize for RankObject<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Fields<D> {
+            rank: u32,
+            coord: Value,
+            bytes: u64,
+            destinations: D,
+        }
+        let RankObject { plan, rank } = *self;
+        let mesh = plan.world().mesh();
+        let at = |ax| mesh.coordinate(rank, ax);
+        let RankPlan { rank: _, dests, pieces } = plan.rank(rank);
+        let fields = Fields {
+            rank: rank.0,
+            coord: json!({ "dp": at(Ax::Dp), "pp": at(Ax::Pp), "cp": at(Ax::Cp), "tp": at(Ax::Tp) }),
+            bytes: plan.bytes_on(rank),
+            destinations: Array(|| dests.iter().map(|dest| DestObject { plan, dest, pieces })),
+        };
+        fields.serialize(serializer)
+    }
+}
+
+struct DestObject<'a> {
+    plan: &'a Plan,
+    dest: &'a Dest,
+    /// Those of all destinations of the rank.
+    pieces: &'a [BoxCopy],
+}
+
+impl Serialize for DestObject<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Fields<'a, P> {
+            name: &'a str,
+            dtype: &'static str,
+            shape: &'a [u64],
+            bytes: u64,
+            prefill: (),
+            alias_of: Option<&'a str>,
+            cast: (),
+            pieces: P,
+        }
+        let DestObject { plan, dest, pieces } = *self;
+        let param = &plan.params()[dest.param as usize];
+        let own = &pieces[dest.pieces.start as usize..dest.pieces.end as usize];
+        let fields = Fields {
+            name: &param.name,
+            dtype: param.dtype.name(),
+            shape: dest.shape.dims(),
+            bytes: dest.bytes,
+            prefill: (),
+            alias_of: param.alias_of.map(|other| plan.params()[other as usize].name.as_str()),
+            cast: (),
+            pieces: Array(|| own.iter().map(|piece| piece_object(plan, piece))),
+        };
+        fields.serialize(serializer)
+    }
+}
+
+#[derive(Serialize)]
+struct PieceObject<'a> {
+    tensor: &'a str,
+    file: &'a str,
+    file_offset: u64,
+    dst_offset: u64,
+    loops: Vec<[u64; 3]>,
+    run: u64,
+}
+
+fn piece_object<'a>(plan: &'a Plan, piece: &BoxCopy) -> PieceObject<'a> {
+    let BoxCopy { tensor, src, dst, ref loops, run } = *piece;
+    let tensor = plan.tensor(tensor);
+    PieceObject {
+        tensor: &tensor.name,
+        file: &plan.file(tensor.file).name,
+        file_offset: src,
+        dst_offset: dst,
+        loops: loops.iter().map(|it| [it.count, it.src_stride, it.dst_stride]).collect(),
+        run,
+    }
 }

@@ -31,10 +31,20 @@ impl Rules {
     ///
     /// # Errors
     /// [`ErrorKind::Rules`]: rule `no-config` without a `config.json`, `unknown-architecture` for any other model,
-    /// `config` if a number is missing or makes no sense.
+    /// `config` if it does not open, is no JSON, or a number is missing or makes no sense.
     pub fn for_model(checkpoint: &Checkpoint) -> Result<Rules> {
+        if let Some(error) = checkpoint.config_error() {
+            let at = error.file().unwrap_or(checkpoint.path());
+            let broken = broken("config", format!("config.json cannot be used: {}", error.message())).with_file(at);
+            return Err(match (error.expected(), error.found()) {
+                (Some(expected), Some(found)) => broken.with_expected(expected, found),
+                _ => broken,
+            });
+        }
         let Some(json) = checkpoint.config() else {
-            return Err(broken("no-config", "no config.json beside the model; give rules instead"));
+            return Err(
+                broken("no-config", "no config.json beside the model; give rules instead").with_file(checkpoint.path())
+            );
         };
         Rules::for_config(&Config { json, checkpoint })
             .map_err(|error| checkpoint.config_path().into_iter().fold(error, Error::with_file))

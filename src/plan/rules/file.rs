@@ -1,5 +1,7 @@
 //! Rules files: TOML, first match wins.
 
+use std::fs::File as Input;
+use std::io::{self, Read};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -8,6 +10,7 @@ use super::pattern::Template;
 use super::{Placement, Rule, Rules, ShardRule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
+use crate::limits::RULES_MAX;
 use crate::plan::expr::Split;
 use crate::plan::world::{Ax, Coord};
 
@@ -15,10 +18,24 @@ impl Rules {
     /// Reads a rules file; see [`Rules::from_toml`] for what is in it.
     ///
     /// # Errors
-    /// [`ErrorKind::NotFound`] or [`ErrorKind::Io`] if it cannot be read, and those of [`Rules::from_toml`].
+    /// [`ErrorKind::NotFound`] or [`ErrorKind::Io`] if it cannot be read, [`ErrorKind::Rules`] if it is larger than
+    /// [`RULES_MAX`], and those of [`Rules::from_toml`].
     pub fn from_file(path: impl AsRef<Path>) -> Result<Rules> {
         let path = path.as_ref();
-        let text = std::fs::read_to_string(path).map_err(|error| Error::io("cannot read rules", path, error))?;
+        let read = || -> io::Result<Option<String>> {
+            let mut bytes = Vec::new();
+            // Not by its size: a pipe has none.
+            Input::open(path)?.take(RULES_MAX + 1).read_to_end(&mut bytes)?;
+            if bytes.len() as u64 > RULES_MAX {
+                return Ok(None);
+            }
+            String::from_utf8(bytes).map(Some).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+        };
+        let text = read().map_err(|error| Error::io("cannot read rules", path, error))?.ok_or_else(|| {
+            refuse("rules file is too large".into())
+                .with_expected(format!("at most {RULES_MAX} bytes"), "more")
+                .with_file(path)
+        })?;
         let rules = Rules::from_toml(&text).map_err(|error| error.with_file(path))?;
         Ok(Rules { file: Some(path.to_owned()), ..rules })
     }
