@@ -261,9 +261,10 @@ impl StdError for Error {
     }
 }
 
-/// Displays with control characters escaped: names come from files, and must neither end our line nor speak to the
-/// terminal.
-pub(crate) struct OneLine<T>(pub(crate) T);
+/// Shows something on one line: its control characters are escaped, because names that come from files must neither end
+/// a line nor speak to a terminal.
+#[derive(Debug, Clone, Copy)]
+pub struct OneLine<T>(pub T);
 
 impl<T: fmt::Display> fmt::Display for OneLine<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -32,7 +32,7 @@ mod sync;
 
 pub use checkpoint::{Checkpoint, HubCache, Partial};
 pub use dtype::Dtype;
-pub use error::{At, Error, ErrorKind, Result};
+pub use error::{At, Error, ErrorKind, OneLine, Result};
 pub use extent::{Extent, FileId, Rank};
 pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Reshard, Residency};
 pub use observe::{Progress, Report};

@@ -29,7 +29,7 @@ impl FileSystem {
     }
 
     /// The file system with this magic number, as `statfs(2)` reports it.
-    #[cfg_attr(not(target_os = "linux"), allow(dead_code))]
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "only Linux tells the number"))]
     fn of_magic(magic: i64) -> FileSystem {
         // linux/magic.h and the headers of file systems kept outside the kernel.
         match magic as u32 {
@@ -90,8 +90,7 @@ mod platform {
     use super::*;
 
     pub(in crate::source) fn file_system(file: &File) -> Result<FileSystem> {
-        // The field's type differs between targets.
-        #[allow(clippy::unnecessary_cast)]
+        #[allow(clippy::unnecessary_cast, reason = "the field's type differs between targets")]
         let magic = rustix::fs::fstatfs(file)?.f_type as i64;
         Ok(FileSystem::of_magic(magic))
     }

@@ -1,12 +1,12 @@
 //! What goes to stdout and how the process ends: text or exactly one JSON object, and the exit status.
 
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io::{self, BufWriter, Stdout, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
-use shardlift::{Error, ErrorKind};
+use shardlift::{Error, ErrorKind, OneLine};
 
 use crate::plan::Planned;
 
@@ -129,7 +129,7 @@ impl Output {
     /// One line of text; nothing with `--json`.
     pub(crate) fn line(&mut self, line: fmt::Arguments<'_>) {
         if !self.json && self.written.is_ok() {
-            self.written = writeln!(self.stdout, "{}", one_line(line));
+            self.written = writeln!(self.stdout, "{}", OneLine(line));
         }
     }
 
@@ -200,21 +200,7 @@ fn error_object(error: &Error) -> Value {
 
 /// One line on stderr. A closed stderr is nobody's error.
 fn note(line: fmt::Arguments<'_>) {
-    let _ = writeln!(io::stderr(), "{}", one_line(line));
-}
-
-/// Names come from files: their control characters must neither end a line nor speak to the terminal.
-fn one_line(line: fmt::Arguments<'_>) -> String {
-    let text = line.to_string();
-    let mut escaped = String::with_capacity(text.len());
-    for char in text.chars() {
-        // Writing to a string does not fail.
-        let _ = match char.is_control() {
-            true => write!(escaped, "{}", char.escape_default()),
-            false => escaped.write_char(char),
-        };
-    }
-    escaped
+    let _ = writeln!(io::stderr(), "{}", OneLine(line));
 }
 
 /// A number and what it counts.
