@@ -10,6 +10,7 @@
 #[cfg(target_endian = "big")]
 compile_error!("shardlift reads little-endian files into memory as they are: big-endian targets are not supported");
 
+mod cast;
 pub mod checkpoint;
 mod copy;
 mod device;
@@ -30,6 +31,7 @@ mod stage;
 mod stride;
 mod sync;
 
+pub use cast::Cast;
 pub use checkpoint::{Checkpoint, HubCache, Partial};
 pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, OneLine, Result};

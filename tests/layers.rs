@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use syn::visit::{self, Visit};
 
 /// Words with no opinions: everyone may name them, and they name only each other.
-const BASE: &[&str] = &["error", "dtype", "shape", "extent", "limits", "observe", "stride", "sync"];
+const BASE: &[&str] = &["cast", "error", "dtype", "shape", "extent", "limits", "observe", "stride", "sync"];
 
 /// Module, and what it may import besides base and itself. A module that is not here may not exist.
 const TABLE: &[(&str, &[&str])] = &[

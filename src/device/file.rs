@@ -104,7 +104,7 @@ mod tests {
                 let halves = Loop { count: 2, src_stride: run, dst_stride: half };
                 let (src, dst) = ((row * 2 * run) as usize, 7 + (rows - 1 - row) * 2 * half);
                 let loops = Loops::from_slice(&[halves]);
-                writer.write(&RawCopy { src: source[src..].as_ptr(), dst, loops, run }).unwrap();
+                writer.write(&RawCopy { src: source[src..].as_ptr(), dst, loops, run, cast: None }).unwrap();
                 for step in 0..2 {
                     let to = (dst + step * half) as usize;
                     let from = src + (step * run) as usize;

@@ -7,6 +7,7 @@ mod host;
 use std::fmt::Debug;
 use std::time::Duration;
 
+use crate::cast::Cast;
 use crate::error::Result;
 use crate::stride::Loops;
 
@@ -21,7 +22,11 @@ pub(crate) struct RawCopy {
     /// An address in the device's own space; for host memory, a pointer.
     pub(crate) dst: u64,
     pub(crate) loops: Loops,
+    /// Source bytes of each run.
     pub(crate) run: u64,
+    /// Elements are converted on the way: then source strides are in bytes of the one type, destination strides in
+    /// bytes of the other.
+    pub(crate) cast: Option<Cast>,
 }
 
 // SAFETY: a `RawCopy` is a description; whoever submits it answers for the memory it names (see `Queue::submit`).
@@ -51,3 +56,18 @@ pub(crate) trait Queue: Send {
     /// dropping the queue may take for ever.
     fn settle(&mut self, bound: Duration) -> bool;
 }
+
+/// Makes host memory known to a driver, so that every device of it copies from there directly and in the background.
+pub(crate) trait Pinner: Debug + Send + Sync {
+    /// Pins memory until what this returns is dropped.
+    ///
+    /// # Safety
+    /// `address..address + bytes` is mapped, page-aligned, and stays mapped until then.
+    unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<Pinned>;
+
+    /// The NUMA node that is nearest to all of its devices, where there is one such node of several.
+    fn numa_node(&self) -> Option<u32>;
+}
+
+/// Pinned memory; dropping it unpins.
+pub(crate) type Pinned = Box<dyn Debug + Send + Sync>;

@@ -227,6 +227,7 @@ impl Job {
             dst: self.address(piece),
             loops: piece.loops.clone(),
             run: piece.run,
+            cast: None,
         }
     }
 
