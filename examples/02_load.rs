@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut out = io::stdout().lock();
     for tensor in &mut load {
         let tensor = tensor?; // complete, in the order they land
-        let first: Vec<u8> = tensor.as_bytes().iter().take(4).copied().collect();
+        let first: Vec<u8> = tensor.to_bytes()?.iter().take(4).copied().collect();
         writeln!(out, "{} {} {}: first bytes {first:02x?}", tensor.name(), tensor.dtype(), tensor.shape())?;
     }
     let (_weights, report) = load.finish()?; // the memory lives as long as the weights or any tensor

@@ -42,6 +42,12 @@ pub use place::{Digest, Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};
 pub use shape::Shape;
 
+/// What there is to know of this machine's GPUs, without loading anything.
+#[cfg(feature = "cuda")]
+pub mod cuda {
+    pub use crate::device::{CudaFacts, CudaMachine, PcieLink, cuda_machine as machine};
+}
+
 // The example of the README is compiled with the documentation's tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

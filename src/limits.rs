@@ -112,8 +112,12 @@ pub const SUPERVISE_EVERY: Duration = Duration::from_millis(25);
 /// How long a thread that waits for a slot, or for work, sleeps before it looks again: a lost wake-up costs this much.
 pub const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// How long a copier with copies in flight waits for them before it looks for new ones.
-pub const COPY_WAIT: Duration = Duration::from_millis(5);
+/// How long a copier with copies in flight waits for a filled slot before it asks how they are: a fraction of what a slot
+/// takes on a link.
+pub const COPY_POLL: Duration = Duration::from_micros(50);
+
+/// The same after it has asked in vain several times.
+pub const COPY_POLL_MAX: Duration = Duration::from_micros(800);
 
 /// How soon a throttled read notices that its load was stopped.
 pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
@@ -139,3 +143,50 @@ pub const AUTO_RESIDENT: f64 = 0.5;
 
 /// How many files `auto` looks at.
 pub const AUTO_FILES: usize = 8;
+
+/// Streams of one device: while a kernel of one puts bytes in place, the other copies.
+pub const STREAMS: usize = 2;
+
+/// How long a thread that waits for a device sleeps before it asks again: a fraction of what a slot takes on the link.
+pub const EVENT_POLL: Duration = Duration::from_micros(50);
+
+/// Slots that are pinned before the first read: enough that every thread has one to fill while others are pinned.
+pub const FIRST_SLOTS: usize = 4;
+
+/// Widest pitch of a 2-D copy: what drivers report as the attribute MAX_PITCH.
+pub const PITCH_MAX: u64 = i32::MAX as u64;
+
+/// Most 2-D copies that one piece is unrolled into before a kernel cuts it instead: each costs a call.
+pub const RECTS_MAX: u64 = 16;
+
+/// Bytes of the widest access of a kernel; scratch memory starts on more.
+pub const KERNEL_ACCESS: usize = 16;
+
+/// What copies to a GPU cost, for the choice among ways that all work. `benches/copies.rs` measures them anew.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct CopyCosts {
+    /// Bytes per nanosecond of the link to one device.
+    pub link_gb_per_s: f64,
+    /// Nanoseconds of the copy engine for each row of a 2-D copy: what bounds narrow ones.
+    pub row_ns: f64,
+    /// Nanoseconds of a call to the driver, and of the device to begin.
+    pub call_ns: f64,
+    /// Bytes per nanosecond that a kernel puts in place.
+    pub kernel_gb_per_s: f64,
+    /// Bytes per nanosecond that the reading threads together pack.
+    pub pack_gb_per_s: f64,
+    /// Nanoseconds for each row that they pack, divided by their number.
+    pub pack_row_ns: f64,
+}
+
+/// The costs that [`CopyCosts`] stands for: a PCIe 4 x16 link (25 of its 31.5 GB/s), a copy engine that moves 80
+/// million rows per second, and four threads that pack.
+pub const COPY_COSTS: CopyCosts = CopyCosts {
+    link_gb_per_s: 25.0,
+    row_ns: 12.0,
+    call_ns: 3000.0,
+    kernel_gb_per_s: 500.0,
+    pack_gb_per_s: 20.0,
+    pack_row_ns: 2.0,
+};

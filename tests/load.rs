@@ -51,12 +51,12 @@ fn every_engine_and_world_is_bit_exact() {
                         let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
                         let expected = model::expected(tensor, rank as usize, world.size() as usize);
                         assert!(
-                            landed.as_bytes() == expected,
+                            landed.to_bytes().unwrap() == expected,
                             "{engine:?} {memory:?} {world:?} {} rank {rank}",
                             tensor.name
                         );
                         if memory == Memory::Blocks {
-                            assert_eq!(landed.as_bytes().as_ptr().addr() % 256, 0);
+                            assert_eq!(landed.as_bytes().unwrap().as_ptr().addr() % 256, 0);
                         }
                     }
                 }
@@ -98,7 +98,7 @@ fn what_the_index_leaves_out_is_neither_planned_nor_loaded() {
                 for tensor in &kept {
                     let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
                     let expected = model::expected(tensor, rank as usize, world.size() as usize);
-                    assert!(landed.as_bytes() == expected, "{engine:?} {}", tensor.name);
+                    assert!(landed.to_bytes().unwrap() == expected, "{engine:?} {}", tensor.name);
                 }
                 assert!(left.iter().all(|tensor| weights.tensor(Rank(rank), &tensor.name).is_err()));
             }
@@ -119,7 +119,7 @@ fn mapped_tensors_are_lent_and_the_rest_is_copied() {
         for rank in 0..ranks {
             for tensor in &tensors {
                 let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
-                assert!(landed.as_bytes() == model::expected(tensor, rank as usize, ranks as usize));
+                assert!(*landed.to_bytes().unwrap() == model::expected(tensor, rank as usize, ranks as usize));
             }
         }
         assert_eq!(report.landed_bytes, (0..ranks).map(|rank| plan.bytes_on(Rank(rank))).sum::<u64>());
@@ -147,7 +147,7 @@ fn tensors_outlive_the_weights_and_become_vectors() {
     let shared = weights.take(Rank(0), "d.rows").unwrap();
     assert_eq!(shared.into_vec::<half::bf16>().unwrap_err().kind(), ErrorKind::Usage);
     drop(weights);
-    assert!(kept.as_bytes() == model::expected(&tensors[3], 0, 2));
+    assert!(*kept.to_bytes().unwrap() == model::expected(&tensors[3], 0, 2));
     // Whoever watched the load has no part in its memory.
     let vector = taken.into_vec::<half::bf16>().unwrap();
     assert_eq!(monitor.progress().tensors_done, 2 * tensors.len() as u64);
@@ -174,7 +174,7 @@ fn the_callers_memory_is_filled_and_its_size_checked() {
     let nothing = CallerMemory { name: "i.empty".into(), address: std::ptr::null_mut(), bytes: 0, ..entry.clone() };
     // SAFETY: no bytes are read or written there.
     let (weights, _) = unsafe { loader.start_into(&plan, &[nothing]) }.unwrap().finish().unwrap();
-    assert!(weights.tensor(Rank(0), "i.empty").unwrap().as_bytes().is_empty());
+    assert!(weights.tensor(Rank(0), "i.empty").unwrap().to_bytes().unwrap().is_empty());
     entry.bytes -= 1;
     // SAFETY: as above; the size is refused before anything is written.
     let refused = unsafe { loader.start_into(&plan, &[entry]) }.unwrap_err();
@@ -275,7 +275,7 @@ fn an_alias_shows_its_original_wherever_that_lies() {
                     let (weights, _) = load.finish().unwrap();
                     for rank in [Rank(0), Rank(1)] {
                         let tied = weights.tensor(rank, "tied").unwrap();
-                        assert!(tied.as_bytes() == expected, "{world:?} {residency:?} {memory:?} {rank}");
+                        assert!(*tied.to_bytes().unwrap() == expected, "{world:?} {residency:?} {memory:?} {rank}");
                         assert_eq!(tied.device_ptr(), weights.tensor(rank, "f.whole").unwrap().device_ptr());
                     }
                 }

@@ -1,15 +1,19 @@
 //! Filled slots -> bytes on a device. Knows neither files nor engines.
 
+mod lower;
+
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use crate::device::{Queue, RawCopy};
+use crate::device::{Op, Queue};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
 use crate::stage::Staged;
+
+pub(crate) use lower::lower;
 
 /// A filled slot and the copies that one device takes from it.
 #[derive(Debug)]
@@ -17,7 +21,7 @@ pub(crate) struct Filled {
     /// Held until the copies are done.
     #[expect(dead_code, reason = "its lifetime is its use")]
     pub(crate) staged: Staged,
-    pub(crate) copies: Vec<RawCopy>,
+    pub(crate) ops: Vec<Op>,
     pub(crate) landing: Vec<Landing>,
 }
 
@@ -42,20 +46,34 @@ pub(crate) trait Landed {
     fn abandoned(&self, slots: usize);
 }
 
+/// An error of a device, and what was under way first when it came.
+#[derive(Debug)]
+pub(crate) struct CopyError {
+    pub(crate) error: Error,
+    pub(crate) landing: Option<Landing>,
+}
+
 /// Feeds filled slots to a device's queue until the inbox closes, then drains it.
 ///
 /// # Errors
 /// A copy failed, or none completed for `stall`. If copies are still under way then, and do not end within `stall`
 /// either, queue and slots are kept for ever (see [`Landed::abandoned`]): the device may still use them.
-pub(crate) fn run(queue: Box<dyn Queue>, inbox: &Receiver<Filled>, landed: &dyn Landed, stall: Duration) -> Result<()> {
+pub(crate) fn run(
+    queue: Box<dyn Queue>,
+    inbox: &Receiver<Filled>,
+    landed: &dyn Landed,
+    stall: Duration,
+) -> Result<(), CopyError> {
     let mut copier = Copier { queue, in_flight: VecDeque::new(), progress: Instant::now() };
     let outcome = catch_unwind(AssertUnwindSafe(|| copier.feed(inbox, landed, stall)));
+    let first = copier.in_flight.front().and_then(|(_, filled)| filled.landing.first().copied());
     let stalled = matches!(&outcome, Ok(Err(error)) if error.kind() == ErrorKind::Stalled);
     if !matches!(outcome, Ok(Ok(()))) && (stalled || !copier.queue.settle(stall)) {
         landed.abandoned(copier.in_flight.len());
         copier.abandon();
     }
-    outcome.unwrap_or_else(|payload| resume_unwind(payload))
+    let outcome = outcome.unwrap_or_else(|payload| resume_unwind(payload));
+    outcome.map_err(|error| CopyError { error, landing: first })
 }
 
 /// A queue and the slots that its copies read from. A slot is in the list before its copies are submitted, and leaves
@@ -70,30 +88,37 @@ struct Copier {
 
 impl Copier {
     fn feed(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed, stall: Duration) -> Result<()> {
+        let mut patience = limits::COPY_POLL;
         loop {
-            match self.next(inbox, landed) {
+            let before = self.in_flight.len();
+            let mut bound = Duration::ZERO;
+            match self.next(inbox, landed, patience) {
                 Inbox::Filled(filled) if landed.stopped() => drop(filled),
                 Inbox::Filled(filled) => self.submit(filled)?,
                 Inbox::Closed if self.in_flight.is_empty() => return Ok(()),
-                Inbox::Empty if self.in_flight.is_empty() => {}
-                Inbox::Empty | Inbox::Closed => self.reap(landed, stall)?,
+                Inbox::Empty if self.in_flight.is_empty() => continue,
+                Inbox::Empty => {}
+                // There is nothing else to wait for.
+                Inbox::Closed => bound = patience,
             }
+            self.reap(landed, bound, stall)?;
+            // Asks less and less often while nothing changes.
+            let changed = self.in_flight.len() != before;
+            patience = if changed { limits::COPY_POLL } else { (patience * 2).min(limits::COPY_POLL_MAX) };
         }
     }
 
-    /// The next filled slot. Waits for one only if there are no copies to wait for.
-    fn next(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed) -> Inbox {
-        if !self.in_flight.is_empty() {
-            return match inbox.try_recv() {
-                Ok(filled) => Inbox::Filled(filled),
-                Err(TryRecvError::Empty) => Inbox::Empty,
-                Err(TryRecvError::Disconnected) => Inbox::Closed,
-            };
-        }
+    /// The next filled slot, waiting a little for one: briefly if there are copies to look after.
+    fn next(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed, patience: Duration) -> Inbox {
         let began = Instant::now();
-        let received = inbox.recv_timeout(limits::LOOK_AGAIN);
-        landed.spent(Duration::ZERO, began.elapsed());
-        self.progress = Instant::now();
+        let idle = self.in_flight.is_empty();
+        let received = inbox.recv_timeout(if idle { limits::LOOK_AGAIN } else { patience });
+        if idle {
+            landed.spent(Duration::ZERO, began.elapsed());
+            self.progress = Instant::now();
+        } else {
+            landed.spent(began.elapsed(), Duration::ZERO);
+        }
         match received {
             Ok(filled) => Inbox::Filled(filled),
             Err(RecvTimeoutError::Timeout) => Inbox::Empty,
@@ -102,25 +127,25 @@ impl Copier {
     }
 
     fn submit(&mut self, mut filled: Filled) -> Result<()> {
-        let copies = std::mem::take(&mut filled.copies);
+        let ops = std::mem::take(&mut filled.ops);
         self.in_flight.push_back((u64::MAX, filled));
         // SAFETY: the slot is in `in_flight` until its ticket is done, so nobody writes to it; the plan's audit proved
         // that no other copy names these destination bytes, which the load keeps alive.
-        let ticket = unsafe { self.queue.submit(copies)? };
+        let ticket = unsafe { self.queue.submit(ops)? };
         self.in_flight.back_mut().expect("bug in shardlift: pushed above").0 = ticket;
         Ok(())
     }
 
-    /// Waits a little for copies, and reports those that are done.
-    fn reap(&mut self, landed: &dyn Landed, stall: Duration) -> Result<()> {
+    /// Reports the copies that are done, waiting for some for at most `bound`.
+    fn reap(&mut self, landed: &dyn Landed, bound: Duration, stall: Duration) -> Result<()> {
         let began = Instant::now();
-        let done = self.queue.wait(limits::COPY_WAIT)?;
+        let done = self.queue.wait(bound)?;
         while let Some((_, filled)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= done) {
             filled.landing.iter().for_each(|&landing| landed.landed(landing));
             self.progress = Instant::now();
         }
         landed.spent(began.elapsed(), Duration::ZERO);
-        if self.progress.elapsed() > stall {
+        if !self.in_flight.is_empty() && self.progress.elapsed() > stall {
             return Err(Error::new(ErrorKind::Stalled, format!("no copy completed for {stall:?}")));
         }
         Ok(())
@@ -159,7 +184,7 @@ mod tests {
     }
 
     impl Queue for Slow {
-        unsafe fn submit(&mut self, _: Vec<RawCopy>) -> Result<u64> {
+        unsafe fn submit(&mut self, _: Vec<Op>) -> Result<u64> {
             self.submitted += 1;
             let _ = self.tell.send(self.submitted);
             Ok(self.submitted)
@@ -209,7 +234,7 @@ mod tests {
         done: Sender<Result<u64>>,
         seen: Arc<Seen>,
         dropped: Arc<Mutex<Vec<&'static str>>>,
-        thread: std::thread::JoinHandle<Result<()>>,
+        thread: std::thread::JoinHandle<Result<(), CopyError>>,
     }
 
     /// A copier on a thread of its own, and a ring of two slots.
@@ -228,7 +253,7 @@ mod tests {
         fn send(&self, dest: u32) {
             let staged = self.ring.try_lend().unwrap().unwrap().stage();
             let landing = vec![Landing { rank: Rank(0), dest, bytes: 1 }];
-            self.inbox.as_ref().unwrap().send(Filled { staged, copies: Vec::new(), landing }).unwrap();
+            self.inbox.as_ref().unwrap().send(Filled { staged, ops: Vec::new(), landing }).unwrap();
         }
     }
 
@@ -260,7 +285,7 @@ mod tests {
         rig.send(1);
         rig.submitted.recv().unwrap();
         rig.done.send(Err(Error::new(ErrorKind::Device, "of the test"))).unwrap();
-        assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Device);
+        assert_eq!(rig.thread.join().unwrap().unwrap_err().error.kind(), ErrorKind::Device);
         assert_eq!(*rig.dropped.lock().unwrap(), ["queue"]);
         assert!(rig.seen.landed.lock().unwrap().is_empty());
         assert_eq!([(); 2].map(|()| rig.ring.try_lend().unwrap().unwrap()).len(), 2);
@@ -270,7 +295,7 @@ mod tests {
     fn what_a_stalled_device_may_still_use_is_kept() {
         let rig = rig(Duration::from_millis(20), true);
         rig.send(1);
-        assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Stalled);
+        assert_eq!(rig.thread.join().unwrap().unwrap_err().error.kind(), ErrorKind::Stalled);
         assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
         assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 1);
         let free = rig.ring.try_lend().unwrap();
@@ -284,7 +309,7 @@ mod tests {
         rig.send(2);
         assert_eq!((rig.submitted.recv().unwrap(), rig.submitted.recv().unwrap()), (1, 2));
         rig.done.send(Err(Error::new(ErrorKind::Device, "of the test"))).unwrap();
-        assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Device);
+        assert_eq!(rig.thread.join().unwrap().unwrap_err().error.kind(), ErrorKind::Device);
         assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
         assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 2);
         assert!(rig.ring.try_lend().unwrap().is_none());

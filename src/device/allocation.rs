@@ -2,6 +2,7 @@
 
 use std::alloc::{self, Layout};
 use std::any::Any;
+use std::fmt::Debug;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
@@ -11,29 +12,40 @@ use crate::error::{Error, ErrorKind, Result};
 /// Destination memory. Freed in its owner's way when dropped.
 #[derive(Debug)]
 pub(crate) struct Allocation {
-    address: *mut u8,
+    /// In the address space of the device; a pointer where it is the host's.
+    address: u64,
     owner: Owner,
+}
+
+/// Memory that the host cannot reach by pointers.
+pub(crate) trait DeviceMemory: Debug + Send + Sync {
+    /// Copies bytes at `address` of the device to host memory.
+    ///
+    /// # Safety
+    /// All of `address..address + into.len()` lies in this memory, was written, and nobody writes it meanwhile.
+    unsafe fn read(&self, address: u64, into: &mut [u8]) -> Result<()>;
+
+    /// The digest of bytes of the device, as [`Digest::of`](crate::Digest::of) takes it.
+    ///
+    /// # Safety
+    /// As for [`read`](DeviceMemory::read); `address` is a multiple of 8.
+    unsafe fn digest(&self, address: u64, bytes: u64) -> Result<u64>;
 }
 
 #[derive(Debug)]
 enum Owner {
+    Device(Box<dyn DeviceMemory>),
     Pages(#[expect(dead_code, reason = "held for its Drop")] Pages),
     Heap(Layout),
     /// Memory of somebody else, kept alive by this handle.
     Lent(#[expect(dead_code, reason = "held for its Drop")] Arc<dyn Any + Send + Sync>),
 }
 
-// SAFETY: the address is memory that this value owns or keeps alive. Access from several threads is governed by the
-// pipeline, which writes each byte once before anyone may read it.
-unsafe impl Send for Allocation {}
-// SAFETY: as above; shared handles only read.
-unsafe impl Sync for Allocation {}
-
 impl Allocation {
     /// Fresh zeroed pages, huge where the system grants them.
     pub(crate) fn pages(bytes: usize) -> Result<Allocation> {
         let pages = Pages::new(bytes)?;
-        Ok(Allocation { address: pages.address(), owner: Owner::Pages(pages) })
+        Ok(Allocation { address: pages.address().expose_provenance() as u64, owner: Owner::Pages(pages) })
     }
 
     /// Uninitialised memory of the global allocator, so that a `Vec<T>` with this alignment can own it.
@@ -50,7 +62,7 @@ impl Allocation {
             return Err(out_of_memory());
         }
         super::host::advise_huge_pages(address, bytes);
-        Ok(Allocation { address, owner: Owner::Heap(layout) })
+        Ok(Allocation { address: address.expose_provenance() as u64, owner: Owner::Heap(layout) })
     }
 
     /// Memory that `keep` keeps alive.
@@ -59,12 +71,26 @@ impl Allocation {
     /// - the memory at `address`, as much as is used of it, is readable for as long as `keep` lives;
     /// - it is writable too if it is a destination that bytes are copied to, and nobody else uses it until then.
     pub(crate) unsafe fn lent(address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
-        Allocation { address, owner: Owner::Lent(keep) }
+        Allocation { address: address.expose_provenance() as u64, owner: Owner::Lent(keep) }
     }
 
-    /// The first byte.
-    pub(crate) fn address(&self) -> *mut u8 {
+    /// Memory of a device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(address: u64, memory: Box<dyn DeviceMemory>) -> Allocation {
+        Allocation { address, owner: Owner::Device(memory) }
+    }
+
+    /// The address of the first byte; a pointer unless this is [memory of a device](Allocation::device).
+    pub(crate) fn address(&self) -> u64 {
         self.address
+    }
+
+    /// How to reach it, if the host cannot by pointers.
+    pub(crate) fn device(&self) -> Option<&dyn DeviceMemory> {
+        match &self.owner {
+            Owner::Device(memory) => Some(&**memory),
+            Owner::Pages(_) | Owner::Heap(_) | Owner::Lent(_) => None,
+        }
     }
 
     /// Gives the memory up as the parts of a `Vec` whose elements have this size and alignment, if that is how it
@@ -73,10 +99,15 @@ impl Allocation {
         match self.owner {
             Owner::Heap(layout) if layout.align() == alignment && layout.size() % size == 0 => {
                 let this = ManuallyDrop::new(self);
-                Ok((this.address, layout.size() / size))
+                Ok((this.pointer(), layout.size() / size))
             }
             _ => Err(self),
         }
+    }
+
+    /// The first byte of host memory.
+    fn pointer(&self) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut(self.address as usize)
     }
 }
 
@@ -86,7 +117,7 @@ impl Drop for Allocation {
             && layout.size() > 0
         {
             // SAFETY: allocated in `heap` with this layout and not given away (`into_vec_parts` forgets `self`).
-            unsafe { alloc::dealloc(self.address, layout) }
+            unsafe { alloc::dealloc(self.pointer(), layout) }
         }
     }
 }

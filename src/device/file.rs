@@ -1,14 +1,15 @@
 //! Files as a device: its address space is the bytes of one output file. This is how `reshard` writes partitions
 //! through the same pipeline that loads them.
 
+use std::any::Any;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::host::ThreadQueue;
-use super::{Device, Queue, RawCopy};
-use crate::error::{Error, Result};
+use super::{Allocation, Device, Queue, RawCopy};
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::stride::for_each_run;
 
@@ -24,9 +25,30 @@ impl FileDevice {
     pub(crate) fn new(path: PathBuf, file: Arc<File>) -> FileDevice {
         FileDevice { path, file }
     }
+
+    fn is_no_memory(&self) -> Error {
+        Error::new(ErrorKind::Unsupported, "an output file is no memory").with_file(&self.path)
+    }
 }
 
 impl Device for FileDevice {
+    fn name(&self) -> String {
+        format!("file:{}", self.path.display())
+    }
+
+    fn block(&self, _: usize) -> Result<Allocation> {
+        Err(self.is_no_memory())
+    }
+
+    fn tensor(&self, _: usize, _: usize) -> Result<Allocation> {
+        Err(self.is_no_memory())
+    }
+
+    unsafe fn lent(&self, address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
+        // SAFETY: the same duties.
+        unsafe { Allocation::lent(address, keep) }
+    }
+
     fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
         let mut writer =
             Writer { path: self.path.clone(), file: Arc::clone(&self.file), gathered: Vec::new(), start: 0 };

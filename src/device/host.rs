@@ -1,12 +1,14 @@
 //! Host memory as a device: in place (`host`), and behind a queue the way a GPU is reached (`host:staged`).
 
+use std::any::Any;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use memmap2::{MmapOptions, MmapRaw};
 
-use super::{Device, Queue, RawCopy};
+use super::{Allocation, Device, Op, Queue, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::stride::for_each_run;
 
@@ -73,8 +75,25 @@ pub(crate) unsafe fn copy_now(copy: &RawCopy) {
 pub(crate) struct Host;
 
 impl Device for Host {
+    fn name(&self) -> String {
+        "host".into()
+    }
+
     fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
         Ok(None)
+    }
+
+    fn block(&self, bytes: usize) -> Result<Allocation> {
+        Allocation::pages(bytes)
+    }
+
+    fn tensor(&self, bytes: usize, alignment: usize) -> Result<Allocation> {
+        Allocation::heap(bytes, alignment)
+    }
+
+    unsafe fn lent(&self, address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
+        // SAFETY: the same duties.
+        unsafe { Allocation::lent(address, keep) }
     }
 }
 
@@ -83,6 +102,23 @@ impl Device for Host {
 pub(crate) struct HostStaged;
 
 impl Device for HostStaged {
+    fn name(&self) -> String {
+        "host:staged".into()
+    }
+
+    fn block(&self, bytes: usize) -> Result<Allocation> {
+        Host.block(bytes)
+    }
+
+    fn tensor(&self, bytes: usize, alignment: usize) -> Result<Allocation> {
+        Host.tensor(bytes, alignment)
+    }
+
+    unsafe fn lent(&self, address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
+        // SAFETY: the same duties.
+        unsafe { Host.lent(address, keep) }
+    }
+
     fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
         // SAFETY: `Queue::submit`'s caller answers for the copies until they are done.
         Ok(Some(Box::new(ThreadQueue::new("shardlift-host", |copy| unsafe {
@@ -95,7 +131,7 @@ impl Device for HostStaged {
 /// A queue whose copies a thread makes one after the other.
 #[derive(Debug)]
 pub(super) struct ThreadQueue {
-    work: Option<Sender<Vec<RawCopy>>>,
+    work: Option<Sender<Vec<Op>>>,
     done: Receiver<Result<u64>>,
     submitted: u64,
     finished: u64,
@@ -108,13 +144,17 @@ impl ThreadQueue {
         name: &str,
         mut copy: impl FnMut(&RawCopy) -> Result<()> + Send + 'static,
     ) -> Result<ThreadQueue> {
-        let (work, inbox) = mpsc::channel::<Vec<RawCopy>>();
+        let (work, inbox) = mpsc::channel::<Vec<Op>>();
         let (outbox, done) = mpsc::channel();
         let thread = thread::Builder::new()
             .name(name.into())
             .spawn(move || {
-                for (ticket, copies) in (1..).zip(inbox) {
-                    let outcome = copies.iter().try_for_each(&mut copy).map(|()| ticket);
+                for (ticket, ops) in (1..).zip(inbox) {
+                    let outcome = ops.iter().try_for_each(|op| match op {
+                        Op::Copy(of_op) => copy(of_op),
+                        Op::Cut { copies, .. } => copies.iter().try_for_each(&mut copy),
+                    });
+                    let outcome = outcome.map(|()| ticket);
                     if outbox.send(outcome).is_err() {
                         return;
                     }
@@ -130,9 +170,9 @@ impl ThreadQueue {
 }
 
 impl Queue for ThreadQueue {
-    unsafe fn submit(&mut self, copies: Vec<RawCopy>) -> Result<u64> {
+    unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64> {
         let work = self.work.as_ref().expect("bug in shardlift: submit after settle");
-        work.send(copies).map_err(|_| ThreadQueue::lost())?;
+        work.send(ops).map_err(|_| ThreadQueue::lost())?;
         self.submitted += 1;
         Ok(self.submitted)
     }

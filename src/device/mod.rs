@@ -1,17 +1,25 @@
 //! Hardware behind an unsafe contract: memory and copy queues. Obeys, checks nothing, knows no tensors, files, plans.
 
 mod allocation;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod file;
 mod host;
 
+use std::any::Any;
 use std::fmt::Debug;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cast::Cast;
 use crate::error::Result;
 use crate::stride::Loops;
 
-pub(crate) use allocation::Allocation;
+pub(crate) use allocation::{Allocation, DeviceMemory};
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::Cuda;
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
 pub(crate) use file::FileDevice;
 pub(crate) use host::{Host, HostStaged, Pages, copy_now};
 
@@ -32,22 +40,75 @@ pub(crate) struct RawCopy {
 // SAFETY: a `RawCopy` is a description; whoever submits it answers for the memory it names (see `Queue::submit`).
 unsafe impl Send for RawCopy {}
 
+/// What a queue is asked to do.
+#[derive(Debug)]
+pub(crate) enum Op {
+    /// A copy straight to its place; of at most one loop and without a cast, unless the device
+    /// [copies anything](Device::copies_any).
+    Copy(RawCopy),
+    /// Bytes that land in the device's own scratch memory as they are, and are put in place from there: the copies'
+    /// sources lie in `src..src + bytes`.
+    Cut {
+        /// The first byte.
+        src: *const u8,
+        /// How many.
+        bytes: usize,
+        /// What becomes of them.
+        copies: Vec<RawCopy>,
+    },
+}
+
+// SAFETY: as for `RawCopy`.
+unsafe impl Send for Op {}
+
 /// A kind of memory that destinations can live in.
 pub(crate) trait Device: Debug + Send + Sync {
+    /// As reports name it, for instance `cuda:0`.
+    fn name(&self) -> String;
+
     /// A queue of copies into this device's memory, or `None` if its memory is the host's own: then reads may land
     /// in it directly, and copies are made at once by whoever has the bytes in cache ([`copy_now`]).
     fn queue(&self) -> Result<Option<Box<dyn Queue>>>;
+
+    /// Whether its queue makes every copy itself, however many loops it has and with a cast.
+    fn copies_any(&self) -> bool {
+        true
+    }
+
+    /// A block of memory for many tensors.
+    fn block(&self, bytes: usize) -> Result<Allocation>;
+
+    /// Memory for one tensor, of the kind that the owner of such tensors gives back itself.
+    fn tensor(&self, bytes: usize, alignment: usize) -> Result<Allocation>;
+
+    /// Memory of the caller's, an address of this device, that `keep` keeps alive.
+    ///
+    /// # Safety
+    /// - what is used of the memory is readable for as long as `keep` lives;
+    /// - it is writable too if it is a destination that bytes are copied to, and nobody else uses it until then.
+    unsafe fn lent(&self, address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation;
+
+    /// Bytes that can still be allocated, if the device's memory is not the host's.
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        Ok(None)
+    }
+
+    /// What pins the memory that its queue copies from; `None` if it copies from any.
+    fn pinner(&self) -> Option<Arc<dyn Pinner>> {
+        None
+    }
 }
 
 /// A queue of copies that are done in the background, in order.
 pub(crate) trait Queue: Send {
-    /// Queues copies; they have a ticket in common, one higher than the last.
+    /// Queues operations; they have a ticket in common, one higher than the last. If it fails, some of them may be
+    /// under way (see [`settle`](Queue::settle)).
     ///
     /// # Safety
     /// Until [`wait`](Queue::wait) returned this ticket or a higher one, or the queue was dropped:
-    /// - every source byte that the copies name is readable and not written;
+    /// - every source byte that they name is readable and not written;
     /// - every destination byte is writable memory of this device, and nobody else reads or writes it.
-    unsafe fn submit(&mut self, copies: Vec<RawCopy>) -> Result<u64>;
+    unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64>;
 
     /// The highest ticket that is done, waiting for at most `bound` if the last submitted one is not.
     fn wait(&mut self, bound: Duration) -> Result<u64>;
@@ -64,6 +125,13 @@ pub(crate) trait Pinner: Debug + Send + Sync {
     /// # Safety
     /// `address..address + bytes` is mapped, page-aligned, and stays mapped until then.
     unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<Pinned>;
+
+    /// Pins memory that is only read, for instance a mapping of a file, until what this returns is dropped; `None` if
+    /// the device cannot copy from such memory.
+    ///
+    /// # Safety
+    /// `address..address + bytes` is mapped, page-aligned, and stays mapped until then.
+    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Option<Pinned>>;
 
     /// The NUMA node that is nearest to all of its devices, where there is one such node of several.
     fn numa_node(&self) -> Option<u32>;

@@ -58,7 +58,7 @@ fn check_ranks(plan: &Plan, ranks: &[&Tensor]) -> Result<Vec<u64>> {
             source = Some((leaf.tensor, file));
             expected
         };
-        let landed = Digest::of(tensor.as_bytes());
+        let landed = tensor.digest()?;
         if landed != expected {
             let error = Error::new(ErrorKind::Mismatch, "what landed is not what is on disk");
             return Err(at(error.with_expected(hex(expected), hex(landed)), tensor));

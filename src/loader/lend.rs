@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{FileId, Rank};
+use crate::pipeline::Device;
 use crate::place::{Destinations, Place};
-use crate::plan::{Dest, Plan};
+use crate::plan::{Dest, DeviceSpec, Plan};
 use crate::source::{Mapping, SourceFile};
 
 /// Memory of the caller for one destination.
@@ -15,16 +16,24 @@ pub struct CallerMemory {
     pub rank: Rank,
     /// The name of the destination.
     pub name: String,
-    /// The first byte.
+    /// The first byte, in the address space of the rank's device: for a GPU its device pointer, as a number.
     pub address: *mut u8,
     /// The size, which must be that of the destination.
     pub bytes: usize,
 }
 
 /// Lends every destination that is a whole, untransformed tensor from a mapping of its file, and returns the files.
-pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Result<Vec<FileId>> {
+pub(super) fn lend_mapped(
+    plan: &Plan,
+    destinations: &mut Destinations,
+    devices: &[Arc<dyn Device>],
+) -> Result<Vec<FileId>> {
     let mut files: Vec<Option<Arc<Mapping>>> = vec![None; plan.checkpoint().files().len()];
-    for &rank in plan.world().driven() {
+    for (&rank, device) in plan.world().driven().iter().zip(devices) {
+        if let DeviceSpec::Cuda(_) = plan.world().device(rank) {
+            let message = format!("{} cannot be lent from a mapping of a file", device.name());
+            return Err(Error::new(ErrorKind::Usage, message).with_rank(rank));
+        }
         for (position, dest) in plan.rank(rank).dests.iter().enumerate() {
             let Some((id, start)) = whole_tensor(plan, rank, dest) else { continue };
             let mapping = match &files[id.0 as usize] {
@@ -40,7 +49,7 @@ pub(super) fn lend_mapped(plan: &Plan, destinations: &mut Destinations) -> Resul
             let address = mapping.address().wrapping_add(start as usize).cast_mut();
             // SAFETY: the range lies in the mapping (the header was checked against the file's size), which `keep`
             // holds; a lent place is never copied to.
-            let place = unsafe { Place::borrowed(address, mapping, true) };
+            let place = unsafe { Place::borrowed(&**device, address, mapping, true) };
             destinations.replace(rank, position as u32, place);
         }
     }
@@ -60,15 +69,23 @@ fn whole_tensor(plan: &Plan, rank: Rank, dest: &Dest) -> Option<(FileId, u64)> {
 ///
 /// # Safety
 /// As [`Loader::start_into`](crate::Loader::start_into).
-pub(super) unsafe fn place_into(plan: &Plan, destinations: &mut Destinations, memory: &[CallerMemory]) -> Result<()> {
+pub(super) unsafe fn place_into(
+    plan: &Plan,
+    destinations: &mut Destinations,
+    devices: &[Arc<dyn Device>],
+    memory: &[CallerMemory],
+) -> Result<()> {
     for CallerMemory { rank, name, address, bytes } in memory {
         let at = |error: Error| error.with_tensor(name).with_rank(*rank);
         let params = plan.params();
-        let found = params
-            .binary_search_by(|param| param.name.as_str().cmp(name))
-            .ok()
-            .filter(|_| plan.world().driven().contains(rank))
-            .and_then(|param| plan.rank(*rank).dests.binary_search_by_key(&(param as u32), |dest| dest.param).ok())
+        let driven = plan.world().driven().iter().position(|driven| driven == rank);
+        let param = params.binary_search_by(|param| param.name.as_str().cmp(name)).ok();
+        let (device, found) = driven
+            .zip(param)
+            .and_then(|(at, param)| {
+                let dests = &plan.rank(*rank).dests;
+                Some((&devices[at], dests.binary_search_by_key(&(param as u32), |dest| dest.param).ok()?))
+            })
             .ok_or_else(|| at(Error::new(ErrorKind::NotFound, "no such tensor")))?;
         let dest = &plan.rank(*rank).dests[found];
         if dest.bytes != *bytes as u64 {
@@ -76,7 +93,7 @@ pub(super) unsafe fn place_into(plan: &Plan, destinations: &mut Destinations, me
                 .with_expected(format!("{} bytes", dest.bytes), format!("{bytes} bytes"))));
         }
         // SAFETY: the caller of this function answers for the memory.
-        let place = unsafe { Place::borrowed(*address, Arc::new(()), false) };
+        let place = unsafe { Place::borrowed(&**device, *address, Arc::new(()), false) };
         destinations.replace(*rank, found as u32, place);
     }
     Ok(())

@@ -4,19 +4,20 @@ mod check;
 mod lend;
 mod reshard;
 
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::observe::{Counters, Progress, Report, Totals};
-use crate::pipeline::{Device, Job, Ring, Running, Setup, devices};
+use crate::pipeline::{Device, Gpus, Job, Ring, Running, Setup, devices};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Rules, World};
 #[cfg(target_os = "linux")]
 use crate::read::Uring;
 use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, choose, default_threads};
+use crate::sync::lock;
 
 pub use lend::CallerMemory;
 pub use reshard::Reshard;
@@ -33,6 +34,8 @@ pub struct Loader {
     stall_warning: Duration,
     stall_error: Duration,
     ring: Ring,
+    /// GPUs that were used, whose contexts are kept: making one takes longer than many a load.
+    gpus: Mutex<Gpus>,
 }
 
 #[derive(Debug)]
@@ -84,6 +87,7 @@ impl Loader {
             stall_warning: limits::STALL_WARNING,
             stall_error: limits::STALL_ERROR,
             ring: Ring::new(limits::STAGING, limits::SLOT),
+            gpus: Mutex::default(),
         }
     }
 
@@ -171,18 +175,19 @@ impl Loader {
     /// - no two entries overlap.
     pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
         let started = Instant::now();
+        let devices = devices(plan.world(), &self.gpus)?;
         let mut destinations = match self.memory {
-            Memory::Blocks => Destinations::in_blocks(plan)?,
-            Memory::PerTensor => Destinations::per_tensor(plan)?,
+            Memory::Blocks => Destinations::in_blocks(plan, &devices)?,
+            Memory::PerTensor => Destinations::per_tensor(plan, &devices)?,
         };
         let mapped = match self.residency {
             Residency::Owned => Vec::new(),
-            Residency::Mapped => lend::lend_mapped(plan, &mut destinations)?,
+            Residency::Mapped => lend::lend_mapped(plan, &mut destinations, &devices)?,
         };
         // SAFETY: the same duties.
-        unsafe { lend::place_into(plan, &mut destinations, memory)? };
+        unsafe { lend::place_into(plan, &mut destinations, &devices, memory)? };
         destinations.share_aliases(plan);
-        let setup = Setup { mapped, started, ..self.setup(plan, destinations, devices(plan.world())) };
+        let setup = Setup { mapped, started, ..self.setup(plan, destinations, devices) };
         Ok(Load { plan: plan.clone(), running: Running::start(setup)? })
     }
 
@@ -201,9 +206,11 @@ impl Loader {
         (engine.name(), reason)
     }
 
-    /// Gives staging memory that no load uses back to the system.
+    /// Gives back what is kept from load to load and none uses now: staging memory, pinned or not, and the contexts of
+    /// GPUs.
     pub fn release(&self) {
         self.ring.release();
+        lock(&self.gpus).clear();
     }
 
     /// What a load of this loader begins with.

@@ -64,7 +64,7 @@ impl Loader {
                 .collect();
             devices.push(file_device(path, file));
         }
-        let destinations = Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]))?;
+        let destinations = Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]));
         let running = Running::start(Setup { started, ..self.setup(plan, destinations, devices) })?;
         Ok(Reshard { plan: plan.clone(), running, directory, started })
     }
@@ -142,7 +142,7 @@ mod tests {
         let refused = Arc::new(std::fs::File::open(&path).unwrap());
         let devices = vec![file_device("0".into(), writable), file_device("1".into(), refused)];
         let size = plan.rank(Rank(1)).dests[0].bytes;
-        let destinations = Destinations::in_files(&plan, |_| vec![size + 8, 8]).unwrap();
+        let destinations = Destinations::in_files(&plan, |_| vec![size + 8, 8]);
         let mut running = Running::start(loader.setup(&plan, destinations, devices)).unwrap();
         let error = running.finish().unwrap_err();
         let at = error.at();

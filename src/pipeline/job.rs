@@ -7,9 +7,10 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
-use super::Setup;
 use super::files::Files;
-use crate::copy::{Filled, Landed, Landing};
+use super::run::distinct;
+use super::{Device, Setup};
+use crate::copy::{CopyError, Filled, Landed, Landing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
 use crate::limits;
@@ -17,6 +18,9 @@ use crate::observe::{Counters, Totals};
 use crate::plan::{Cursor, Cutting, Reads};
 use crate::read::Request;
 use crate::sync::lock;
+
+/// Where the filled slots of one device go until the last was sent, if it has a queue.
+pub(super) type Inbox = Option<Mutex<Option<Sender<Filled>>>>;
 
 /// One load in progress.
 #[derive(Debug)]
@@ -30,8 +34,12 @@ pub(crate) struct Job {
     pub(super) again: Mutex<VecDeque<Request>>,
     /// After `setup`, whose engine may have them mapped: pages in use would not be forgotten.
     pub(super) files: Files,
-    /// For each rank, where its filled slots go; `None` where bytes land at once.
-    pub(super) inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>,
+    /// The devices, each once.
+    pub(super) devices: Vec<Arc<dyn Device>>,
+    /// For each device, where its filled slots go; `None` where bytes land at once.
+    pub(super) inboxes: Vec<Inbox>,
+    /// For each rank of the world, the position of its device; those of other processes have none that is used.
+    pub(super) device_of: Vec<usize>,
     /// Bytes that each destination still waits for.
     remaining: Vec<Vec<AtomicU64>>,
     /// For each rank, its aliases: (position of the original in the plan's parameters, destination of the alias).
@@ -65,11 +73,11 @@ pub(super) struct InFlight {
 }
 
 impl Job {
-    /// The shared state of a load that has not begun; `inboxes` has one entry for each rank of the world.
+    /// The shared state of a load that has not begun; `inboxes` has one entry for each of its [`distinct`] devices.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] if the engine asks for an alignment that slots do not have.
-    pub(super) fn new(setup: Setup, inboxes: Vec<Option<Mutex<Option<Sender<Filled>>>>>) -> Result<Job> {
+    pub(super) fn new(setup: Setup, inboxes: Vec<Inbox>) -> Result<Job> {
         let plan = setup.plan.clone();
         let world = plan.world();
         // Asked once: the reads are cut for this answer.
@@ -79,6 +87,13 @@ impl Job {
             return Err(Error::new(ErrorKind::Usage, format!("engine {name} has an alignment that no slot has"))
                 .with_expected(format!("a power of two up to {}", limits::DIRECT_ALIGNMENT), alignment));
         }
+        let devices = distinct(&setup);
+        let mut device_of = vec![0; world.size() as usize];
+        for (rank, device) in world.driven().iter().zip(&setup.devices) {
+            let known = devices.iter().position(|(known, _)| Arc::ptr_eq(known, device));
+            device_of[rank.index()] = known.expect("bug in shardlift: a device that no rank has");
+        }
+        let devices = devices.into_iter().map(|(device, _)| device).collect();
         let in_place = inboxes.iter().all(Option::is_none);
         let slot = setup.ring.slot_bytes() as u64;
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
@@ -116,7 +131,9 @@ impl Job {
             reads,
             cursor: Mutex::default(),
             again: Mutex::default(),
+            devices,
             inboxes,
+            device_of,
             remaining,
             aliases,
             completed: Mutex::default(),
@@ -188,8 +205,9 @@ impl Job {
         }
     }
 
-    /// Adds the rank to an error of its device, and the tensor whose destination holds the bytes that it names.
-    pub(super) fn locate_copy(&self, error: Error, rank: Rank) -> Error {
+    /// Adds tensor and rank to an error of a device: of the destination whose bytes it names, or else of what was under
+    /// way first; `rank` is one that lives there.
+    pub(super) fn locate_copy(&self, CopyError { error, landing }: CopyError, rank: Rank) -> Error {
         let (plan, at) = (&self.setup.plan, error.at().bytes);
         let holds = |dest: usize, bytes: u64| {
             let start = self.setup.destinations.place(rank, dest as u32).map(|place| place.address);
@@ -199,11 +217,12 @@ impl Job {
             let param = &plan.params()[dest.param as usize];
             param.alias_of.is_none().then_some((position, dest.bytes, &param.name))
         });
-        let error = error.with_rank(rank);
-        match originals.find(|(position, bytes, _)| holds(*position, *bytes)) {
-            Some((_, _, name)) => error.with_tensor(name),
-            None => error,
+        if let Some((_, _, name)) = originals.find(|(position, bytes, _)| holds(*position, *bytes)) {
+            return error.with_tensor(name).with_rank(rank);
         }
+        let Some(Landing { rank, dest, .. }) = landing else { return error.with_rank(rank) };
+        let param = plan.rank(rank).dests[dest as usize].param;
+        error.with_tensor(&plan.params()[param as usize].name).with_rank(rank)
     }
 
     /// Makes this the load's error unless it has one, and stops everything that has not begun.

@@ -5,13 +5,19 @@ mod job;
 mod run;
 mod work;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use crate::extent::FileId;
+use crate::device::{Host, HostStaged};
+use crate::error::Result;
+#[cfg(not(feature = "cuda"))]
+use crate::error::{Error, ErrorKind};
+use crate::extent::{FileId, Rank};
 use crate::place::Destinations;
-use crate::plan::Plan;
+use crate::plan::{DeviceSpec, Plan, World};
 use crate::read::Engine;
+use crate::sync::lock;
 
 pub(crate) use crate::device::Device;
 pub(crate) use crate::stage::Ring;
@@ -23,7 +29,7 @@ pub(crate) use run::Running;
 pub(crate) struct Setup {
     pub(crate) plan: Plan,
     pub(crate) destinations: Destinations,
-    /// One for each rank that this process drives, in the order of [`World::driven`](crate::World::driven).
+    /// One for each rank that this process drives, in the order of [`World::driven`].
     pub(crate) devices: Vec<Arc<dyn Device>>,
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) engine_reason: String,
@@ -36,17 +42,39 @@ pub(crate) struct Setup {
     pub(crate) started: std::time::Instant,
 }
 
-/// The device of each rank that this process drives.
-pub(crate) fn devices(world: &crate::plan::World) -> Vec<Arc<dyn Device>> {
-    use crate::device::{Host, HostStaged};
-    use crate::plan::DeviceSpec;
-    let device = |_| -> Arc<dyn Device> {
-        match world.device() {
-            DeviceSpec::Host => Arc::new(Host),
-            DeviceSpec::HostStaged => Arc::new(HostStaged),
+/// The device of each rank that this process drives: ranks on one GPU share it, with its queue; `known` are kept from
+/// load to load.
+///
+/// # Errors
+/// [`ErrorKind::Device`](crate::ErrorKind::Device) if there is no driver or no such GPU; without the feature `cuda`
+/// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported).
+pub(crate) fn devices(world: &World, known: &Mutex<Gpus>) -> Result<Vec<Arc<dyn Device>>> {
+    let device = |&rank: &Rank| -> Result<Arc<dyn Device>> {
+        match world.device(rank) {
+            DeviceSpec::Host => Ok(Arc::new(Host)),
+            DeviceSpec::HostStaged => Ok(Arc::new(HostStaged)),
+            DeviceSpec::Cuda(gpu) => gpu_device(gpu, &mut lock(known)).map_err(|error| error.with_rank(rank)),
         }
     };
     world.driven().iter().map(device).collect()
+}
+
+/// GPUs by number, whose contexts are kept.
+pub(crate) type Gpus = BTreeMap<u32, Arc<dyn Device>>;
+
+#[cfg(feature = "cuda")]
+fn gpu_device(gpu: u32, known: &mut Gpus) -> Result<Arc<dyn Device>> {
+    if let Some(device) = known.get(&gpu) {
+        return Ok(Arc::clone(device));
+    }
+    let device: Arc<dyn Device> = Arc::new(crate::device::Cuda::open(gpu)?);
+    known.insert(gpu, Arc::clone(&device));
+    Ok(device)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu_device(gpu: u32, _: &mut Gpus) -> Result<Arc<dyn Device>> {
+    Err(Error::new(ErrorKind::Unsupported, format!("not in this build: cuda:{gpu} needs the feature cuda")))
 }
 
 /// A device whose memory is an output file.

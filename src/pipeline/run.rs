@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::{Job, Setup};
-use crate::copy::{self, Filled};
+use super::{Device, Job, Setup};
+use crate::copy::{self, CopyError, Filled};
 use crate::device::Queue;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -30,16 +30,15 @@ impl Running {
     /// # Errors
     /// A device refused a queue, or the system a thread.
     pub(crate) fn start(setup: Setup) -> Result<Running> {
-        let world = setup.plan.world().clone();
         let mut inboxes = Vec::new();
-        inboxes.resize_with(world.size() as usize, || None);
         let mut copiers = Vec::new();
-        for (&rank, device) in world.driven().iter().zip(&setup.devices) {
-            if let Some(queue) = device.queue().map_err(|error| error.with_rank(rank))? {
+        for (index, (device, rank)) in distinct(&setup).into_iter().enumerate() {
+            let queue = device.queue().map_err(|error| error.with_rank(rank))?;
+            inboxes.push(queue.map(|queue| {
                 let (inbox, filled) = mpsc::channel();
-                inboxes[rank.index()] = Some(Mutex::new(Some(inbox)));
-                copiers.push((rank, queue, filled));
-            }
+                copiers.push(Copier { index, rank, queue, filled });
+                Mutex::new(Some(inbox))
+            }));
         }
         let job = Arc::new(Job::new(setup, inboxes)?);
         let shared = Arc::clone(&job);
@@ -81,6 +80,27 @@ impl Drop for Running {
     }
 }
 
+/// The devices of a load, each once, with the first rank on it.
+pub(super) fn distinct(setup: &Setup) -> Vec<(Arc<dyn Device>, Rank)> {
+    let mut devices: Vec<(Arc<dyn Device>, Rank)> = Vec::new();
+    for (&rank, device) in setup.plan.world().driven().iter().zip(&setup.devices) {
+        if !devices.iter().any(|(known, _)| Arc::ptr_eq(known, device)) {
+            devices.push((Arc::clone(device), rank));
+        }
+    }
+    devices
+}
+
+/// What feeds one device.
+struct Copier {
+    /// Position among the load's devices.
+    index: usize,
+    /// The first rank on it.
+    rank: Rank,
+    queue: Box<dyn Queue>,
+    filled: Receiver<Filled>,
+}
+
 /// The threads of a load.
 #[derive(Default)]
 struct Workers {
@@ -88,7 +108,7 @@ struct Workers {
     copiers: Vec<JoinHandle<()>>,
 }
 
-fn supervise(job: &Arc<Job>, copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled>)>) -> Report {
+fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
     let _span = tracing::info_span!("load", engine = job.setup.engine.name(), bytes = job.totals.bytes).entered();
     let mut memory = MemoryWatch::new(job.setup.destinations.in_memory());
     let cpu_before = cpu_seconds();
@@ -137,17 +157,13 @@ fn verify_files(job: &Arc<Job>) -> Result<()> {
     thread.join().unwrap_or_else(|payload| Err(panicked(payload)))
 }
 
-fn start_workers(
-    job: &Arc<Job>,
-    copiers: Vec<(Rank, Box<dyn Queue>, Receiver<Filled>)>,
-    alive: Sender<()>,
-    workers: &mut Workers,
-) -> Result<()> {
-    for (rank, queue, inbox) in copiers {
+fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: Sender<()>, workers: &mut Workers) -> Result<()> {
+    for Copier { index, rank, queue, filled } in copiers {
         let job = Arc::clone(job);
-        let thread = spawn(&format!("shardlift-copy-{rank}"), move || {
-            let outcome = catch_unwind(AssertUnwindSafe(|| copy::run(queue, &inbox, &*job, job.setup.stall_error)));
-            if let Err(error) = outcome.unwrap_or_else(|payload| Err(panicked(payload))) {
+        let thread = spawn(&format!("shardlift-copy-{index}"), move || {
+            let outcome = catch_unwind(AssertUnwindSafe(|| copy::run(queue, &filled, &*job, job.setup.stall_error)));
+            let outcome = outcome.unwrap_or_else(|payload| Err(CopyError { error: panicked(payload), landing: None }));
+            if let Err(error) = outcome {
                 if job.copies_abandoned.load(Ordering::Acquire) {
                     keep_for_ever(&job);
                 }

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Job;
-use crate::copy::{Filled, Landed, Landing};
-use crate::device::{RawCopy, copy_now};
+use crate::copy::{Filled, Landed, Landing, lower};
+use crate::device::{Op, RawCopy, copy_now};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
 use crate::limits;
@@ -187,31 +187,37 @@ impl Job {
         pieces.iter().for_each(|piece| self.landed(landing(piece)));
     }
 
-    /// The bytes lie in a slot: copies them at once, or hands them to the queues of the ranks' devices.
+    /// The bytes lie in a slot: copies them at once, or hands them to the queues of their devices.
     fn land(&self, op: &ReadOp, base: u64, slot: Slot) -> Result<()> {
+        let first = slot.address().wrapping_add((op.extent.start - base) as usize).cast_const();
         let staged = slot.stage();
-        let src = staged.address().wrapping_add((op.extent.start - base) as usize);
         let mut pieces = Vec::new();
         self.reads.pieces(op, &mut pieces);
         pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
         let began = Instant::now();
-        pieces.sort_by_key(|piece| piece.rank);
-        for of_rank in pieces.chunk_by(|a, b| a.rank == b.rank) {
-            let rank = of_rank[0].rank;
-            let Some(inbox) = &self.inboxes[rank.index()] else {
-                for piece in of_rank {
+        let device = |piece: &Piece| self.device_of[piece.rank.index()];
+        pieces.sort_by_key(|piece| (device(piece), piece.rank));
+        let shared = pieces.windows(2).any(|pair| device(&pair[0]) != device(&pair[1]));
+        for of_device in pieces.chunk_by(|a, b| device(a) == device(b)) {
+            let Some(inbox) = &self.inboxes[device(&of_device[0])] else {
+                for piece in of_device {
                     // SAFETY: the slot is staged, so nobody writes it; the audit proved that no other copy names the
                     // destination bytes; the job keeps them alive.
-                    unsafe { copy_now(&self.raw_copy(piece, src)) };
+                    unsafe { copy_now(&self.raw_copy(piece, first)) };
                     self.landed(landing(piece));
                 }
                 continue;
             };
-            let filled = Filled {
-                staged: staged.clone(),
-                copies: of_rank.iter().map(|piece| self.raw_copy(piece, src)).collect(),
-                landing: of_rank.iter().map(landing).collect(),
+            let rank = of_device[0].rank;
+            let copies: Vec<RawCopy> = of_device.iter().map(|piece| self.raw_copy(piece, first)).collect();
+            let ops = if self.devices[device(&of_device[0])].copies_any() {
+                copies.into_iter().map(Op::Copy).collect()
+            } else {
+                // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
+                unsafe { lower(copies, !shared, &limits::COPY_COSTS) }
             };
+            let landing = of_device.iter().map(landing).collect();
+            let filled = Filled { staged: staged.clone(), ops, landing };
             let sent = lock(inbox).as_ref().is_some_and(|inbox| inbox.send(filled).is_ok());
             if !sent && !self.is_stopped() {
                 return Err(Error::new(ErrorKind::Device, "the copier is gone").with_rank(rank));

@@ -3,8 +3,8 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use crate::device::Allocation;
-use crate::error::Result;
+use crate::device::{Allocation, Device};
+use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
 use crate::plan::{Layout, Plan};
@@ -28,27 +28,44 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Memory that `keep` keeps alive. If it is `lent`, its bytes are there already and nothing is copied to it.
+    /// All of an allocation.
+    fn whole(owner: Allocation) -> Place {
+        Place { address: owner.address(), owner: Some(Arc::new(owner)), lent: false }
+    }
+
+    /// Memory of `device` that `keep` keeps alive. If it is `lent`, its bytes are there already and nothing is copied to
+    /// it.
     ///
     /// # Safety
     /// - the destination's bytes at `address` are readable for as long as `keep` lives;
     /// - unless it is `lent`, they are writable too, and nobody else uses them until they have landed.
-    pub(crate) unsafe fn borrowed(address: *mut u8, keep: Arc<dyn Any + Send + Sync>, lent: bool) -> Place {
+    pub(crate) unsafe fn borrowed(
+        device: &dyn Device,
+        address: *mut u8,
+        keep: Arc<dyn Any + Send + Sync>,
+        lent: bool,
+    ) -> Place {
         // SAFETY: the same duties.
-        let owner = unsafe { Allocation::lent(address, keep) };
-        Place { address: address.expose_provenance() as u64, owner: Some(Arc::new(owner)), lent }
+        Place { lent, ..Place::whole(unsafe { device.lent(address, keep) }) }
     }
 }
 
 impl Destinations {
-    /// Few large blocks for each rank (`Memory::Blocks`).
-    pub(crate) fn in_blocks(plan: &Plan) -> Result<Destinations> {
-        Destinations::for_each_rank(plan, |rank| {
-            let layout = Layout::in_blocks(plan.rank(rank), plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX);
+    /// Few large blocks for each rank (`Memory::Blocks`); `devices` are those of the driven ranks.
+    ///
+    /// # Errors
+    /// [`ErrorKind::DeviceMemory`] naming the device, what is needed and what is free, before anything is allocated; what
+    /// the device says when it is.
+    pub(crate) fn in_blocks(plan: &Plan, devices: &[Arc<dyn Device>]) -> Result<Destinations> {
+        let layout =
+            |rank| Layout::in_blocks(plan.rank(rank), plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX);
+        fits(plan, devices, |rank| layout(rank).blocks.iter().sum())?;
+        Destinations::for_each_rank(plan, devices, |rank, device| {
+            let layout = layout(rank);
             let blocks = layout
                 .blocks
                 .iter()
-                .map(|&bytes| Ok(Arc::new(Allocation::pages(bytes as usize)?)))
+                .map(|&bytes| Ok(Arc::new(device.block(bytes as usize)?)))
                 .collect::<Result<Vec<_>>>()
                 .map_err(|error| error.with_rank(rank))?;
             Ok(layout
@@ -56,47 +73,53 @@ impl Destinations {
                 .iter()
                 .map(|location| {
                     let block = &blocks[location.block as usize];
-                    Place {
-                        address: block.address().expose_provenance() as u64 + location.offset,
-                        owner: Some(Arc::clone(block)),
-                        lent: false,
-                    }
+                    let address = block.address() + location.offset;
+                    Place { address, owner: Some(Arc::clone(block)), lent: false }
                 })
                 .collect())
         })
     }
 
-    /// An allocation of its own for each tensor, such that a `Vec` can take it over (`Memory::PerTensor`).
-    pub(crate) fn per_tensor(plan: &Plan) -> Result<Destinations> {
-        Destinations::for_each_rank(plan, |rank| {
+    /// An allocation of its own for each tensor, such that its owner can take it over (`Memory::PerTensor`).
+    ///
+    /// # Errors
+    /// As [`in_blocks`](Destinations::in_blocks).
+    pub(crate) fn per_tensor(plan: &Plan, devices: &[Arc<dyn Device>]) -> Result<Destinations> {
+        fits(plan, devices, |rank| plan.bytes_on(rank))?;
+        Destinations::for_each_rank(plan, devices, |rank, device| {
             let ranked = plan.rank(rank);
             let mut places = Vec::with_capacity(ranked.dests.len());
             for dest in &ranked.dests {
                 let param = &plan.params()[dest.param as usize];
-                let owner = Allocation::heap(dest.bytes as usize, param.dtype.alignment())
-                    .map(Arc::new)
+                let owner = device
+                    .tensor(dest.bytes as usize, param.dtype.alignment())
                     .map_err(|error| error.with_tensor(&param.name).with_rank(rank))?;
-                places.push(Place {
-                    address: owner.address().expose_provenance() as u64,
-                    owner: Some(owner),
-                    lent: false,
-                });
+                places.push(Place::whole(owner));
             }
             Ok(places)
         })
     }
 
     /// Each rank's tensors at these offsets of its own output file.
-    pub(crate) fn in_files(plan: &Plan, mut offsets: impl FnMut(Rank) -> Vec<u64>) -> Result<Destinations> {
-        Destinations::for_each_rank(plan, |rank| {
-            Ok(offsets(rank).into_iter().map(|address| Place { address, owner: None, lent: false }).collect())
-        })
-    }
-
-    fn for_each_rank(plan: &Plan, mut places: impl FnMut(Rank) -> Result<Vec<Place>>) -> Result<Destinations> {
+    pub(crate) fn in_files(plan: &Plan, mut offsets: impl FnMut(Rank) -> Vec<u64>) -> Destinations {
         let mut ranks = vec![Vec::new(); plan.world().size() as usize];
         for &rank in plan.world().driven() {
-            ranks[rank.index()] = places(rank)?;
+            let place = |address| Place { address, owner: None, lent: false };
+            ranks[rank.index()] = offsets(rank).into_iter().map(place).collect();
+        }
+        let mut destinations = Destinations { ranks };
+        destinations.share_aliases(plan);
+        destinations
+    }
+
+    fn for_each_rank(
+        plan: &Plan,
+        devices: &[Arc<dyn Device>],
+        mut places: impl FnMut(Rank, &dyn Device) -> Result<Vec<Place>>,
+    ) -> Result<Destinations> {
+        let mut ranks = vec![Vec::new(); plan.world().size() as usize];
+        for (&rank, device) in plan.world().driven().iter().zip(devices) {
+            ranks[rank.index()] = places(rank, &**device)?;
         }
         let mut destinations = Destinations { ranks };
         destinations.share_aliases(plan);
@@ -124,7 +147,8 @@ impl Destinations {
 
     /// Whether what lands takes memory of this process.
     pub(crate) fn in_memory(&self) -> bool {
-        self.ranks.iter().flatten().any(|place| place.owner.is_some())
+        let of_process = |place: &Place| place.owner.as_ref().is_some_and(|owner| owner.device().is_none());
+        self.ranks.iter().flatten().any(of_process)
     }
 
     /// Whether bytes are to be copied to a destination: it is here, and not lent with its bytes in it.
@@ -136,4 +160,23 @@ impl Destinations {
     pub(crate) fn replace(&mut self, rank: Rank, dest: u32, place: Place) {
         self.ranks[rank.index()][dest as usize] = place;
     }
+}
+
+/// Holds what all ranks of each device need against what it has free. What the caller brings or a mapping lends is
+/// counted too: it is replaced later.
+fn fits(plan: &Plan, devices: &[Arc<dyn Device>], bytes: impl Fn(Rank) -> u64) -> Result<()> {
+    for (at, device) in devices.iter().enumerate() {
+        let shares = |other: &Arc<dyn Device>| Arc::ptr_eq(other, device);
+        if devices[..at].iter().any(shares) {
+            continue;
+        }
+        let Some(free) = device.free_bytes()? else { continue };
+        let ranks = plan.world().driven().iter().zip(devices).filter(|(_, other)| shares(other));
+        let needed: u64 = ranks.map(|(&rank, _)| bytes(rank)).sum();
+        if needed > free {
+            return Err(Error::new(ErrorKind::DeviceMemory, format!("too little free memory on {}", device.name()))
+                .with_expected(format!("{needed} bytes"), format!("{free} bytes")));
+        }
+    }
+    Ok(())
 }

@@ -1,8 +1,10 @@
 //! What the caller gets: complete tensors that keep their memory alive.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
+use super::Digest;
 use super::destinations::{Destinations, Place};
 use crate::device::Allocation;
 use crate::dtype::Dtype;
@@ -61,15 +63,50 @@ impl Tensor {
         1 << (self.address.trailing_zeros().min(63))
     }
 
-    /// The bytes, row-major and dense, in the file's (little-endian) element format.
-    pub fn as_bytes(&self) -> &[u8] {
+    /// The bytes, row-major and dense, in the file's (little-endian) element format; `None` if they are in the memory of
+    /// a GPU.
+    pub fn as_bytes(&self) -> Option<&[u8]> {
+        if self.owner.device().is_some() {
+            return None;
+        }
         if self.address == 0 {
-            return &[]; // what the caller may give for no bytes
+            return Some(&[]); // what the caller may give for no bytes
         }
         let address = std::ptr::with_exposed_provenance::<u8>(self.address as usize);
-        // SAFETY: a `Tensor` exists only for complete destinations in host memory: every byte was written, none is
-        // written again, and `owner` keeps the memory alive.
-        unsafe { std::slice::from_raw_parts(address, self.nbytes()) }
+        // SAFETY: a `Tensor` exists only for complete destinations, and this one is in host memory: every byte was
+        // written, none is written again, and `owner` keeps the memory alive.
+        Some(unsafe { std::slice::from_raw_parts(address, self.nbytes()) })
+    }
+
+    /// The bytes, copied to host memory if they are in that of a GPU.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] if the GPU does not answer.
+    pub fn to_bytes(&self) -> Result<Cow<'_, [u8]>> {
+        let Some(device) = self.owner.device() else {
+            return Ok(Cow::Borrowed(self.as_bytes().unwrap_or_default()));
+        };
+        let mut bytes = vec![0; self.nbytes()];
+        if !bytes.is_empty() {
+            // SAFETY: the tensor is complete, nobody writes it again, and `owner` keeps it alive.
+            unsafe { device.read(self.address, &mut bytes) }.map_err(|error| self.located(error))?;
+        }
+        Ok(Cow::Owned(bytes))
+    }
+
+    /// The digest of its bytes, taken where they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] if the GPU does not answer.
+    pub fn digest(&self) -> Result<u64> {
+        match self.owner.device() {
+            Some(device) if self.nbytes() > 0 && self.address.is_multiple_of(8) => {
+                // SAFETY: as in `to_bytes`; the address is on a word.
+                unsafe { device.digest(self.address, self.nbytes() as u64) }.map_err(|error| self.located(error))
+            }
+            // The caller's memory may start anywhere.
+            _ => Ok(Digest::of(&self.to_bytes()?)),
+        }
     }
 
     /// The address of the first byte, in the address space of the rank's device.
@@ -118,6 +155,10 @@ impl Tensor {
     /// Position of its destination in the plan's parameters.
     pub(crate) fn param_position(&self) -> usize {
         self.dest().param as usize
+    }
+
+    fn located(&self, error: Error) -> Error {
+        error.with_tensor(self.name()).with_rank(self.rank)
     }
 
     fn dest(&self) -> &Dest {

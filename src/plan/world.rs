@@ -13,7 +13,16 @@ pub struct World {
     mesh: Mesh,
     processes: Processes,
     driven: Vec<Rank>,
-    device: DeviceSpec,
+    devices: Devices,
+}
+
+/// Which device each rank lives on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Devices {
+    /// Every rank on the same kind.
+    Same(DeviceSpec),
+    /// Ranks 0, 1, 2... on the GPUs of these numbers.
+    Cuda(Vec<u32>),
 }
 
 /// Sizes of the parallel axes, slowest to fastest: rank = ((dp * PP + pp) * CP + cp) * TP + tp.
@@ -47,6 +56,8 @@ pub enum DeviceSpec {
     Host,
     /// Host memory behind a queue of its own, the way a GPU is reached: every byte goes through the staging ring.
     HostStaged,
+    /// The memory of the GPU with this number.
+    Cuda(u32),
 }
 
 /// An axis of a [`Mesh`].
@@ -82,21 +93,34 @@ impl World {
     /// One process that drives `ranks` tensor-parallel ranks in host memory.
     pub fn host(ranks: u32) -> World {
         let mesh = Mesh::tp(ranks);
-        World { mesh, processes: Processes::One, driven: mesh.ranks(), device: DeviceSpec::Host }
+        World { mesh, processes: Processes::One, driven: mesh.ranks(), devices: Devices::Same(DeviceSpec::Host) }
+    }
+
+    /// One process that drives a tensor-parallel rank on each of these GPUs: `World::local(0..4)`. A GPU may be named
+    /// several times; then it holds several ranks.
+    pub fn local(gpus: impl IntoIterator<Item = u32>) -> World {
+        let gpus: Vec<u32> = gpus.into_iter().collect();
+        World { devices: Devices::Cuda(gpus.clone()), ..World::host(u32::try_from(gpus.len()).unwrap_or(u32::MAX)) }
     }
 
     /// One process that drives `ranks` tensor-parallel ranks in host memory that is reached through the staging
     /// ring, the way a GPU is.
     pub fn host_staged(ranks: u32) -> World {
-        World { device: DeviceSpec::HostStaged, ..World::host(ranks) }
+        World { devices: Devices::Same(DeviceSpec::HostStaged), ..World::host(ranks) }
     }
 
     /// One process per rank: this one drives `rank` of `size` tensor-parallel ranks, in this kind of memory.
     pub fn member(rank: Rank, size: u32, device: DeviceSpec) -> World {
-        World { mesh: Mesh::tp(size), processes: Processes::PerRank, driven: vec![rank], device }
+        World {
+            mesh: Mesh::tp(size),
+            processes: Processes::PerRank,
+            driven: vec![rank],
+            devices: Devices::Same(device),
+        }
     }
 
-    /// The same world with its ranks arranged in `mesh`. One process that drove all ranks drives all of the mesh's.
+    /// The same world with its ranks arranged in `mesh`. One process that drove all ranks drives all of the mesh's; GPUs
+    /// of [`local`](World::local) must be as many as these.
     pub fn with_mesh(self, mesh: Mesh) -> World {
         let driven = match self.processes {
             Processes::One => mesh.ranks(),
@@ -131,9 +155,12 @@ impl World {
         self.driven.binary_search(&rank).is_ok()
     }
 
-    /// The kind of memory of this process's ranks.
-    pub fn device(&self) -> DeviceSpec {
-        self.device
+    /// The device of a rank of this process; host memory for a rank that the world does not have.
+    pub fn device(&self, rank: Rank) -> DeviceSpec {
+        match &self.devices {
+            Devices::Same(device) => *device,
+            Devices::Cuda(gpus) => gpus.get(rank.index()).map_or(DeviceSpec::Host, |&gpu| DeviceSpec::Cuda(gpu)),
+        }
     }
 
     /// The number of ranks; see [`Mesh::size`].
@@ -151,6 +178,12 @@ impl World {
         if self.mesh.pp > 1 {
             return Err(Error::new(ErrorKind::Unsupported, "pipeline stages are not in this build")
                 .with_expected("pp 1", format!("pp {}", self.mesh.pp)));
+        }
+        if let Devices::Cuda(gpus) = &self.devices
+            && gpus.len() != size as usize
+        {
+            let found = format!("{} GPUs", gpus.len());
+            return Err(usage("every rank needs a GPU").with_expected(format!("{size} GPUs"), found));
         }
         match self.driven.iter().find(|rank| rank.0 >= size) {
             Some(&rank) => Err(usage("no such rank").with_expected(format!("a rank below {size}"), rank)),
@@ -203,6 +236,16 @@ impl Mesh {
 impl fmt::Display for Mesh {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "dp {} pp {} cp {} tp {}", self.dp, self.pp, self.cp, self.tp)
+    }
+}
+
+impl fmt::Display for DeviceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceSpec::Host => f.write_str("host"),
+            DeviceSpec::HostStaged => f.write_str("host:staged"),
+            DeviceSpec::Cuda(gpu) => write!(f, "cuda:{gpu}"),
+        }
     }
 }
 
@@ -302,6 +345,19 @@ mod tests {
         assert_eq!(World::host(2).driving(Rank(2)).check().unwrap_err().kind(), ErrorKind::Usage);
         let pipeline = World::host(2).with_mesh(Mesh { dp: 1, pp: 2, cp: 1, tp: 1 });
         assert_eq!(pipeline.check().unwrap_err().kind(), ErrorKind::Unsupported);
+    }
+
+    #[test]
+    fn every_rank_has_a_gpu_and_one_gpu_may_have_several() {
+        let world = World::local([1, 1, 0]);
+        assert_eq!(
+            (world.size(), world.device(Rank(1)), world.device(Rank(2))),
+            (3, DeviceSpec::Cuda(1), DeviceSpec::Cuda(0))
+        );
+        assert!(world.check().is_ok());
+        let error = World::local(0..4).with_mesh(Mesh::tp(2)).check().unwrap_err();
+        assert_eq!((error.kind(), error.expected(), error.found()), (ErrorKind::Usage, Some("2 GPUs"), Some("4 GPUs")));
+        assert_eq!(World::local(0..4).driving(Rank(3)).device(Rank(3)), DeviceSpec::Cuda(3));
     }
 
     #[test]

@@ -230,7 +230,7 @@ impl LoadArgs {
     /// Refuses what this build cannot do yet.
     pub(crate) fn supported(&self) -> Result<()> {
         self.mesh.supported()?;
-        if let Devices::Cuda(_) = self.devices {
+        if cfg!(not(feature = "cuda")) && matches!(self.devices, Devices::Cuda(_)) {
             return Err(not_in_this_build("--devices cuda"));
         }
         if self.engine == Engine::Cufile {
@@ -431,6 +431,7 @@ mod tests {
             (&["--ep", "8"], "--ep 8"),
             (&["--target", "vllm"], "--target vllm"),
             (&["--rules", "hf-plan:p.json"], "hf-plan:p.json"),
+            #[cfg(not(feature = "cuda"))]
             (&["--devices", "cuda:0"], "--devices cuda"),
             (&["--engine", "cufile"], "--engine cufile"),
             (&["--dtype", "bf16"], "--dtype"),

@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use shardlift::read::EngineChoice;
-use shardlift::{Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, limits};
+use shardlift::{ErrorKind, Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, limits};
 
-use crate::args::{Devices, Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
+use crate::args::{Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
 use crate::interrupt::Interrupt;
 use crate::model;
 use crate::output::{Failure, Output, Warnings, count, fields, hex, human_bytes};
@@ -38,7 +38,11 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     interrupt.check()?;
 
     let failed = |error| Failure::started(error).with_signal(interrupt.signal());
-    let mut load = loader.start(&plan).map_err(failed)?;
+    let mut load = loader.start(&plan).map_err(|error| match error.kind() {
+        // Nothing moves yet: there is no driver, no such device, or it has no room.
+        ErrorKind::Device => Failure::from(error),
+        _ => failed(error),
+    })?;
     interrupt.cancels(load.monitor());
     let watch = Watch::start(load.monitor(), output.warnings());
     let mut tensors: BTreeMap<Rank, usize> = world.driven().iter().map(|rank| (*rank, 0)).collect();
@@ -56,17 +60,13 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
         digests.extend(weights.check().map_err(failed)?);
     }
 
-    let device = match devices {
-        Devices::HostStaged => "host:staged",
-        Devices::Host | Devices::Cuda(_) => "host",
-    };
     let ranks: Vec<Value> = world
         .driven()
         .iter()
         .map(|rank| {
             json!({
                 "rank": rank.0,
-                "device": device,
+                "device": world.device(*rank).to_string(),
                 "bytes": plan.bytes_on(*rank),
                 "tensors": tensors[rank],
                 "digest": digests.get(rank).map(|digest| hex(*digest)),

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use shardlift::plan::Mesh;
-use shardlift::{Checkpoint, Error, ErrorKind, HubCache, Plan, Rank, Result, Rules, World};
+use shardlift::{Checkpoint, Error, ErrorKind, HubCache, Plan, Rank, Result, Rules, World, limits};
 
 use crate::args::{Devices, MeshArgs, RulesChoice};
 
@@ -32,13 +32,20 @@ fn is_hub_id(model: &str) -> bool {
 /// The world that MESH describes, as this process drives it.
 pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Result<World> {
     let MeshArgs { tp, pp, ep: _, dp, cp, rules: _, target: _ } = *mesh;
+    let ranks = [dp, pp, cp, tp].iter().try_fold(1u32, |product, size| product.checked_mul(*size));
+    let Some(ranks) = ranks.filter(|&ranks| ranks <= limits::RANKS_MAX) else {
+        return Err(Error::new(ErrorKind::Usage, "too many ranks"));
+    };
     let base = match devices {
         Devices::HostStaged => World::host_staged(tp),
-        Devices::Host | Devices::Cuda(_) => World::host(tp),
-    };
-    let ranks = [dp, pp, cp, tp].iter().try_fold(1u32, |product, size| product.checked_mul(*size));
-    let Some(ranks) = ranks else {
-        return Err(Error::new(ErrorKind::Usage, "too many ranks"));
+        Devices::Host => World::host(tp),
+        Devices::Cuda(gpus) => match (rank, &gpus[..]) {
+            (Some(_), [gpu]) => World::local(vec![*gpu; ranks as usize]),
+            // A launcher that shows each process its own GPU shows it as the first.
+            (Some(_), []) if visible_gpus() == 1 => World::local(vec![0; ranks as usize]),
+            (_, []) => World::local(0..ranks),
+            (_, gpus) => World::local(gpus.iter().copied()),
+        },
     };
     let world = base.with_mesh(Mesh { dp, pp, cp, tp });
     match rank {
@@ -48,6 +55,16 @@ pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Re
         Some(rank) => Ok(world.driving(Rank(rank))),
         None => Ok(world),
     }
+}
+
+#[cfg(feature = "cuda")]
+fn visible_gpus() -> usize {
+    shardlift::cuda::machine().map_or(0, |machine| machine.devices.len())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn visible_gpus() -> usize {
+    0
 }
 
 /// The rules that `--rules` names.

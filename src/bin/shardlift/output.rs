@@ -110,7 +110,8 @@ impl Failure {
                 None => 130,
             },
             ErrorKind::Rules | ErrorKind::Unsupported | ErrorKind::Usage => 2,
-            ErrorKind::Device | ErrorKind::DeviceMemory => 4,
+            ErrorKind::DeviceMemory => 4,
+            ErrorKind::Device if !self.started => 4,
             ErrorKind::NotFound if !self.started => 2,
             // A file of the command line that does not open, as one that is not there; a read that failed has bytes.
             ErrorKind::Io if !self.started && self.error.file().is_some() && self.error.at().bytes.is_none() => 2,
@@ -250,7 +251,7 @@ mod tests {
         assert_eq!(status(ErrorKind::NotFound), [2, 1]);
         assert_eq!(status(ErrorKind::Format), [3, 1]);
         assert_eq!(status(ErrorKind::Index), [3, 1]);
-        assert_eq!(status(ErrorKind::Device), [4, 4]);
+        assert_eq!(status(ErrorKind::Device), [4, 1]);
         assert_eq!(status(ErrorKind::DeviceMemory), [4, 4]);
         for kind in [ErrorKind::Io, ErrorKind::Truncated, ErrorKind::Changed, ErrorKind::Mismatch, ErrorKind::Audit] {
             assert_eq!(status(kind), [1, 1]);

@@ -1,0 +1,149 @@
+//! Which way each piece takes to a device that cannot make every copy itself: straight, as rows, packed by the CPU, or
+//! landed raw and cut by a kernel. The choice rests on the costs in `limits.rs`.
+
+use smallvec::SmallVec;
+
+use crate::device::{Op, RawCopy};
+use crate::limits::{self, CopyCosts};
+use crate::stride::{Loops, bytes_moved, for_each_run, source_span};
+
+/// What a device has to do for the copies that it takes from one filled slot.
+///
+/// `packable` says that nobody else reads the slot, so that it may be packed in place.
+///
+/// # Safety
+/// - every source byte that the copies name is readable, and nobody writes it;
+/// - if `packable`, the whole of what they name in the source is writable too, and nobody else reads it.
+pub(crate) unsafe fn lower(copies: Vec<RawCopy>, packable: bool, costs: &CopyCosts) -> Vec<Op> {
+    let (mut straight, mut strided, mut kernel) = (Vec::new(), Vec::new(), Vec::new());
+    for mut copy in copies {
+        copy.loops.retain(|inner| inner.count != 1);
+        match rows(&copy) {
+            _ if copy.cast.is_some() => kernel.push(copy),
+            _ if copy.loops.is_empty() => straight.push(copy),
+            Some(_) => strided.push(copy),
+            None => kernel.push(copy),
+        }
+    }
+    let by_rows: f64 = strided.iter().map(|copy| rows_cost(copy, costs)).sum();
+    let cut = cut_cost(kernel.iter(), costs);
+    let cut_all = cut_cost(kernel.iter().chain(&strided), costs) - cut;
+    if packable && straight.is_empty() && kernel.is_empty() && pack_cost(&strided, costs) < by_rows.min(cut_all) {
+        // SAFETY: the caller's duties.
+        if let Some(packed) = unsafe { pack(&mut strided) } {
+            return vec![Op::Copy(packed)];
+        }
+    }
+    let mut ops: Vec<Op> = merged(straight).into_iter().map(Op::Copy).collect();
+    if cut_all < by_rows {
+        kernel.append(&mut strided);
+    }
+    ops.extend(strided.iter().flat_map(|copy| rows(copy).into_iter().flatten()).map(Op::Copy));
+    ops.extend(raw(kernel));
+    ops
+}
+
+/// Contiguous copies, those that are neighbours on both sides as one.
+fn merged(mut copies: Vec<RawCopy>) -> Vec<RawCopy> {
+    copies.sort_by_key(|copy| (copy.src.addr(), copy.dst));
+    let mut all: Vec<RawCopy> = Vec::with_capacity(copies.len());
+    for copy in copies {
+        match all.last_mut() {
+            Some(last)
+                if last.src.addr() as u64 + last.run == copy.src.addr() as u64 && last.dst + last.run == copy.dst =>
+            {
+                last.run += copy.run;
+            }
+            _ => all.push(copy),
+        }
+    }
+    all
+}
+
+/// The copies of rows (at most one loop each) that a strided copy is, if it is few enough of them.
+fn rows(copy: &RawCopy) -> Option<SmallVec<[RawCopy; 1]>> {
+    let Some((inner, outer)) = copy.loops.split_last() else { return Some(SmallVec::new()) };
+    let pitches = [inner.src_stride, inner.dst_stride];
+    let is_rect = pitches.iter().all(|pitch| (copy.run..=limits::PITCH_MAX).contains(pitch));
+    let rects: u64 = outer.iter().map(|outer| outer.count).product();
+    if !is_rect || rects > limits::RECTS_MAX {
+        return None;
+    }
+    let mut all = SmallVec::new();
+    for_each_run(outer, 0, copy.dst, &mut |src, dst| {
+        let src = copy.src.wrapping_add(src as usize);
+        all.push(RawCopy { src, dst, loops: Loops::from_slice(&[*inner]), run: copy.run, cast: None });
+    });
+    Some(all)
+}
+
+/// All copies as one that lands their sources' whole span in the device's scratch memory.
+fn raw(copies: Vec<RawCopy>) -> Option<Op> {
+    let (start, end) = span(copies.iter())?;
+    // Sources keep their place relative to whole accesses of a kernel; what is added lies in the same page.
+    let start = start - start % limits::KERNEL_ACCESS;
+    let src = copies[0].src.with_addr(start);
+    Some(Op::Cut { src, bytes: end - start, copies })
+}
+
+/// The first source address, and the one after the last.
+fn span<'a>(copies: impl Iterator<Item = &'a RawCopy>) -> Option<(usize, usize)> {
+    let range = |copy: &RawCopy| (copy.src.addr(), copy.src.addr() + source_span(&copy.loops, copy.run) as usize);
+    copies.map(range).reduce(|all, next| (all.0.min(next.0), all.1.max(next.1)))
+}
+
+/// Packs rows to the front of their span, if together they are one dense range of their destination in the same order.
+///
+/// # Safety
+/// As [`lower`] with `packable`.
+unsafe fn pack(copies: &mut [RawCopy]) -> Option<RawCopy> {
+    copies.sort_by_key(|copy| copy.src.addr());
+    let first = copies.first()?;
+    let (to, dst) = (first.src.cast_mut(), first.dst);
+    let mut filled = 0;
+    for copy in copies.iter() {
+        // Dense, and in the order of the source, so that nothing is overwritten before it was moved.
+        let dense = copy.loops.iter().rev().try_fold(copy.run, |bytes, inner| {
+            (inner.dst_stride == bytes && inner.src_stride >= bytes).then(|| bytes * inner.count)
+        })?;
+        if copy.dst != dst + filled || copy.src.addr() < to.addr() + filled as usize {
+            return None;
+        }
+        filled += dense;
+    }
+    let mut at = 0;
+    for copy in copies.iter() {
+        for_each_run(&copy.loops, 0, 0, &mut |src, _| {
+            // SAFETY: the caller's duties; a run moves towards the front of its slot, over bytes that were moved.
+            unsafe { std::ptr::copy(copy.src.add(src as usize), to.add(at), copy.run as usize) };
+            at += copy.run as usize;
+        });
+    }
+    Some(RawCopy { src: to, dst, loops: Loops::new(), run: filled, cast: None })
+}
+
+/// Nanoseconds of the link for copies of rows.
+fn rows_cost(copy: &RawCopy, costs: &CopyCosts) -> f64 {
+    let bytes = bytes_moved(&copy.loops, copy.run) as f64;
+    let count = bytes / copy.run as f64;
+    let calls = count / copy.loops.last().map_or(1.0, |inner| inner.count as f64);
+    costs.call_ns * calls + (bytes / costs.link_gb_per_s).max(count * costs.row_ns)
+}
+
+/// Nanoseconds of link and device for landing raw and cutting with kernels.
+fn cut_cost<'a>(copies: impl Iterator<Item = &'a RawCopy> + Clone, costs: &CopyCosts) -> f64 {
+    let Some((start, end)) = span(copies.clone()) else { return 0.0 };
+    let kernels: f64 =
+        copies.map(|copy| costs.call_ns + bytes_moved(&copy.loops, copy.run) as f64 / costs.kernel_gb_per_s).sum();
+    costs.call_ns + (end - start) as f64 / costs.link_gb_per_s + kernels
+}
+
+/// Nanoseconds of a reading thread's share, and of the link, for packing rows.
+fn pack_cost(copies: &[RawCopy], costs: &CopyCosts) -> f64 {
+    let cost = |copy: &RawCopy| {
+        let bytes = bytes_moved(&copy.loops, copy.run) as f64;
+        let cpu = bytes / copy.run as f64 * costs.pack_row_ns + bytes / costs.pack_gb_per_s;
+        bytes / costs.link_gb_per_s + cpu
+    };
+    costs.call_ns + copies.iter().map(cost).sum::<f64>()
+}

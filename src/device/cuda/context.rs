@@ -1,0 +1,203 @@
+//! Finding the driver, and the primary context of a GPU.
+
+use std::sync::{Arc, Mutex, OnceLock};
+
+use libloading::Library;
+
+use super::driver::{self, Attribute, Failure, RawContext, RawDevice, RawStream, Status};
+use super::kernels::Module;
+use crate::error::{Error, ErrorKind, Result};
+use crate::sync::lock;
+
+/// Names of the driver's library, in the order in which they are asked for: cudarc's first choice, and what drivers
+/// install.
+const LIBRARIES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
+
+/// Loads the driver's library, for ever, and initialises it; cudarc panics where there is none.
+///
+/// # Errors
+/// [`ErrorKind::Device`] if there is no driver, or it refuses.
+pub(super) fn library() -> Result<()> {
+    static DRIVER: OnceLock<Library> = OnceLock::new();
+    static LOADING: Mutex<()> = Mutex::new(());
+    let _one_at_a_time = lock(&LOADING);
+    if DRIVER.get().is_some() {
+        return Ok(());
+    }
+    // SAFETY: the driver's library may be loaded into any process, and is never unloaded.
+    let found = LIBRARIES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
+    let Some(found) = found else {
+        return Err(Error::new(ErrorKind::Device, "no NVIDIA driver: libcuda.so.1 not found"));
+    };
+    // SAFETY: the library is there.
+    unsafe { driver::init() }
+        .map_err(|failure| Error::new(ErrorKind::Device, format!("no NVIDIA driver: {failure}")))?;
+    DRIVER.get_or_init(|| found);
+    Ok(())
+}
+
+/// How many GPUs there are.
+///
+/// # Errors
+/// [`ErrorKind::Device`] if there is no driver.
+pub(super) fn device_count() -> Result<u32> {
+    library()?;
+    // SAFETY: the driver is loaded.
+    match unsafe { driver::device_count() } {
+        Ok(count) => Ok(count),
+        Err(failure) if failure.is_no_device() => Ok(0),
+        Err(failure) => Err(Error::new(ErrorKind::Device, failure.to_string())),
+    }
+}
+
+/// The GPU with this number, without a context on it.
+pub(super) fn device(ordinal: u32) -> Result<RawDevice> {
+    let count = device_count()?;
+    // SAFETY: the driver is loaded.
+    match unsafe { driver::device(ordinal) } {
+        Ok(device) => Ok(device),
+        Err(failure) if failure.is_no_device() => {
+            Err(Error::new(ErrorKind::Device, format!("no such device: cuda:{ordinal}")).with_expected(
+                match count {
+                    0 => "a machine with a GPU".to_owned(),
+                    count => format!("a device below {count}"),
+                },
+                format!("cuda:{ordinal}"),
+            ))
+        }
+        Err(failure) => Err(error(ordinal, failure)),
+    }
+}
+
+/// A driver's refusal as an error that names the device.
+pub(super) fn error(ordinal: u32, failure: Failure) -> Error {
+    let kind = if failure.is_out_of_memory() { ErrorKind::DeviceMemory } else { ErrorKind::Device };
+    Error::new(kind, format!("cuda:{ordinal}: {failure}"))
+}
+
+/// The primary context of a GPU: the one that the caller's own CUDA code uses too. Given back when dropped.
+#[derive(Debug)]
+pub(super) struct Context {
+    ordinal: u32,
+    device: RawDevice,
+    raw: RawContext,
+    /// Where the device's memory pool is asked, and digests are taken.
+    service: OnceLock<RawStream>,
+    module: OnceLock<Module>,
+}
+
+// SAFETY: the driver's handles may be used from every thread; `enter` makes the context current first.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Retains the primary context of the GPU with this number; the caller's current context stays what it was.
+    pub(super) fn open(ordinal: u32) -> Result<Arc<Context>> {
+        let device = device(ordinal)?;
+        // SAFETY: the driver is loaded, the device exists.
+        let raw = unsafe { driver::retain_primary_context(device) }.map_err(|failure| error(ordinal, failure))?;
+        Ok(Arc::new(Context { ordinal, device, raw, service: OnceLock::new(), module: OnceLock::new() }))
+    }
+
+    pub(super) fn ordinal(&self) -> u32 {
+        self.ordinal
+    }
+
+    pub(super) fn device(&self) -> RawDevice {
+        self.device
+    }
+
+    /// Whether an attribute of the device is there and not 0.
+    pub(super) fn has(&self, attribute: Attribute) -> bool {
+        // SAFETY: the driver is loaded, the device exists.
+        unsafe { driver::attribute(self.device, attribute) }.is_ok_and(|value| value != 0)
+    }
+
+    /// Makes the context current on this thread until what this returns is dropped; then the one before is again.
+    pub(super) fn enter(&self) -> Result<Entered> {
+        // SAFETY: the context is retained for as long as `self` lives.
+        unsafe { driver::push_context(self.raw) }.map_err(|failure| self.error(failure))?;
+        Ok(Entered(()))
+    }
+
+    /// Calls the driver with this context current.
+    pub(super) fn with<T>(&self, calls: impl FnOnce() -> Status<T>) -> Result<T> {
+        let _entered = self.enter()?;
+        calls().map_err(|failure| self.error(failure))
+    }
+
+    /// Gives something back with this context current. There is nobody to tell if the driver refuses, as it does after
+    /// a GPU was lost.
+    pub(super) fn give_back(&self, calls: impl FnOnce() -> Status<()>) {
+        if let Err(error) = self.with(calls) {
+            tracing::warn!("{error}");
+        }
+    }
+
+    /// A failure as an error that names this device.
+    pub(super) fn error(&self, failure: Failure) -> Error {
+        error(self.ordinal, failure)
+    }
+
+    /// Free bytes and all bytes of the device's memory.
+    pub(super) fn memory(&self) -> Result<(u64, u64)> {
+        // SAFETY: the context is current.
+        let (free, total) = self.with(|| unsafe { driver::memory_info() })?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// The kernels, compiled for this device when they are first asked for.
+    pub(super) fn module(&self) -> Result<&Module> {
+        if self.module.get().is_none() {
+            let made = self.with(Module::load)?;
+            if let Err(spare) = self.module.set(made) {
+                self.give_back(|| spare.unload());
+            }
+        }
+        Ok(self.module.get().expect("bug in shardlift: set above"))
+    }
+
+    /// The stream on which memory of the pool is taken and given back, and digests are taken.
+    pub(super) fn service(&self) -> Result<RawStream> {
+        if let Some(stream) = self.service.get() {
+            return Ok(*stream);
+        }
+        // SAFETY: the context is current.
+        let made = self.with(|| unsafe { driver::create_stream() })?;
+        if let Err(spare) = self.service.set(made) {
+            // SAFETY: nobody else has the one that came second.
+            self.give_back(|| unsafe { driver::destroy_stream(spare) });
+        }
+        Ok(*self.service.get().expect("bug in shardlift: set above"))
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if let Some(module) = self.module.take() {
+            self.give_back(|| module.unload());
+        }
+        if let Some(stream) = self.service.take() {
+            // SAFETY: all that used the stream held this context.
+            self.give_back(|| unsafe { driver::destroy_stream(stream) });
+        }
+        // SAFETY: retained in `open`, and everything that was made in it held `self`.
+        if let Err(failure) = unsafe { driver::release_primary_context(self.device) } {
+            tracing::warn!("{}", self.error(failure));
+        }
+    }
+}
+
+/// While it lives, a context is current on this thread.
+#[derive(Debug)]
+pub(super) struct Entered(());
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        // SAFETY: pushed by `enter` on this thread (the type is dropped where it was made: it never leaves a function).
+        if let Err(failure) = unsafe { driver::pop_context() } {
+            tracing::warn!("{failure}");
+        }
+    }
+}

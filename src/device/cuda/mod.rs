@@ -1,0 +1,73 @@
+//! GPUs of NVIDIA, through the driver alone. The only module that names cudarc.
+
+mod context;
+mod driver;
+mod facts;
+mod kernels;
+mod memory;
+mod pinned;
+mod queue;
+
+use std::any::Any;
+use std::sync::Arc;
+
+use self::context::Context;
+use self::memory::Memory;
+use super::{Allocation, Device, Pinner, Queue};
+use crate::error::Result;
+
+pub use facts::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
+
+/// One GPU, whose primary context is kept while this or any memory of it lives.
+#[derive(Debug)]
+pub(crate) struct Cuda {
+    context: Arc<Context>,
+}
+
+impl Cuda {
+    /// The GPU with this number.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`](crate::ErrorKind::Device) if there is no driver or no such device.
+    pub(crate) fn open(ordinal: u32) -> Result<Cuda> {
+        Ok(Cuda { context: Context::open(ordinal)? })
+    }
+
+    fn allocation(memory: Memory) -> Allocation {
+        Allocation::on_device(memory.address(), Box::new(memory))
+    }
+}
+
+impl Device for Cuda {
+    fn name(&self) -> String {
+        format!("cuda:{}", self.context.ordinal())
+    }
+
+    fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
+        Ok(Some(Box::new(queue::CudaQueue::new(&self.context)?)))
+    }
+
+    fn block(&self, bytes: usize) -> Result<Allocation> {
+        Memory::block(&self.context, bytes).map(Cuda::allocation)
+    }
+
+    fn tensor(&self, bytes: usize, _: usize) -> Result<Allocation> {
+        Memory::pooled(&self.context, bytes).map(Cuda::allocation)
+    }
+
+    unsafe fn lent(&self, address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
+        Cuda::allocation(Memory::lent(&self.context, address.addr() as u64, keep))
+    }
+
+    fn free_bytes(&self) -> Result<Option<u64>> {
+        self.context.memory().map(|(free, _)| Some(free))
+    }
+
+    fn pinner(&self) -> Option<Arc<dyn Pinner>> {
+        Some(Arc::new(pinned::CudaPinner::new(&self.context, facts::numa_node(self.context.device()))))
+    }
+
+    fn copies_any(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,206 @@
+//! Copies to a GPU: streams that do not wait for each other, an event for each ticket, scratch memory for what a kernel
+//! has to cut.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::context::Context;
+use super::driver::{self, RawEvent, RawStream, Rect, Status};
+use super::kernels;
+use super::memory::Memory;
+use crate::device::{Op, Queue, RawCopy};
+use crate::error::Result;
+use crate::limits;
+
+/// The copies of one device, spread over a few streams.
+#[derive(Debug)]
+pub(super) struct CudaQueue {
+    context: Arc<Context>,
+    lanes: Vec<Lane>,
+    spare_events: Vec<RawEvent>,
+    /// What was submitted and is not known to be done, oldest first; the tickets before it are.
+    in_flight: VecDeque<RawEvent>,
+    submitted: u64,
+}
+
+/// A stream and the memory in which bytes land that a kernel puts in place. The stream's order protects it: the next
+/// bytes land when the kernels before have run.
+#[derive(Debug)]
+struct Lane {
+    stream: RawStream,
+    scratch: Option<Memory>,
+    scratch_bytes: usize,
+}
+
+// SAFETY: handles of the driver, which may be used from every thread; each method enters the context.
+unsafe impl Send for CudaQueue {}
+
+impl CudaQueue {
+    pub(super) fn new(context: &Arc<Context>) -> Result<CudaQueue> {
+        let mut queue = CudaQueue {
+            context: Arc::clone(context),
+            lanes: Vec::new(),
+            spare_events: Vec::new(),
+            in_flight: VecDeque::new(),
+            submitted: 0,
+        };
+        for _ in 0..limits::STREAMS {
+            // SAFETY: the context is current.
+            let stream = context.with(|| unsafe { driver::create_stream() })?;
+            queue.lanes.push(Lane { stream, scratch: None, scratch_bytes: 0 });
+        }
+        Ok(queue)
+    }
+
+    /// Whether the oldest ticket in flight is done.
+    fn oldest_is_done(&self) -> Result<bool> {
+        // SAFETY: the event is live; events are asked in any context.
+        self.in_flight.front().map_or(Ok(false), |&event| {
+            unsafe { driver::event_is_done(event) }.map_err(|failure| self.context.error(failure))
+        })
+    }
+
+    fn finished(&self) -> u64 {
+        self.submitted - self.in_flight.len() as u64
+    }
+}
+
+impl Queue for CudaQueue {
+    unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64> {
+        let _entered = self.context.enter()?;
+        let lane = self.submitted as usize % self.lanes.len();
+        let lane = &mut self.lanes[lane];
+        for op in &ops {
+            // SAFETY: the caller's duties; the context is current and the stream its own.
+            unsafe {
+                match op {
+                    Op::Copy(copy) => {
+                        straight(copy, lane.stream).map_err(|failure| self.context.error(failure))?;
+                    }
+                    Op::Cut { src, bytes, copies } => lane.cut(&self.context, *src, *bytes, copies)?,
+                }
+            }
+        }
+        let event = match self.spare_events.pop() {
+            Some(event) => event,
+            // SAFETY: the context is current.
+            None => unsafe { driver::create_event() }.map_err(|failure| self.context.error(failure))?,
+        };
+        // Entered first: if recording fails it is destroyed with the others.
+        self.in_flight.push_back(event);
+        self.submitted += 1;
+        // SAFETY: event and stream are live and of the current context.
+        unsafe { driver::record_event(event, lane.stream) }.map_err(|failure| self.context.error(failure))?;
+        Ok(self.submitted)
+    }
+
+    fn wait(&mut self, bound: Duration) -> Result<u64> {
+        let began = Instant::now();
+        while !self.in_flight.is_empty() {
+            let mut any = false;
+            while self.oldest_is_done()? {
+                self.spare_events.extend(self.in_flight.pop_front());
+                any = true;
+            }
+            if any || began.elapsed() >= bound {
+                break;
+            }
+            thread::sleep(limits::EVENT_POLL);
+        }
+        Ok(self.finished())
+    }
+
+    fn settle(&mut self, bound: Duration) -> bool {
+        let began = Instant::now();
+        // A stream that answers with an error twice is lost, and with it what was queued.
+        let mut refusals = 0;
+        self.lanes.iter().all(|lane| {
+            loop {
+                // SAFETY: the stream is live.
+                match unsafe { driver::stream_is_done(lane.stream) } {
+                    Ok(true) => return true,
+                    Ok(false) if began.elapsed() >= bound => return false,
+                    Ok(false) => thread::sleep(limits::EVENT_POLL),
+                    Err(_) if refusals > 1 => return true,
+                    Err(_) => refusals += 1,
+                }
+            }
+        })
+    }
+}
+
+impl Drop for CudaQueue {
+    fn drop(&mut self) {
+        for lane in &mut self.lanes {
+            let stream = lane.stream;
+            // Copies that nobody waited for end before their memory goes.
+            // SAFETY: the stream is live, and not used again.
+            self.context.give_back(|| unsafe { driver::synchronize(stream) });
+            lane.scratch = None;
+            // SAFETY: as above.
+            self.context.give_back(|| unsafe { driver::destroy_stream(stream) });
+        }
+        for event in self.in_flight.drain(..).chain(self.spare_events.drain(..)) {
+            // SAFETY: the event is live, and not used again.
+            self.context.give_back(|| unsafe { driver::destroy_event(event) });
+        }
+    }
+}
+
+/// Queues a copy of at most one loop.
+///
+/// # Safety
+/// As [`Queue::submit`]; the context is current and the stream its own.
+unsafe fn straight(copy: &RawCopy, stream: RawStream) -> Status<()> {
+    // SAFETY: the same duties.
+    unsafe {
+        match copy.loops[..] {
+            [] => driver::copy_to_device(copy.dst, copy.src, copy.run as usize, stream),
+            [inner] => driver::copy_rect_to_device(
+                &Rect {
+                    from: copy.src,
+                    from_pitch: inner.src_stride as usize,
+                    to: copy.dst,
+                    to_pitch: inner.dst_stride as usize,
+                    width: copy.run as usize,
+                    rows: inner.count as usize,
+                },
+                stream,
+            ),
+            _ => unreachable!("bug in shardlift: a copy of several loops was not cut by a kernel"),
+        }
+    }
+}
+
+impl Lane {
+    /// Lands `bytes` as they are and queues the kernels that put them in place.
+    ///
+    /// # Safety
+    /// As [`Queue::submit`]; the context is current.
+    unsafe fn cut(&mut self, context: &Arc<Context>, src: *const u8, bytes: usize, copies: &[RawCopy]) -> Result<()> {
+        let base = self.scratch(context, bytes)?;
+        // SAFETY: the scratch memory is large enough, the stream's order keeps others from it; the caller's duties.
+        unsafe {
+            driver::copy_to_device(base, src, bytes, self.stream).map_err(|failure| context.error(failure))?;
+            for copy in copies {
+                let offset = copy.src.addr() - src.addr();
+                kernels::copy(context, copy, base + offset as u64, self.stream)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The address of scratch memory of at least this size.
+    fn scratch(&mut self, context: &Arc<Context>, bytes: usize) -> Result<u64> {
+        if self.scratch.is_none() || self.scratch_bytes < bytes {
+            // Freed by the driver when what was queued has run.
+            self.scratch = None;
+            let memory = Memory::plain(context, bytes)?;
+            self.scratch_bytes = bytes;
+            return Ok(self.scratch.insert(memory).address());
+        }
+        Ok(self.scratch.as_ref().map_or(0, Memory::address))
+    }
+}
