@@ -120,7 +120,7 @@ fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
             for memory in [Memory::Blocks, Memory::PerTensor] {
                 let loader = Loader::new().engine(engine).memory(memory).staging(STAGING as usize);
                 let ((weights, report), grown) = growth(|| loader.load(&plan).unwrap());
-                let what = format!("{engine:?} {memory:?} {:?}", world.device());
+                let what = format!("{engine:?} {memory:?} {:?}", world.device(shardlift::Rank(0)));
                 assert!(grown <= checkpoint.bytes() + STAGING + REST, "{what}: grew by {} MiB", grown / MIB);
                 assert!(grown >= checkpoint.bytes(), "{what}: what was measured is not the load: {} MiB", grown / MIB);
                 let extra = report.peak_extra_bytes;

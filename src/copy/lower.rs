@@ -147,3 +147,112 @@ fn pack_cost(copies: &[RawCopy], costs: &CopyCosts) -> f64 {
     };
     costs.call_ns + copies.iter().map(cost).sum::<f64>()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::copy_now;
+
+    /// What a device does with an operation, on host memory.
+    fn carry_out(ops: &[Op]) {
+        for op in ops {
+            match op {
+                Op::Copy(copy) => {
+                    assert!(copy.loops.len() <= 1 && copy.cast.is_none(), "not for a copy engine: {copy:?}");
+                    // SAFETY: the test's buffers are as large as its copies say.
+                    unsafe { copy_now(copy) };
+                }
+                Op::Cut { src, bytes, copies } => {
+                    // SAFETY: as above.
+                    let scratch = unsafe { std::slice::from_raw_parts(*src, *bytes) }.to_vec();
+                    for copy in copies {
+                        let at = copy.src.addr() - src.addr();
+                        let end = at + source_span(&copy.loops, copy.run) as usize;
+                        let landed = RawCopy {
+                            src: scratch[at..end].as_ptr(),
+                            dst: copy.dst,
+                            loops: copy.loops.clone(),
+                            run: copy.run,
+                            cast: copy.cast,
+                        };
+                        // SAFETY: as above.
+                        unsafe { copy_now(&landed) };
+                    }
+                }
+            }
+        }
+    }
+
+    const COPIES: usize = 0;
+    const CUTS: usize = 1;
+
+    /// How many operations of each kind `pieces` become: (source offset, destination offset, loops, run). Checks that
+    /// they move the same bytes.
+    fn ways(pieces: &[(usize, usize, &[(u64, u64, u64)], u64)], packable: bool, costs: &CopyCosts) -> [usize; 2] {
+        let mut source: Vec<u8> = (0..1 << 20).map(|at: u32| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let make = |src: *const u8, dst: *mut u8| -> Vec<RawCopy> {
+            let piece = |&(from, to, loops, run): &(usize, usize, &[(u64, u64, u64)], u64)| RawCopy {
+                src: src.wrapping_add(from),
+                dst: dst.wrapping_add(to).expose_provenance() as u64,
+                loops: loops
+                    .iter()
+                    .map(|&(count, src_stride, dst_stride)| crate::stride::Loop { count, src_stride, dst_stride })
+                    .collect(),
+                run,
+                cast: None,
+            };
+            pieces.iter().map(piece).collect()
+        };
+        let (mut expected, mut found) = (vec![0u8; 1 << 20], vec![0u8; 1 << 20]);
+        for copy in make(source.as_ptr(), expected.as_mut_ptr()) {
+            // SAFETY: the pieces of the tests lie in a megabyte.
+            unsafe { copy_now(&copy) };
+        }
+        let copies = make(source.as_mut_ptr(), found.as_mut_ptr());
+        // SAFETY: as above; nobody else uses the source.
+        let ops = unsafe { lower(copies, packable, costs) };
+        carry_out(&ops);
+        assert!(found == expected, "{pieces:?} {ops:?}");
+        let cuts = ops.iter().filter(|op| matches!(op, Op::Cut { .. })).count();
+        [ops.len() - cuts, cuts]
+    }
+
+    const COSTS: CopyCosts = limits::COPY_COSTS;
+
+    #[test]
+    fn neighbours_on_both_sides_are_one_copy() {
+        assert_eq!(ways(&[(100, 300, &[], 50), (0, 200, &[], 100), (150, 350, &[], 7)], true, &COSTS)[COPIES], 1);
+        assert_eq!(ways(&[(0, 0, &[], 50), (50, 256, &[], 50)], true, &COSTS)[COPIES], 2);
+    }
+
+    #[test]
+    fn wide_rows_are_copied_straight_and_narrow_ones_packed() {
+        let wide: &[(u64, u64, u64)] = &[(100, 8192, 4096)];
+        assert_eq!(ways(&[(0, 0, wide, 4096)], true, &COSTS), [1, 0]);
+        let narrow: &[(u64, u64, u64)] = &[(10_000, 96, 16)];
+        assert_eq!(ways(&[(8, 0, narrow, 16)], true, &COSTS), [1, 0]);
+        // Part of a row, whole rows, part of a row, as one range of the destination.
+        let pieces: [(usize, usize, &[(u64, u64, u64)], u64); 3] =
+            [(4, 0, &[], 12), (96, 12, &[(1000, 96, 16)], 16), (96_096, 16_012, &[], 5)];
+        ways(&pieces, true, &COSTS);
+        let rows = CopyCosts { row_ns: 1000.0, kernel_gb_per_s: 0.001, ..COSTS };
+        assert_eq!(ways(&pieces[1..2], true, &rows), [1, 0]);
+    }
+
+    #[test]
+    fn what_no_copy_engine_can_do_is_cut_by_a_kernel() {
+        let transposed: &[(u64, u64, u64)] = &[(100, 80, 2), (40, 2, 200)];
+        assert_eq!(ways(&[(7, 0, transposed, 2)], false, &COSTS), [0, 1]);
+        let deep: &[(u64, u64, u64)] = &[(100, 4000, 400), (10, 200, 40), (4, 20, 10)];
+        assert_eq!(ways(&[(0, 0, deep, 10)], false, &COSTS), [0, 1]);
+        let few: &[(u64, u64, u64)] = &[(4, 100_000, 40_960), (10, 8192, 4096)];
+        assert_eq!(ways(&[(0, 0, few, 4096)], false, &COSTS), [4, 0]);
+    }
+
+    #[test]
+    fn several_ranks_on_one_device_share_what_lands_raw() {
+        let rows: &[(u64, u64, u64)] = &[(5000, 64, 16)];
+        let of_ranks = [(0, 0, rows, 16), (16, 100_000, rows, 16), (32, 200_000, rows, 16), (48, 300_000, rows, 16)];
+        assert_eq!(ways(&of_ranks, true, &COSTS), [0, 1]);
+    }
+}
