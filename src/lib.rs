@@ -13,7 +13,7 @@ compile_error!("shardlift reads little-endian files into memory as they are: big
 mod cast;
 pub mod checkpoint;
 mod copy;
-mod device;
+pub mod device;
 mod dtype;
 mod error;
 mod extent;
@@ -41,12 +41,6 @@ pub use observe::{Progress, Report};
 pub use place::{Digest, Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};
 pub use shape::Shape;
-
-/// What there is to know of this machine's GPUs, without loading anything.
-#[cfg(feature = "cuda")]
-pub mod cuda {
-    pub use crate::device::{CudaFacts, CudaMachine, PcieLink, cuda_machine as machine};
-}
 
 // The example of the README is compiled with the documentation's tests.
 #[cfg(doctest)]

@@ -275,7 +275,7 @@ fn an_alias_shows_its_original_wherever_that_lies() {
                     let (weights, _) = load.finish().unwrap();
                     for rank in [Rank(0), Rank(1)] {
                         let tied = weights.tensor(rank, "tied").unwrap();
-                        assert!(*tied.to_bytes().unwrap() == expected, "{world:?} {residency:?} {memory:?} {rank}");
+                        assert!(*tied.to_bytes().unwrap() == *expected, "{world:?} {residency:?} {memory:?} {rank}");
                         assert_eq!(tied.device_ptr(), weights.tensor(rank, "f.whole").unwrap().device_ptr());
                     }
                 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::files::Files;
 use super::run::distinct;
 use super::{Device, Setup};
+use crate::device::{Pinned, Pinner};
 use crate::copy::{CopyError, Filled, Landed, Landing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
@@ -17,6 +18,7 @@ use crate::limits;
 use crate::observe::{Counters, Totals};
 use crate::plan::{Cursor, Cutting, Reads};
 use crate::read::Request;
+use crate::stage::{Hold, Lend};
 use crate::sync::lock;
 
 /// Where the filled slots of one device go until the last was sent, if it has a queue.
@@ -36,6 +38,10 @@ pub(crate) struct Job {
     pub(super) files: Files,
     /// The devices, each once.
     pub(super) devices: Vec<Arc<dyn Device>>,
+    /// What pins slots for the devices that copy only from pinned ones.
+    pub(super) pinner: Option<Arc<dyn Pinner>>,
+    /// Pinned slots stay while the load runs.
+    _hold: Hold,
     /// For each device, where its filled slots go; `None` where bytes land at once.
     pub(super) inboxes: Vec<Inbox>,
     /// For each rank of the world, the position of its device; those of other processes have none that is used.
@@ -93,7 +99,8 @@ impl Job {
             let known = devices.iter().position(|(known, _)| Arc::ptr_eq(known, device));
             device_of[rank.index()] = known.expect("bug in shardlift: a device that no rank has");
         }
-        let devices = devices.into_iter().map(|(device, _)| device).collect();
+        let devices: Vec<_> = devices.into_iter().map(|(device, _)| device).collect();
+        let pinner = pinner(&devices);
         let in_place = inboxes.iter().all(Option::is_none);
         let slot = setup.ring.slot_bytes() as u64;
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
@@ -132,6 +139,8 @@ impl Job {
             cursor: Mutex::default(),
             again: Mutex::default(),
             devices,
+            pinner,
+            _hold: setup.ring.hold(),
             inboxes,
             device_of,
             remaining,
@@ -154,6 +163,11 @@ impl Job {
             job.complete(rank, dest);
         }
         Ok(job)
+    }
+
+    /// Which slots this load can read into.
+    pub(super) fn lend(&self) -> Lend {
+        if self.pinner.is_some() { Lend::Pinned } else { Lend::Any }
     }
 
     /// Whether every byte has landed, whatever the engine said.
@@ -348,6 +362,34 @@ impl Landed for Job {
     fn abandoned(&self, slots: usize) {
         self.abandon(slots);
         self.copies_abandoned.store(true, Ordering::Release);
+    }
+}
+
+/// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
+fn pinner(devices: &[Arc<dyn Device>]) -> Option<Arc<dyn Pinner>> {
+    let mut pinners = devices.iter().filter_map(|device| device.pinner());
+    let first = pinners.next()?;
+    let node = first.numa_node();
+    if pinners.all(|other| other.numa_node() == node) { Some(first) } else { Some(Arc::new(Anywhere(first))) }
+}
+
+/// Pins memory of any node.
+#[derive(Debug)]
+struct Anywhere(Arc<dyn Pinner>);
+
+impl Pinner for Anywhere {
+    unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<Pinned> {
+        // SAFETY: the same duties.
+        unsafe { self.0.pin(address, bytes) }
+    }
+
+    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Option<Pinned>> {
+        // SAFETY: the same duties.
+        unsafe { self.0.pin_read_only(address, bytes) }
+    }
+
+    fn numa_node(&self) -> Option<u32> {
+        None
     }
 }
 

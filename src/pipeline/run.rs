@@ -106,6 +106,7 @@ struct Copier {
 struct Workers {
     readers: Vec<JoinHandle<()>>,
     copiers: Vec<JoinHandle<()>>,
+    pinning: Option<JoinHandle<()>>,
 }
 
 fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
@@ -128,7 +129,7 @@ fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
         lock(inbox).take();
     }
     let readers = workers.readers.into_iter().filter(|_| !abandoned);
-    for thread in readers.chain(workers.copiers) {
+    for thread in readers.chain(workers.copiers).chain(workers.pinning) {
         let _ = thread.join();
     }
     memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
@@ -172,6 +173,7 @@ fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: Sender<()>, worker
         })?;
         workers.copiers.push(thread);
     }
+    workers.pinning = pin_slots(job)?;
     for index in 0..job.setup.engine.threads().max(1) {
         let (job, alive) = (Arc::clone(job), alive.clone());
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
@@ -184,6 +186,28 @@ fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: Sender<()>, worker
         workers.readers.push(thread);
     }
     Ok(())
+}
+
+/// Pins the first slots, and starts a thread that pins the rest, if a device needs it.
+fn pin_slots(job: &Arc<Job>) -> Result<Option<JoinHandle<()>>> {
+    let Some(pinner) = job.pinner.clone() else { return Ok(None) };
+    let ring = &job.setup.ring;
+    // No more than there is to read.
+    let wanted = job.setup.plan.storage_bytes().div_ceil(ring.slot_bytes() as u64).max(1);
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
+    let first = wanted.min(limits::FIRST_SLOTS);
+    while ring.grow(&*pinner, first, || job.is_stopped())? {}
+    let shared = Arc::clone(job);
+    let rest = move || {
+        let grown = catch_unwind(AssertUnwindSafe(|| -> Result<()> {
+            while shared.setup.ring.grow(&*pinner, wanted, || shared.is_stopped())? {}
+            Ok(())
+        }));
+        if let Err(error) = grown.unwrap_or_else(|payload| Err(panicked(payload))) {
+            shared.fail(error);
+        }
+    };
+    spawn("shardlift-pin", rest).map(Some)
 }
 
 /// A stalled device may write to the load's destinations at any later time.
@@ -249,7 +273,7 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
         engine: job.setup.engine.name().into(),
         engine_reason: job.setup.engine_reason.clone(),
         peak_extra_bytes: memory.peak_extra.max(job.setup.ring.bytes()),
-        peak_pinned_bytes: 0,
+        peak_pinned_bytes: if job.pinner.is_some() { job.setup.ring.pinned_bytes() } else { 0 },
         abandoned_bytes: counters.abandoned_bytes.load(Ordering::Relaxed),
         stages,
         bottleneck: stages.bottleneck().into(),

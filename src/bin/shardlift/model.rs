@@ -59,7 +59,7 @@ pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Re
 
 #[cfg(feature = "cuda")]
 fn visible_gpus() -> usize {
-    shardlift::cuda::machine().map_or(0, |machine| machine.devices.len())
+    shardlift::device::cuda_machine().map_or(0, |machine| machine.devices.len())
 }
 
 #[cfg(not(feature = "cuda"))]
