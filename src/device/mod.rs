@@ -19,7 +19,9 @@ pub(crate) use allocation::{Allocation, DeviceMemory};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::Cuda;
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
+pub use cuda::{
+    CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurements, cuda_machine, pinned_gb_per_s,
+};
 pub(crate) use file::FileDevice;
 pub(crate) use host::{Host, HostStaged, Pages, copy_now};
 

@@ -105,8 +105,15 @@ struct Copier {
 #[derive(Default)]
 struct Workers {
     readers: Vec<JoinHandle<()>>,
-    copiers: Vec<JoinHandle<()>>,
-    pinning: Option<JoinHandle<()>>,
+    /// Those that call drivers of devices.
+    of_devices: Vec<JoinHandle<()>>,
+}
+
+/// Ends of channels on which nothing is sent: when the last thread that holds one is gone, the other end says so.
+#[derive(Clone)]
+struct Alive {
+    readers: Sender<()>,
+    of_devices: Sender<()>,
 }
 
 fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
@@ -114,11 +121,13 @@ fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
     let mut memory = MemoryWatch::new(job.setup.destinations.in_memory());
     let cpu_before = cpu_seconds();
     let mut workers = Workers::default();
-    // Nothing is sent: every reader holds an end, and when the last is gone the other says so.
-    let (alive, readers) = mpsc::channel();
-    if let Err(error) = start_workers(job, copiers, alive, &mut workers) {
+    let (readers_alive, readers) = mpsc::channel();
+    let (devices_alive, of_devices) = mpsc::channel();
+    let alive = Alive { readers: readers_alive, of_devices: devices_alive };
+    if let Err(error) = start_workers(job, copiers, &alive, &mut workers) {
         job.fail(error);
     }
+    drop(alive);
     let mut abandoned = false;
     while !abandoned && readers.recv_timeout(limits::SUPERVISE_EVERY) == Err(RecvTimeoutError::Timeout) {
         memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
@@ -128,8 +137,9 @@ fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
     for inbox in job.inboxes.iter().flatten() {
         lock(inbox).take();
     }
+    let lost = !devices_end(job, &of_devices);
     let readers = workers.readers.into_iter().filter(|_| !abandoned);
-    for thread in readers.chain(workers.copiers).chain(workers.pinning) {
+    for thread in readers.chain(workers.of_devices.into_iter().filter(|_| !lost)) {
         let _ = thread.join();
     }
     memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
@@ -139,6 +149,27 @@ fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
         job.fail(error);
     }
     report(job, &memory, cpu_before)
+}
+
+/// Waits until the threads that call drivers have ended; false if one of them does not come back from its driver: copiers
+/// themselves end when copies make no progress for the stall bound, and drain for as long again.
+fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
+    let bound = job.setup.stall_error * 3;
+    let mut progress = (job.counters.bytes_landed.load(Ordering::Relaxed), Instant::now());
+    while alive.recv_timeout(limits::SUPERVISE_EVERY) == Err(RecvTimeoutError::Timeout) {
+        let landed = job.counters.bytes_landed.load(Ordering::Relaxed);
+        if landed != progress.0 {
+            progress = (landed, Instant::now());
+        }
+        if progress.1.elapsed() > bound {
+            let all = job.setup.ring.bytes() / job.setup.ring.slot_bytes() as u64;
+            job.abandon(all as usize);
+            keep_for_ever(job);
+            job.fail(Error::new(ErrorKind::Stalled, format!("a driver did not answer for {bound:?}")));
+            return false;
+        }
+    }
+    true
 }
 
 /// [`Files::verify`](super::files::Files::verify) on a thread of its own: a file system that is gone may not answer at all.
@@ -160,7 +191,7 @@ fn verify_files(job: &Arc<Job>) -> Result<()> {
 
 fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: Sender<()>, workers: &mut Workers) -> Result<()> {
     for Copier { index, rank, queue, filled } in copiers {
-        let job = Arc::clone(job);
+        let (job, alive) = (Arc::clone(job), alive.of_devices.clone());
         let thread = spawn(&format!("shardlift-copy-{index}"), move || {
             let outcome = catch_unwind(AssertUnwindSafe(|| copy::run(queue, &filled, &*job, job.setup.stall_error)));
             let outcome = outcome.unwrap_or_else(|payload| Err(CopyError { error: panicked(payload), landing: None }));
@@ -170,12 +201,13 @@ fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: Sender<()>, worker
                 }
                 job.fail(job.locate_copy(error, rank));
             }
+            drop(alive);
         })?;
-        workers.copiers.push(thread);
+        workers.of_devices.push(thread);
     }
-    workers.pinning = pin_slots(job)?;
+    workers.of_devices.extend(pin_slots(job, alive.of_devices.clone())?);
     for index in 0..job.setup.engine.threads().max(1) {
-        let (job, alive) = (Arc::clone(job), alive.clone());
+        let (job, alive) = (Arc::clone(job), alive.readers.clone());
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
             let outcome = catch_unwind(AssertUnwindSafe(|| job.setup.engine.run(&*job)));
             if let Err(error) = outcome.unwrap_or_else(|payload| Err(panicked(payload))) {
@@ -189,7 +221,7 @@ fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: Sender<()>, worker
 }
 
 /// Pins the first slots, and starts a thread that pins the rest, if a device needs it.
-fn pin_slots(job: &Arc<Job>) -> Result<Option<JoinHandle<()>>> {
+fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<JoinHandle<()>>> {
     let Some(pinner) = job.pinner.clone() else { return Ok(None) };
     let ring = &job.setup.ring;
     // No more than there is to read.
@@ -206,6 +238,7 @@ fn pin_slots(job: &Arc<Job>) -> Result<Option<JoinHandle<()>>> {
         if let Err(error) = grown.unwrap_or_else(|payload| Err(panicked(payload))) {
             shared.fail(error);
         }
+        drop(alive);
     };
     spawn("shardlift-pin", rest).map(Some)
 }

@@ -4,6 +4,7 @@ mod context;
 mod driver;
 mod facts;
 mod kernels;
+mod measure;
 mod memory;
 mod pinned;
 mod queue;
@@ -17,6 +18,7 @@ use super::{Allocation, Device, Pinner, Queue};
 use crate::error::Result;
 
 pub use facts::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
+pub use measure::{CopyMeasurements, copy_measurements, pinned_gb_per_s};
 
 /// One GPU, whose primary context is kept while this or any memory of it lives.
 #[derive(Debug)]

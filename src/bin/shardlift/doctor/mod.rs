@@ -1,10 +1,11 @@
 //! `shardlift doctor`: what this machine can do, and what `auto` would choose.
 
+mod ceilings;
+mod gpus;
+
 use std::fs;
-use std::hint::black_box;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 use shardlift::source::{FileSystem, SourceFile};
@@ -24,8 +25,13 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     let uring = uring();
     let file_system = file_system(path);
     let auto = auto(path);
-    let memcpy = memcpy_gb_per_s(moving);
-    let pread = pread_gb_per_s(moving);
+    let memcpy = ceilings::memcpy_gb_per_s(moving);
+    let pread = ceilings::pread_gb_per_s(moving);
+    let storage = match largest_file(path) {
+        Some(file) => ceilings::storage_gb_per_s(&file, moving),
+        None => Err("no file there".into()),
+    };
+    let gpus = gpus::look();
 
     output.line(format_args!("cpus: {cpus}"));
     if let (Some(total), Some(available)) = (total, available) {
@@ -49,7 +55,14 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     if let Some(pread) = pread {
         output.line(format_args!("pread from the page cache: {pread:.1} GB/s with {threads}"));
     }
-    output.line(format_args!("cuda: not in this build"));
+    match &storage {
+        Ok(rate) => output.line(format_args!("storage, past the page cache: {rate:.1} GB/s with {threads}")),
+        Err(why) => output.line(format_args!("storage, past the page cache: not measured: {why}")),
+    }
+    gpus::print(&gpus, output);
+    for library in LATER {
+        output.line(format_args!("{library}: not in this build"));
+    }
 
     let usable = |why: Option<&String>| json!({ "usable": why.is_none(), "why": why });
     Ok(fields(json!({
@@ -65,8 +78,26 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
         },
         "memcpy_gb_per_s": memcpy,
         "page_cache_gb_per_s": pread,
-        "cuda": { "usable": false, "why": "not in this build" },
+        "storage_gb_per_s": storage.as_ref().ok(),
+        "storage_why": storage.as_ref().err(),
+        "cuda": gpus::object(&gpus),
+        "cufile": { "usable": false, "why": "not in this build" },
+        "nccl": { "usable": false, "why": "not in this build" },
     })))
+}
+
+/// What later builds of this program use.
+const LATER: [&str; 2] = ["cufile", "nccl"];
+
+/// The largest file at PATH, or in it.
+fn largest_file(path: &Path) -> Option<PathBuf> {
+    let candidates = if path.is_dir() {
+        fs::read_dir(path).ok()?.flatten().map(|entry| entry.path()).collect()
+    } else {
+        vec![path.to_owned()]
+    };
+    let sized = candidates.into_iter().filter(|path| path.is_file()).map(|path| (fs::metadata(&path), path));
+    sized.filter_map(|(meta, path)| Some((meta.ok()?.len(), path))).max().map(|(_, path)| path)
 }
 
 /// All of this machine's memory, and what can still be had, in bytes.
@@ -115,54 +146,3 @@ fn auto(path: &Path) -> Result<(&'static str, String), String> {
     };
     asked().map_err(|error| error.to_string())
 }
-
-/// Copies between buffers that fit no cache, on every thread.
-fn memcpy_gb_per_s(threads: usize) -> f64 {
-    let each = |_| {
-        let from = vec![1u8; CEILING_BYTES];
-        let mut to = vec![2u8; CEILING_BYTES];
-        move || to.copy_from_slice(black_box(&from))
-    };
-    best_gb_per_s(threads, each)
-}
-
-/// Reads from a file that lies in the page cache, on every thread.
-#[cfg(target_os = "linux")]
-fn pread_gb_per_s(threads: usize) -> Option<f64> {
-    use std::os::unix::fs::FileExt;
-
-    let memfd = rustix::fs::memfd_create("shardlift-doctor", rustix::fs::MemfdFlags::CLOEXEC).ok()?;
-    let file = fs::File::from(memfd);
-    file.write_all_at(&vec![1; CEILING_BYTES], 0).ok()?;
-    let file = &file;
-    let each = |_| {
-        let mut to = vec![2u8; CEILING_BYTES];
-        move || {
-            // A read that fails is as good as none: the best of several counts.
-            let _ = file.read_exact_at(black_box(&mut to), 0);
-        }
-    };
-    Some(best_gb_per_s(threads, each))
-}
-
-#[cfg(not(target_os = "linux"))]
-fn pread_gb_per_s(_: usize) -> Option<f64> {
-    None
-}
-
-/// The best of several rounds in which every thread moves its bytes once: a ceiling, not an average.
-fn best_gb_per_s<W: FnMut() + Send>(threads: usize, worker: impl Fn(usize) -> W) -> f64 {
-    let mut workers: Vec<W> = (0..threads).map(worker).collect();
-    let mut best = f64::INFINITY;
-    for _ in 0..ROUNDS {
-        let start = Instant::now();
-        thread::scope(|scope| workers.iter_mut().for_each(|worker| drop(scope.spawn(worker))));
-        best = best.min(start.elapsed().as_secs_f64());
-    }
-    (threads * CEILING_BYTES) as f64 / best / 1e9
-}
-
-/// Bytes that each thread moves in a round: more than its share of any cache.
-const CEILING_BYTES: usize = 64 << 20;
-/// The first brings the pages in, and one of the others is seldom disturbed.
-const ROUNDS: usize = 4;
