@@ -1,0 +1,449 @@
+//! Streams: a queue and a thread each.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use crate::code::{ILLEGAL_ADDRESS, INVALID_HANDLE, Result};
+use crate::device_memory::Use;
+use crate::handle::Handle;
+use crate::hazard::{Clock, FlightId, QueueId, merge};
+use crate::host_memory;
+use crate::link::{Direction, Span};
+use crate::sim::{Guard, Sim, lock, notify};
+use crate::work::{Region, Work, hash};
+
+/// How a stream is ordered with the legacy default stream.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Order {
+    /// It is that stream.
+    Legacy,
+    Blocking,
+    NonBlocking,
+}
+
+/// What one stream has to do.
+pub(crate) struct Queue {
+    pub(crate) context: Handle,
+    pub(crate) device: usize,
+    pub(crate) order: Order,
+    pub(crate) flags: u32,
+    pub(crate) priority: i32,
+    ops: VecDeque<Op>,
+    pub(crate) submitted: u64,
+    pub(crate) completed: u64,
+    /// Somebody waits for operations up to this one: they need not be late.
+    urgent: u64,
+    /// Its thread waits for another stream.
+    stuck: bool,
+    closed: bool,
+    clock: Clock,
+    /// When its last operation ends in the model's time.
+    model_end: u64,
+    /// Of its thread, once there is one.
+    wake: Option<Arc<Condvar>>,
+}
+
+struct Op {
+    seq: u64,
+    request: Request,
+    /// Not to run before, in nanoseconds.
+    due: u64,
+    span: Span,
+    /// What the source's bytes hashed to at the call.
+    hash: Option<u64>,
+    flights: Vec<FlightId>,
+}
+
+/// An operation as a call asks for it.
+pub(crate) struct Request {
+    pub(crate) call: &'static str,
+    pub(crate) work: Work,
+    /// Streams and operations that must finish first.
+    pub(crate) after: Vec<(QueueId, u64)>,
+    pub(crate) clock: Clock,
+    pub(crate) reads: Option<Region>,
+    pub(crate) writes: Option<Region>,
+    pub(crate) device_uses: Vec<Use>,
+    pub(crate) host_uses: Vec<(u64, u64)>,
+    /// Memory of the host that must not change before it is read.
+    pub(crate) source: Option<Region>,
+    /// Memory of the host that must be mapped when it runs.
+    pub(crate) host_region: Option<Region>,
+    pub(crate) traffic: Option<Traffic>,
+}
+
+/// What a copy moves.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Traffic {
+    In(u64),
+    Out(u64),
+    /// Within a device or between two.
+    Device(u64),
+    Kernel(&'static str),
+}
+
+impl Request {
+    pub(crate) fn new(call: &'static str, work: Work) -> Request {
+        Request {
+            call,
+            work,
+            after: Vec::new(),
+            clock: Clock::new(),
+            reads: None,
+            writes: None,
+            device_uses: Vec::new(),
+            host_uses: Vec::new(),
+            source: None,
+            host_region: None,
+            traffic: None,
+        }
+    }
+}
+
+impl Sim {
+    /// Makes a stream.
+    pub(crate) fn queue(&mut self, context: Handle, device: usize, order: Order) -> QueueId {
+        let id = self.next_queue;
+        self.next_queue += 1;
+        let queue = Queue {
+            context,
+            device,
+            order,
+            flags: 0,
+            priority: 0,
+            ops: VecDeque::new(),
+            submitted: 0,
+            completed: 0,
+            urgent: 0,
+            stuck: false,
+            closed: false,
+            clock: Clock::new(),
+            model_end: 0,
+            wake: None,
+        };
+        self.queues.insert(id, queue);
+        id
+    }
+
+    /// A destroyed stream still does what it has to.
+    pub(crate) fn close_queue(&mut self, id: QueueId) {
+        let Some(queue) = self.queues.get_mut(&id) else { return };
+        queue.closed = true;
+        match &queue.wake {
+            Some(wake) => wake.notify_all(),
+            None => drop(self.queues.remove(&id)),
+        }
+    }
+
+    pub(crate) fn queues_of(&self, context: Handle) -> Vec<QueueId> {
+        self.queues.iter().filter(|(_, queue)| queue.context == context).map(|(id, _)| *id).collect()
+    }
+
+    /// Whether an operation has finished; those of a stream that is gone have.
+    pub(crate) fn is_done(&self, queue: QueueId, seq: u64) -> bool {
+        self.queues.get(&queue).is_none_or(|queue| queue.completed >= seq)
+    }
+
+    /// What has happened once all that is in the stream has.
+    pub(crate) fn clock_of(&self, queue: QueueId) -> Clock {
+        self.queues.get(&queue).map(|queue| queue.clock.clone()).unwrap_or_default()
+    }
+
+    pub(crate) fn wake_all(&mut self) {
+        self.queues.values().filter_map(|queue| queue.wake.as_ref()).for_each(|wake| wake.notify_all());
+        notify();
+    }
+
+    fn hurry(&mut self, id: QueueId, seq: u64) {
+        let Some(queue) = self.queues.get_mut(&id) else { return };
+        if queue.urgent < seq {
+            queue.urgent = seq;
+            queue.wake.iter().for_each(|wake| wake.notify_all());
+        }
+    }
+}
+
+impl Guard {
+    /// Puts an operation into a stream.
+    pub(crate) fn submit(&mut self, id: QueueId, mut request: Request) -> Result<u64> {
+        let queue = self.queues.get(&id).ok_or(INVALID_HANDLE)?;
+        let (context, device, order) = (queue.context, queue.device, queue.order);
+        self.not_lost(context)?;
+        for other in self.queues_of(context) {
+            let queue = &self.queues[&other];
+            let ordered = match order {
+                Order::Legacy => queue.order == Order::Blocking,
+                Order::Blocking => queue.order == Order::Legacy,
+                Order::NonBlocking => false,
+            };
+            if ordered && queue.completed < queue.submitted {
+                request.after.push((other, queue.submitted));
+                merge(&mut request.clock, &queue.clock);
+            }
+        }
+        let now = monotonic_ns();
+        // When what it waits for ends, in the model's time.
+        let waits =
+            request.after.iter().filter_map(|(other, _)| self.queues.get(other)).map(|queue| queue.model_end).max();
+        request.after.retain(|(other, seq)| !self.is_done(*other, *seq));
+
+        let mut clock = std::mem::take(&mut self.queues.get_mut(&id).expect("found above").clock);
+        merge(&mut clock, &request.clock);
+        let regions = [(request.reads, false), (request.writes, true)];
+        for (region, write) in regions.iter().filter_map(|(region, write)| Some((region.as_ref()?, *write))) {
+            if let Some(other) = self.flights.conflict(id, &clock, *region, write) {
+                let what = format!(
+                    "{} {} bytes at {:#x}, which {other} on another stream touches too, without an event between them",
+                    if write { "writes" } else { "reads" },
+                    region.bytes(),
+                    region.start
+                );
+                self.violation(&what);
+            }
+        }
+        let pending_host = self.queues[&id].ops.iter().any(|op| matches!(op.request.work, Work::Host(..)));
+        let check = self.config.check;
+        let source = request.source.filter(|region| check > 0 && !pending_host && !self.flights.written(*region));
+        let hash = source.map(|region| hash(region, check > 1));
+
+        let seq = self.queues[&id].submitted + 1;
+        clock.insert(id, seq);
+        let flights = regions
+            .iter()
+            .filter_map(|(region, write)| Some(self.flights.add(id, seq, request.call, (*region)?, *write)))
+            .collect();
+        for (start, _) in &request.device_uses {
+            self.memory.get_mut(*start).expect("resolved just before").uses += 1;
+        }
+        for (start, _) in &request.host_uses {
+            self.host.get_mut(*start).expect("resolved just before").uses += 1;
+        }
+        let after = self.queues[&id].model_end.max(waits.unwrap_or(0));
+        let span = match (&mut self.links, request.traffic) {
+            (Some(links), Some(Traffic::In(bytes))) => links.book(device, Direction::In, bytes, now, after),
+            (Some(links), Some(Traffic::Out(bytes))) => links.book(device, Direction::Out, bytes, now, after),
+            (Some(_), _) => Span { start: after.max(now), end: after.max(now) },
+            (None, _) => Span::default(),
+        };
+        let due = if request.traffic.is_some() { now + self.delay_ns() } else { 0 };
+        let queue = self.queues.get_mut(&id).expect("found above");
+        queue.clock = clock;
+        queue.submitted = seq;
+        queue.model_end = span.end;
+        queue.ops.push_back(Op { seq, request, due, span, hash, flights });
+        match &queue.wake {
+            Some(wake) => wake.notify_all(),
+            None => {
+                let wake = Arc::new(Condvar::new());
+                queue.wake = Some(Arc::clone(&wake));
+                let worker = move || work(id, &wake);
+                thread::Builder::new().name("simcuda".into()).spawn(worker).expect("a thread for a stream");
+            }
+        }
+        Ok(seq)
+    }
+
+    /// How late an operation is: mostly up to the jitter, now and then much later.
+    fn delay_ns(&mut self) -> u64 {
+        let most = self.config.jitter_us * 1000;
+        if most == 0 {
+            return 0;
+        }
+        let word = self.random();
+        if word & 15 == 0 { word % (8 * most) } else { word % most }
+    }
+
+    /// Waits for an operation. An error that stays ends it early, unless something is being released.
+    pub(crate) fn finish(&mut self, queue: QueueId, seq: u64) -> Result {
+        while let Some(context) =
+            self.queues.get(&queue).filter(|queue| queue.completed < seq).map(|queue| queue.context)
+        {
+            self.not_lost(context)?;
+            self.hurry(queue, seq);
+            self.wait();
+        }
+        Ok(())
+    }
+
+    /// Waits for everything in a stream.
+    pub(crate) fn drain(&mut self, queue: QueueId) -> Result {
+        let Some(last) = self.queues.get(&queue).map(|queue| queue.submitted) else { return Ok(()) };
+        self.finish(queue, last)
+    }
+
+    /// Waits for everything in all streams of a context.
+    pub(crate) fn drain_context(&mut self, context: Handle) -> Result {
+        self.queues_of(context).into_iter().try_for_each(|queue| self.drain(queue))?;
+        self.not_lost(context)
+    }
+}
+
+/// What the thread of a stream does.
+fn work(id: QueueId, wake: &Condvar) {
+    let mut sim = lock();
+    let mut cpu_ns = 0;
+    loop {
+        let Some(queue) = sim.queues.get(&id) else { return };
+        let context = queue.context;
+        let Some(op) = queue.ops.front() else {
+            if queue.closed {
+                sim.queues.remove(&id);
+                return;
+            }
+            sim = wake.wait(sim).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        };
+        let lost = sim.is_lost(context);
+        if !lost {
+            let urgent = op.seq <= queue.urgent;
+            if let Some((other, seq)) = op.request.after.iter().copied().find(|(other, seq)| !sim.is_done(*other, *seq))
+            {
+                sim.queues.get_mut(&id).expect("found above").stuck = true;
+                if urgent {
+                    sim.hurry(other, seq);
+                }
+                sim = wake.wait(sim).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let start = if urgent { op.span.start } else { op.span.start.max(op.due) };
+            let now = monotonic_ns();
+            if now < start {
+                let left = Duration::from_nanos(start - now);
+                sim = wake.wait_timeout(sim, left).unwrap_or_else(PoisonError::into_inner).0;
+                continue;
+            }
+        }
+        let queue = sim.queues.get_mut(&id).expect("found above");
+        queue.stuck = false;
+        let op = queue.ops.pop_front().expect("looked at above");
+        let runs = !lost && sim.may_run(context, &op);
+        let (mut begin, mut copy_ns) = (0, 0);
+        if runs {
+            drop(sim);
+            begin = monotonic_ns();
+            if op.request.traffic.is_some() {
+                let before = thread_cpu_ns();
+                op.request.work.run();
+                copy_ns = thread_cpu_ns() - before;
+            } else {
+                op.request.work.run();
+            }
+            sleep_until(op.span.end);
+            sim = lock();
+        }
+        sim.complete(id, op, runs, begin);
+        let cpu = thread_cpu_ns();
+        sim.ledger.worked(copy_ns, cpu - cpu_ns);
+        cpu_ns = cpu;
+    }
+}
+
+impl Sim {
+    /// Whether everything an operation touches is still there, and no test wants it to fail.
+    fn may_run(&mut self, context: Handle, op: &Op) -> bool {
+        let call = op.request.call;
+        let copies = matches!(op.request.work, Work::Copy { .. });
+        let kind = match op.request.traffic {
+            Some(Traffic::Kernel(_)) => "run:kernel",
+            Some(_) if copies => "run:copy",
+            _ => "run:other",
+        };
+        if let Some(due) = self.faults.due(kind) {
+            self.lose(context, due.code);
+            return false;
+        }
+        let device = op.request.device_uses.iter().find(|used| !self.memory.lives(**used));
+        let problem = if let Some((start, _)) = device {
+            Some(format!("device memory at {start:#x} was given back before this ran"))
+        } else if let Some((start, _)) = op.request.host_uses.iter().find(|(start, id)| !self.host.lives(*start, *id)) {
+            Some(format!("pinned memory at {start:#x} was given back before this ran"))
+        } else if op.request.host_region.is_some_and(|region| !host_memory::is_mapped(region.start, region.span())) {
+            Some("the memory of the host was unmapped before this ran".to_string())
+        } else {
+            let all = self.config.check > 1;
+            let changed = op.request.source.zip(op.hash).filter(|(region, before)| hash(*region, all) != *before);
+            if let Some((region, _)) = changed {
+                let what = format!("source {:#x} changed while a copy was queued", region.start);
+                self.violate(call, &what); // the copy goes on, with wrong bytes, as it would on a device
+            }
+            None
+        };
+        let Some(problem) = problem else { return true };
+        self.violate(call, &problem);
+        self.lose(context, ILLEGAL_ADDRESS);
+        false
+    }
+
+    /// Writes down what an operation did and tells who waits for it.
+    fn complete(&mut self, id: QueueId, op: Op, ran: bool, begin: u64) {
+        for (start, used) in &op.request.device_uses {
+            if let Some(range) = self.memory.get_mut(*start).filter(|range| range.id == *used) {
+                range.uses -= 1;
+            }
+        }
+        for (start, used) in &op.request.host_uses {
+            if let Some(range) = self.host.get_mut(*start).filter(|range| range.id == *used) {
+                range.uses -= 1;
+            }
+        }
+        op.flights.iter().for_each(|flight| self.flights.remove(*flight));
+        let end = if op.span.end > 0 { op.span.end } else { monotonic_ns() };
+        match op.request.work {
+            Work::Record(event) if ran => {
+                if let Ok(event) = self.events.get_mut(event) {
+                    event.time = Some((end, op.seq));
+                }
+            }
+            Work::Free { start, id } if self.memory.lives((start, id)) => {
+                if self.memory.get(start).is_some_and(|range| range.uses > 0) {
+                    self.violate(op.request.call, "another stream still touches this memory");
+                }
+                self.remove_memory(op.request.call, start);
+            }
+            _ => {}
+        }
+        let Some(queue) = self.queues.get_mut(&id) else { return };
+        queue.completed = op.seq;
+        let device = queue.device;
+        if let Some(traffic) = op.request.traffic.filter(|_| ran) {
+            let start = if op.span.start > 0 { op.span.start } else { begin };
+            let strided = op.request.reads.into_iter().chain(op.request.writes).any(|region| region.rows > 1);
+            self.ledger.copied(device, traffic, strided, Span { start, end });
+        }
+        self.queues
+            .values()
+            .filter(|queue| queue.stuck)
+            .filter_map(|queue| queue.wake.as_ref())
+            .for_each(|wake| wake.notify_all());
+        notify();
+    }
+}
+
+/// `CLOCK_MONOTONIC`, in nanoseconds.
+pub(crate) fn monotonic_ns() -> u64 {
+    clock_ns(libc::CLOCK_MONOTONIC)
+}
+
+fn thread_cpu_ns() -> u64 {
+    clock_ns(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+fn clock_ns(clock: libc::clockid_t) -> u64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes the structure only.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// An absolute instant: how long the thread was kept from running does not add up.
+fn sleep_until(end: u64) {
+    while monotonic_ns() < end {
+        let time = libc::timespec { tv_sec: (end / 1_000_000_000) as i64, tv_nsec: (end % 1_000_000_000) as i64 };
+        // SAFETY: reads the structure only.
+        unsafe {
+            libc::clock_nanosleep(libc::CLOCK_MONOTONIC, libc::TIMER_ABSTIME, &time, std::ptr::null_mut());
+        }
+    }
+}
