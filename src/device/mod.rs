@@ -128,12 +128,15 @@ pub(crate) trait Pinner: Debug + Send + Sync {
     /// `address..address + bytes` is mapped, page-aligned, and stays mapped until then.
     unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<Pinned>;
 
-    /// Pins memory that is only read, for instance a mapping of a file, until what this returns is dropped; `None` if
-    /// the device cannot copy from such memory.
+    /// Pins memory that is only read, for instance a mapping of a file, until what this returns is dropped; only where
+    /// it [can](Pinner::pins_read_only).
     ///
     /// # Safety
     /// `address..address + bytes` is mapped, page-aligned, and stays mapped until then.
-    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Option<Pinned>>;
+    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Pinned>;
+
+    /// Whether all of its devices can copy from such memory.
+    fn pins_read_only(&self) -> bool;
 
     /// The NUMA node that is nearest to all of its devices, where there is one such node of several.
     fn numa_node(&self) -> Option<u32>;

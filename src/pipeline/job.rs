@@ -8,9 +8,11 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::files::Files;
+use super::pinning::pinner;
 use super::run::distinct;
+use super::windows::Windows;
 use super::{Device, Setup};
-use crate::device::{Pinned, Pinner};
+use crate::device::Pinner;
 use crate::copy::{CopyError, Filled, Landed, Landing};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
@@ -40,6 +42,8 @@ pub(crate) struct Job {
     pub(super) devices: Vec<Arc<dyn Device>>,
     /// What pins slots for the devices that copy only from pinned ones.
     pub(super) pinner: Option<Arc<dyn Pinner>>,
+    /// Windows of mapped files that devices copy from, where they can and the engine lends them.
+    pub(super) windows: Option<Arc<Windows>>,
     /// Pinned slots stay while the load runs.
     _hold: Hold,
     /// For each device, where its filled slots go; `None` where bytes land at once.
@@ -101,10 +105,13 @@ impl Job {
         }
         let devices: Vec<_> = devices.into_iter().map(|(device, _)| device).collect();
         let pinner = pinner(&devices);
+        let windows = windows(&setup, pinner.as_ref());
         let in_place = inboxes.iter().all(Option::is_none);
         let slot = setup.ring.slot_bytes() as u64;
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
-        let cutting = Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment, direct: in_place && alignment == 1 };
+        // What is lent from one window is one read.
+        let cut_at = if windows.is_some() { slot } else { alignment };
+        let cutting = Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment: cut_at, direct: in_place && alignment == 1 };
         let driven = |rank: Rank| world.driven().binary_search(&rank).is_ok();
         let reads = Reads::new(&plan, cutting, |extent| {
             driven(extent.reader)
@@ -140,6 +147,7 @@ impl Job {
             again: Mutex::default(),
             devices,
             pinner,
+            windows,
             _hold: setup.ring.hold(),
             inboxes,
             device_of,
@@ -168,6 +176,12 @@ impl Job {
     /// Which slots this load can read into.
     pub(super) fn lend(&self) -> Lend {
         if self.pinner.is_some() { Lend::Pinned } else { Lend::Any }
+    }
+
+    /// Bytes that are or were pinned for this load.
+    pub(super) fn pinned_bytes(&self) -> u64 {
+        let of_windows = self.windows.as_ref().map_or(0, |windows| windows.peak_bytes());
+        of_windows + if self.pinner.is_some() { self.setup.ring.pinned_bytes() } else { 0 }
     }
 
     /// Whether every byte has landed, whatever the engine said.
@@ -365,32 +379,14 @@ impl Landed for Job {
     }
 }
 
-/// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
-fn pinner(devices: &[Arc<dyn Device>]) -> Option<Arc<dyn Pinner>> {
-    let mut pinners = devices.iter().filter_map(|device| device.pinner());
-    let first = pinners.next()?;
-    let node = first.numa_node();
-    if pinners.all(|other| other.numa_node() == node) { Some(first) } else { Some(Arc::new(Anywhere(first))) }
-}
-
-/// Pins memory of any node.
-#[derive(Debug)]
-struct Anywhere(Arc<dyn Pinner>);
-
-impl Pinner for Anywhere {
-    unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<Pinned> {
-        // SAFETY: the same duties.
-        unsafe { self.0.pin(address, bytes) }
+/// Windows to lend from, if the engine lends and every device can copy from there.
+fn windows(setup: &Setup, pinner: Option<&Arc<dyn Pinner>>) -> Option<Arc<Windows>> {
+    let pinner = pinner.filter(|pinner| setup.engine.lends() && pinner.pins_read_only())?;
+    let window = setup.ring.slot_bytes();
+    if !window.is_multiple_of(limits::DIRECT_ALIGNMENT as usize) {
+        return None;
     }
-
-    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Option<Pinned>> {
-        // SAFETY: the same duties.
-        unsafe { self.0.pin_read_only(address, bytes) }
-    }
-
-    fn numa_node(&self) -> Option<u32> {
-        None
-    }
+    Some(Arc::new(Windows::new(Arc::clone(pinner), window, setup.ring.budget())))
 }
 
 fn cancelled() -> Error {

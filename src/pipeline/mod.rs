@@ -2,7 +2,9 @@
 
 mod files;
 mod job;
+mod pinning;
 mod run;
+mod windows;
 mod work;
 
 use std::collections::BTreeMap;

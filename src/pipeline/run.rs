@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use super::pinning::pin_slots;
 use super::{Device, Job, Setup};
 use crate::copy::{self, CopyError, Filled};
 use crate::device::Queue;
@@ -220,29 +221,6 @@ fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: Sender<()>, worker
     Ok(())
 }
 
-/// Pins the first slots, and starts a thread that pins the rest, if a device needs it.
-fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<JoinHandle<()>>> {
-    let Some(pinner) = job.pinner.clone() else { return Ok(None) };
-    let ring = &job.setup.ring;
-    // No more than there is to read.
-    let wanted = job.setup.plan.storage_bytes().div_ceil(ring.slot_bytes() as u64).max(1);
-    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-    let first = wanted.min(limits::FIRST_SLOTS);
-    while ring.grow(&*pinner, first, || job.is_stopped())? {}
-    let shared = Arc::clone(job);
-    let rest = move || {
-        let grown = catch_unwind(AssertUnwindSafe(|| -> Result<()> {
-            while shared.setup.ring.grow(&*pinner, wanted, || shared.is_stopped())? {}
-            Ok(())
-        }));
-        if let Err(error) = grown.unwrap_or_else(|payload| Err(panicked(payload))) {
-            shared.fail(error);
-        }
-        drop(alive);
-    };
-    spawn("shardlift-pin", rest).map(Some)
-}
-
 /// A stalled device may write to the load's destinations at any later time.
 #[expect(clippy::mem_forget, reason = "freeing memory that a device may still write to is worse than leaking it")]
 fn keep_for_ever(job: &Arc<Job>) {
@@ -306,7 +284,7 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
         engine: job.setup.engine.name().into(),
         engine_reason: job.setup.engine_reason.clone(),
         peak_extra_bytes: memory.peak_extra.max(job.setup.ring.bytes()),
-        peak_pinned_bytes: if job.pinner.is_some() { job.setup.ring.pinned_bytes() } else { 0 },
+        peak_pinned_bytes: job.pinned_bytes(),
         abandoned_bytes: counters.abandoned_bytes.load(Ordering::Relaxed),
         stages,
         bottleneck: stages.bottleneck().into(),
@@ -341,14 +319,14 @@ impl MemoryWatch {
     }
 }
 
-fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+pub(super) fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
     thread::Builder::new()
         .name(name.into())
         .spawn(body)
         .map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a thread: {error}")).with_source(error))
 }
 
-fn panicked(payload: Box<dyn Any + Send>) -> Error {
+pub(super) fn panicked(payload: Box<dyn Any + Send>) -> Error {
     let message = payload
         .downcast_ref::<&str>()
         .map(ToString::to_string)

@@ -1,10 +1,13 @@
 //! The one loop above all engines: hands out requests, continues short reads, and sends what arrived on its way.
 
+use std::any::Any;
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Job;
+use super::windows::Permit;
 use crate::copy::{Filled, Landed, Landing, lower};
 use crate::device::{Op, RawCopy, copy_now};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,7 +15,7 @@ use crate::extent::{Extent, Rank};
 use crate::limits;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
-use crate::stage::Slot;
+use crate::stage::{Slot, Staged};
 use crate::stride::bytes_moved;
 use crate::sync::lock;
 
@@ -44,7 +47,10 @@ impl Work for Job {
                 }
                 Ok(Taken::NoSlot) => {
                     let began = Instant::now();
-                    self.setup.ring.wait(limits::LOOK_AGAIN);
+                    match &self.windows {
+                        Some(windows) => windows.wait(limits::LOOK_AGAIN),
+                        None => self.setup.ring.wait(self.lend(), limits::LOOK_AGAIN, || self.is_stopped()),
+                    }
                     self.counters.read_waiting(began.elapsed());
                 }
                 Err(error) => {
@@ -59,13 +65,18 @@ impl Work for Job {
         self.is_stopped()
     }
 
-    fn done(&self, mut request: Request, outcome: io::Result<usize>) {
-        let entry = lock(&self.in_flight).remove(&request.id);
-        if let Some(entry) = entry {
-            self.counters.read_busy(entry.since.elapsed());
-            self.counters.storage_bytes.fetch_add(entry.bytes, Ordering::Relaxed);
-            self.counters.reads.fetch_add(1, Ordering::Relaxed);
+    unsafe fn lent(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
+        let (id, extent) = (request.id, request.pending.op.extent);
+        // SAFETY: the same duties.
+        let outcome = unsafe { self.lease(request, mapping, keep) };
+        self.count_read(id);
+        if let Err(error) = outcome {
+            self.fail(self.locate(error, extent));
         }
+    }
+
+    fn done(&self, mut request: Request, outcome: io::Result<usize>) {
+        self.count_read(request.id);
         let extent = request.pending.op.extent;
         let failed = match outcome {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {
@@ -112,32 +123,42 @@ enum Taken {
     Nothing,
 }
 
+/// Where the bytes of a read go.
+enum Room {
+    Destination,
+    Slot(Slot),
+    /// Nowhere: they are lent from a mapping.
+    Lent(Permit),
+}
+
 impl Job {
     fn take(&self) -> Result<Taken> {
-        let (op, slot) = {
+        let (op, room) = {
             let mut cursor = lock(&self.cursor);
             let Some((op, behind)) = self.reads.next(&cursor) else { return Ok(Taken::Nothing) };
-            let slot = if op.direct {
-                None
-            } else {
-                match self.setup.ring.try_lend()? {
-                    Some(slot) => Some(slot),
-                    None => return Ok(Taken::NoSlot),
-                }
+            let room = match &self.windows {
+                Some(windows) => windows.try_permit().map(Room::Lent),
+                None if op.direct => Some(Room::Destination),
+                None => self.setup.ring.try_lend(self.lend())?.map(Room::Slot),
             };
+            let Some(room) = room else { return Ok(Taken::NoSlot) };
             *cursor = behind;
-            (op, slot)
+            (op, room)
         };
         let base = op.extent.start - op.extent.start % self.alignment;
         let bytes = (op.extent.end.next_multiple_of(self.alignment) - base) as usize;
-        assert!(
-            slot.is_none() || bytes <= self.setup.ring.slot_bytes(),
-            "bug in shardlift: a read larger than its slot"
-        );
         let mut pieces = Vec::new();
-        let address = match &slot {
-            Some(slot) => slot.address(),
-            None => {
+        let (mut slot, mut permit) = (None, None);
+        let address = match room {
+            Room::Slot(lent) => {
+                assert!(bytes <= self.setup.ring.slot_bytes(), "bug in shardlift: a read larger than its slot");
+                slot.insert(lent).address()
+            }
+            Room::Lent(right) => {
+                permit = Some(Box::new(right) as Box<dyn Any + Send>);
+                std::ptr::null_mut()
+            }
+            Room::Destination => {
                 self.reads.pieces(&op, &mut pieces);
                 pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
                 match pieces.first() {
@@ -158,7 +179,7 @@ impl Job {
             }
         };
         let pending = Pending { base, op, pieces, repeated: false, since };
-        Ok(Taken::Request(Request { id, file, offset: base, address, bytes, slot, pending }))
+        Ok(Taken::Request(Request { id, file, offset: base, address, bytes, slot, permit, pending }))
     }
 
     /// All bytes of a read are in its buffer: sends them on to every destination.
@@ -169,7 +190,42 @@ impl Job {
                 self.fan_out(&pieces);
                 Ok(())
             }
-            Some(slot) => self.land(&op, base, slot),
+            Some(slot) => {
+                let first = slot.address().wrapping_add((op.extent.start - base) as usize);
+                self.land(&op, first, slot.stage(), true)
+            }
+        }
+    }
+
+    /// Pins the window of a mapping that has a read's bytes, and sends them on from there.
+    ///
+    /// # Safety
+    /// As [`Work::lent`].
+    unsafe fn lease(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) -> Result<()> {
+        let Request { file, permit, pending: Pending { op, .. }, .. } = request;
+        let permit = permit.and_then(|permit| permit.downcast::<Permit>().ok());
+        let (Some(windows), Some(permit)) = (&self.windows, permit) else {
+            return Err(Error::new(ErrorKind::Usage, "engine lends what it was not asked to"));
+        };
+        let Extent { file: id, start, end } = op.extent;
+        let size = file.identity().size;
+        if end > size {
+            return Err(Error::new(ErrorKind::Truncated, "file ended early"));
+        }
+        // SAFETY: the same duties.
+        let lease = unsafe { windows.lease(*permit, id, start, mapping, size, keep)? };
+        let first = mapping.wrapping_add(start as usize);
+        // SAFETY: the lease keeps the mapping, which is readable.
+        let staged = unsafe { Staged::lent(first, Arc::new(lease)) };
+        self.land(&op, first.cast_mut(), staged, false)
+    }
+
+    /// Takes a read out of the list of those in flight, and counts it.
+    fn count_read(&self, id: u64) {
+        if let Some(entry) = lock(&self.in_flight).remove(&id) {
+            self.counters.read_busy(entry.since.elapsed());
+            self.counters.storage_bytes.fetch_add(entry.bytes, Ordering::Relaxed);
+            self.counters.reads.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -187,10 +243,10 @@ impl Job {
         pieces.iter().for_each(|piece| self.landed(landing(piece)));
     }
 
-    /// The bytes lie in a slot: copies them at once, or hands them to the queues of their devices.
-    fn land(&self, op: &ReadOp, base: u64, slot: Slot) -> Result<()> {
-        let first = slot.address().wrapping_add((op.extent.start - base) as usize).cast_const();
-        let staged = slot.stage();
+    /// The bytes of a read lie staged from `first` on, in memory that may be written if they are `ours`: copies them at
+    /// once, or hands them to the queues of their devices.
+    fn land(&self, op: &ReadOp, first: *mut u8, staged: Staged, ours: bool) -> Result<()> {
+        let first = first.cast_const();
         let mut pieces = Vec::new();
         self.reads.pieces(op, &mut pieces);
         pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
@@ -214,7 +270,7 @@ impl Job {
                 copies.into_iter().map(Op::Copy).collect()
             } else {
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
-                unsafe { lower(copies, !shared, &limits::COPY_COSTS) }
+                unsafe { lower(copies, ours && !shared, &limits::COPY_COSTS) }
             };
             let landing = of_device.iter().map(landing).collect();
             let filled = Filled { staged: staged.clone(), ops, landing };

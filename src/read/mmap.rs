@@ -34,18 +34,24 @@ impl Mmap {
         Ok(mapping)
     }
 
-    fn read(&self, request: &mut Request) -> io::Result<usize> {
-        let size = request.file().identity().size;
-        let offset = request.offset();
-        let bytes = request.bytes.min(size.saturating_sub(offset) as usize);
+    /// The mapping of a request's file with the request's pages in it; `None` if the file has none of them.
+    fn populated(&self, request: &Request) -> io::Result<Option<Arc<Mapping>>> {
+        let (offset, bytes) = (request.offset(), there(request));
         if bytes == 0 {
-            return Ok(0); // no page of the mapping, which must not be spoken of to the system
+            return Ok(None); // no page of the mapping, which must not be spoken of to the system
         }
         let mapping = self.mapping(request).map_err(io::Error::other)?;
-        if let Err(error) = mapping.populate(offset, bytes) {
+        match mapping.populate(offset, bytes) {
+            Ok(()) => Ok(Some(mapping)),
             // EFAULT is how the system says that storage has no such page.
-            return if error.raw_os_error() == Some(libc::EFAULT) { Ok(0) } else { Err(error) };
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(None),
+            Err(error) => Err(error),
         }
+    }
+
+    fn read(&self, request: &mut Request) -> io::Result<usize> {
+        let (offset, bytes) = (request.offset(), there(request));
+        let Some(mapping) = self.populated(request)? else { return Ok(0) };
         // SAFETY: the range lies in the mapping, which the guard keeps readable also when the file shrinks; the
         // buffer belongs to the request and is no part of a mapping of ours.
         unsafe {
@@ -54,6 +60,12 @@ impl Mmap {
         }
         if mapping.broken() { Ok(0) } else { Ok(bytes) }
     }
+}
+
+/// How many of the bytes that are asked for the file had when it was opened.
+fn there(request: &Request) -> usize {
+    let size = request.file().identity().size;
+    request.bytes.min(size.saturating_sub(request.offset()) as usize)
 }
 
 // SAFETY: what is counted was copied; a request goes back before the next is taken.
@@ -66,8 +78,21 @@ unsafe impl Engine for Mmap {
         self.threads
     }
 
+    fn lends(&self) -> bool {
+        true
+    }
+
     fn run(&self, work: &dyn Work) -> Result<()> {
         while let Next::Request(mut request) = work.next(true) {
+            if request.asks_to_lend() {
+                match self.populated(&request) {
+                    // SAFETY: a mapping of the whole file as it was when it was opened, which the handle keeps.
+                    Ok(Some(mapping)) => unsafe { work.lent(request, mapping.address(), mapping) },
+                    Ok(None) => work.done(request, Ok(0)),
+                    Err(error) => work.done(request, Err(error)),
+                }
+                continue;
+            }
             let outcome = self.read(&mut request);
             work.done(request, outcome);
         }

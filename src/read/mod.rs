@@ -12,6 +12,7 @@ mod throttle;
 #[cfg(target_os = "linux")]
 mod uring;
 
+use std::any::Any;
 use std::fmt::Debug;
 use std::io;
 use std::mem::MaybeUninit;
@@ -65,6 +66,12 @@ pub unsafe trait Engine: Debug + Send + Sync {
         1
     }
 
+    /// Whether it can lend bytes from where they are instead of filling a buffer, so that a device copies them from
+    /// there. Then some requests [ask for that](Request::asks_to_lend).
+    fn lends(&self) -> bool {
+        false
+    }
+
     /// Takes requests from `work` and completes each one exactly once, until there are no more.
     ///
     /// # Errors
@@ -83,6 +90,13 @@ pub trait Work: Sync {
 
     /// Takes a request back with the number of bytes that arrived at the start of its buffer.
     fn done(&self, request: Request, outcome: io::Result<usize>);
+
+    /// Takes a request back that [asks to lend](Request::asks_to_lend): its bytes lie in a mapping of all of its file.
+    ///
+    /// # Safety
+    /// `mapping` is the address of the file's first byte in memory that is readable, as long as the file was when it was
+    /// opened and to the end of its last page, for as long as `keep` lives.
+    unsafe fn lent(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>);
 }
 
 /// The answer to [`Work::next`].
@@ -106,6 +120,8 @@ pub struct Request {
     pub(crate) address: *mut u8,
     pub(crate) bytes: usize,
     pub(crate) slot: Option<Slot>,
+    /// Instead of a buffer: the right to pin what is lent.
+    pub(crate) permit: Option<Box<dyn Any + Send>>,
     pub(crate) pending: Pending,
 }
 
@@ -138,8 +154,21 @@ impl Request {
         self.offset
     }
 
-    /// The buffer to fill, at least one byte long.
+    /// Whether the bytes are to be lent, through [`Work::lent`]. There is no buffer then.
+    pub fn asks_to_lend(&self) -> bool {
+        self.permit.is_some()
+    }
+
+    /// The number of bytes that are asked for, at least one.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The buffer to fill, at least one byte long; none for a request that [asks to lend](Request::asks_to_lend).
     pub fn buffer(&mut self) -> &mut [MaybeUninit<u8>] {
+        if self.permit.is_some() {
+            return &mut [];
+        }
         // SAFETY: the pipeline makes requests only over memory that is writable for `bytes` bytes, lives until the
         // request came back (engines answer for bringing it back before `run` ends), and is named by no other request.
         unsafe { std::slice::from_raw_parts_mut(self.address.cast(), self.bytes) }

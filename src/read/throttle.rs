@@ -1,5 +1,6 @@
 //! An engine that reads no faster than a given rate: for tests of back-pressure, and to leave a disk to others.
 
+use std::any::Any;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -40,6 +41,10 @@ unsafe impl Engine for Throttled {
 
     fn alignment(&self) -> u64 {
         self.engine.alignment()
+    }
+
+    fn lends(&self) -> bool {
+        self.engine.lends()
     }
 
     fn run(&self, work: &dyn Work) -> Result<()> {
@@ -92,5 +97,10 @@ impl Work for Delayed<'_> {
 
     fn done(&self, request: Request, outcome: io::Result<usize>) {
         self.work.done(request, outcome);
+    }
+
+    unsafe fn lent(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
+        // SAFETY: the same duties.
+        unsafe { self.work.lent(request, mapping, keep) }
     }
 }

@@ -27,17 +27,19 @@ impl Pinner for CudaPinner {
         Ok(Box::new(Registered { context: Arc::clone(&self.context), address }))
     }
 
-    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Option<Pinned>> {
+    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Pinned> {
         if self.context.has(Attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES) {
             // The device reads the process's own pages.
-            return Ok(Some(Box::new(())));
-        }
-        if !self.context.has(Attribute::CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED) {
-            return Ok(None);
+            return Ok(Box::new(()));
         }
         // SAFETY: the context is current; the caller answers for the memory.
         self.context.with(|| unsafe { driver::register(address.cast_mut(), bytes, true) })?;
-        Ok(Some(Box::new(Registered { context: Arc::clone(&self.context), address: address.cast_mut() })))
+        Ok(Box::new(Registered { context: Arc::clone(&self.context), address: address.cast_mut() }))
+    }
+
+    fn pins_read_only(&self) -> bool {
+        self.context.has(Attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES)
+            || self.context.has(Attribute::CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED)
     }
 
     fn numa_node(&self) -> Option<u32> {
