@@ -6,6 +6,7 @@ mod model;
 #[path = "support/stuck.rs"]
 mod stuck;
 
+use std::any::Any;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -49,6 +50,9 @@ unsafe impl Engine for Faulty {
     fn alignment(&self) -> u64 {
         self.engine.alignment()
     }
+    fn lends(&self) -> bool {
+        self.engine.lends()
+    }
     fn run(&self, work: &dyn Work) -> Result<()> {
         self.engine.run(&FaultyWork { work, faulty: self })
     }
@@ -90,6 +94,24 @@ impl Work for FaultyWork<'_> {
             outcome
         };
         self.work.done(request, outcome);
+    }
+
+    unsafe fn lent(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
+        let now = self.faulty.count.fetch_add(1, Ordering::Relaxed) == self.faulty.at;
+        match if now { self.faulty.fault } else { Fault::None } {
+            Fault::None => {}
+            Fault::Fails => return self.work.done(request, Err(io::Error::from_raw_os_error(5))),
+            Fault::Nothing => return self.work.done(request, Ok(0)),
+            Fault::OneShort => {
+                let bytes = request.bytes() - 1;
+                return self.work.done(request, Ok(bytes));
+            }
+            Fault::Interrupted => return self.work.done(request, Err(io::ErrorKind::Interrupted.into())),
+            Fault::Stalls => std::thread::sleep(STALL),
+            Fault::Panics => panic!("a fault of the test"),
+        }
+        // SAFETY: the engine's word, passed on.
+        unsafe { self.work.lent(request, mapping, keep) }
     }
 }
 

@@ -12,16 +12,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::cast::Cast;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::stride::Loops;
 
 pub(crate) use allocation::{Allocation, DeviceMemory};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::Cuda;
 #[cfg(feature = "cuda")]
-pub use cuda::{
-    CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurements, cuda_machine, pinned_gb_per_s,
-};
+pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurements, cuda_machine, pinned_gb_per_s};
 pub(crate) use file::FileDevice;
 pub(crate) use host::{Host, HostStaged, Pages, copy_now};
 
@@ -133,10 +131,14 @@ pub(crate) trait Pinner: Debug + Send + Sync {
     ///
     /// # Safety
     /// `address..address + bytes` is mapped, page-aligned, and stays mapped until then.
-    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Pinned>;
+    unsafe fn pin_read_only(&self, _address: *const u8, _bytes: usize) -> Result<Pinned> {
+        Err(Error::new(ErrorKind::Unsupported, "read-only memory cannot be pinned"))
+    }
 
     /// Whether all of its devices can copy from such memory.
-    fn pins_read_only(&self) -> bool;
+    fn pins_read_only(&self) -> bool {
+        false
+    }
 
     /// The NUMA node that is nearest to all of its devices, where there is one such node of several.
     fn numa_node(&self) -> Option<u32>;

@@ -12,8 +12,8 @@ use super::pinning::pinner;
 use super::run::distinct;
 use super::windows::Windows;
 use super::{Device, Setup};
-use crate::device::Pinner;
 use crate::copy::{CopyError, Filled, Landed, Landing};
+use crate::device::Pinner;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
 use crate::limits;
@@ -106,12 +106,14 @@ impl Job {
         let devices: Vec<_> = devices.into_iter().map(|(device, _)| device).collect();
         let pinner = pinner(&devices);
         let windows = windows(&setup, pinner.as_ref());
+        let hold = setup.ring.hold();
         let in_place = inboxes.iter().all(Option::is_none);
         let slot = setup.ring.slot_bytes() as u64;
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
         // What is lent from one window is one read.
         let cut_at = if windows.is_some() { slot } else { alignment };
-        let cutting = Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment: cut_at, direct: in_place && alignment == 1 };
+        let cutting =
+            Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment: cut_at, direct: in_place && alignment == 1 };
         let driven = |rank: Rank| world.driven().binary_search(&rank).is_ok();
         let reads = Reads::new(&plan, cutting, |extent| {
             driven(extent.reader)
@@ -148,7 +150,7 @@ impl Job {
             devices,
             pinner,
             windows,
-            _hold: setup.ring.hold(),
+            _hold: hold,
             inboxes,
             device_of,
             remaining,

@@ -190,7 +190,7 @@ fn verify_files(job: &Arc<Job>) -> Result<()> {
     thread.join().unwrap_or_else(|payload| Err(panicked(payload)))
 }
 
-fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: Sender<()>, workers: &mut Workers) -> Result<()> {
+fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: &Alive, workers: &mut Workers) -> Result<()> {
     for Copier { index, rank, queue, filled } in copiers {
         let (job, alive) = (Arc::clone(job), alive.of_devices.clone());
         let thread = spawn(&format!("shardlift-copy-{index}"), move || {

@@ -225,7 +225,7 @@ mod tests {
     fn a_window_is_pinned_once_for_all_who_want_it_and_not_too_many_are() {
         let strict = Arc::new(Strict::default());
         let windows = Arc::new(Windows::new(strict.clone(), 4096, 3 * 4096));
-        let base: *const u8 = std::ptr::without_provenance(1 << 30);
+
         thread::scope(|scope| {
             for thread in 0..4u64 {
                 let windows = &windows;
@@ -239,6 +239,7 @@ mod tests {
                         };
                         let offset = (step + thread % 2) % 7 * 4096 + thread;
                         // SAFETY: nothing is mapped, and nothing touched.
+                        let base: *const u8 = std::ptr::without_provenance(1 << 30);
                         let lease =
                             unsafe { windows.lease(permit, FileId(0), offset, base, 7 * 4096, Arc::new(())) }.unwrap();
                         assert!(matches!(lock(&windows.state).windows[&lease.key], Window::Open { .. }));

@@ -190,10 +190,7 @@ impl Job {
                 self.fan_out(&pieces);
                 Ok(())
             }
-            Some(slot) => {
-                let first = slot.address().wrapping_add((op.extent.start - base) as usize);
-                self.land(&op, first, slot.stage(), true)
-            }
+            Some(slot) => self.land(&op, base, slot.stage(), true),
         }
     }
 
@@ -217,7 +214,7 @@ impl Job {
         let first = mapping.wrapping_add(start as usize);
         // SAFETY: the lease keeps the mapping, which is readable.
         let staged = unsafe { Staged::lent(first, Arc::new(lease)) };
-        self.land(&op, first.cast_mut(), staged, false)
+        self.land(&op, start, staged, false)
     }
 
     /// Takes a read out of the list of those in flight, and counts it.
@@ -243,10 +240,10 @@ impl Job {
         pieces.iter().for_each(|piece| self.landed(landing(piece)));
     }
 
-    /// The bytes of a read lie staged from `first` on, in memory that may be written if they are `ours`: copies them at
+    /// The bytes of a file from `base` on are staged, in memory that may be written if they are `ours`: copies them at
     /// once, or hands them to the queues of their devices.
-    fn land(&self, op: &ReadOp, first: *mut u8, staged: Staged, ours: bool) -> Result<()> {
-        let first = first.cast_const();
+    fn land(&self, op: &ReadOp, base: u64, staged: Staged, ours: bool) -> Result<()> {
+        let first = staged.address().wrapping_add((op.extent.start - base) as usize);
         let mut pieces = Vec::new();
         self.reads.pieces(op, &mut pieces);
         pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));

@@ -1,5 +1,6 @@
 //! Single requests that every engine passes: one list, and a test for each engine that runs it.
 
+use std::any::Any;
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Write};
 use std::mem::MaybeUninit;
@@ -12,7 +13,7 @@ use super::{Engine, Mmap, Next, Pending, Pread, Request, Throttled, Work};
 use crate::extent::{Extent, FileId};
 use crate::plan::ReadOp;
 use crate::source::SourceFile;
-use crate::stage::Ring;
+use crate::stage::{Lend, Ring};
 
 /// Everything that is asked of an engine.
 fn conforms(engine: &dyn Engine) {
@@ -349,7 +350,7 @@ impl Script {
     fn lend(&self, state: &mut State, id: u64, read: Read) -> Option<Request> {
         let (slot, mut memory) = match read.direct {
             true => (None, vec![UNTOUCHED; MARGIN + read.bytes + MARGIN]),
-            false => (Some(self.ring.try_lend().unwrap()?), Vec::new()),
+            false => (Some(self.ring.try_lend(Lend::Any).unwrap()?), Vec::new()),
         };
         assert!(read.direct || read.bytes < SLOT);
         let address = match &slot {
@@ -370,6 +371,7 @@ impl Script {
             address,
             bytes: read.bytes,
             slot,
+            permit: None,
             pending: Pending { op, base: read.offset, pieces: Vec::new(), repeated: false, since: Instant::now() },
         };
         state.lent.insert(id, Lent { read, thread: thread::current().id(), address, memory });
@@ -429,5 +431,9 @@ impl Work for Script {
         drop(request);
         state.done.insert(id, Done { read, outcome, bytes });
         self.changed.notify_all();
+    }
+
+    unsafe fn lent(&self, _: Request, _: *const u8, _: Arc<dyn Any + Send + Sync>) {
+        unreachable!("no request asks to be lent")
     }
 }

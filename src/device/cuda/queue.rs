@@ -54,12 +54,19 @@ impl CudaQueue {
         Ok(queue)
     }
 
-    /// Whether the oldest ticket in flight is done.
-    fn oldest_is_done(&self) -> Result<bool> {
-        // SAFETY: the event is live; events are asked in any context.
-        self.in_flight.front().map_or(Ok(false), |&event| {
-            unsafe { driver::event_is_done(event) }.map_err(|failure| self.context.error(failure))
-        })
+    /// Forgets the oldest tickets that are done; whether there were any.
+    fn reap(&mut self) -> Result<bool> {
+        let _entered = self.context.enter()?;
+        let mut any = false;
+        while let Some(&event) = self.in_flight.front() {
+            // SAFETY: the event is live, the context current.
+            if !unsafe { driver::event_is_done(event) }.map_err(|failure| self.context.error(failure))? {
+                break;
+            }
+            self.spare_events.extend(self.in_flight.pop_front());
+            any = true;
+        }
+        Ok(any)
     }
 
     fn finished(&self) -> u64 {
@@ -98,15 +105,7 @@ impl Queue for CudaQueue {
 
     fn wait(&mut self, bound: Duration) -> Result<u64> {
         let began = Instant::now();
-        while !self.in_flight.is_empty() {
-            let mut any = false;
-            while self.oldest_is_done()? {
-                self.spare_events.extend(self.in_flight.pop_front());
-                any = true;
-            }
-            if any || began.elapsed() >= bound {
-                break;
-            }
+        while !self.in_flight.is_empty() && !self.reap()? && began.elapsed() < bound {
             thread::sleep(limits::EVENT_POLL);
         }
         Ok(self.finished())
@@ -118,8 +117,8 @@ impl Queue for CudaQueue {
         let mut refusals = 0;
         self.lanes.iter().all(|lane| {
             loop {
-                // SAFETY: the stream is live.
-                match unsafe { driver::stream_is_done(lane.stream) } {
+                // SAFETY: the stream is live, the context current.
+                match self.context.with(|| unsafe { driver::stream_is_done(lane.stream) }) {
                     Ok(true) => return true,
                     Ok(false) if began.elapsed() >= bound => return false,
                     Ok(false) => thread::sleep(limits::EVENT_POLL),
