@@ -31,6 +31,10 @@ pub const STAGING: usize = 256 << 20;
 /// Smallest staging budget: two slots of the smallest size, so that a read and a copy can overlap.
 pub const STAGING_MIN: usize = 2 << 20;
 
+/// NUMA nodes that staging memory can be asked to lie on: the most that Linux can be built for.
+#[cfg(target_os = "linux")]
+pub(crate) const NUMA_NODES: usize = 1024;
+
 /// Start of each tensor in a block. 256 bytes is what `cuMemAlloc` guarantees.
 pub const TENSOR_ALIGNMENT: u64 = 256;
 

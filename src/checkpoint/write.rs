@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
@@ -15,7 +15,7 @@ use crate::extent::Rank;
 use crate::format::NewHeader;
 use crate::limits;
 use crate::shape::Shape;
-use crate::sync::{Mutex, lock};
+use crate::sync::lock;
 
 /// A directory in the making. Removed when dropped without [`commit`](NewDirectory::commit).
 #[derive(Debug)]

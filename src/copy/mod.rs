@@ -146,7 +146,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
 
     use super::*;
-    use crate::stage::Ring;
+    use crate::stage::{Lend, Ring};
 
     /// A device under the test's control: copies are done when the test says so.
     struct Slow {
@@ -226,7 +226,7 @@ mod tests {
 
     impl Rig {
         fn send(&self, dest: u32) {
-            let staged = self.ring.try_lend().unwrap().unwrap().stage();
+            let staged = self.ring.try_lend(Lend::Any).unwrap().unwrap().stage();
             let landing = vec![Landing { rank: Rank(0), dest, bytes: 1 }];
             self.inbox.as_ref().unwrap().send(Filled { staged, copies: Vec::new(), landing }).unwrap();
         }
@@ -240,13 +240,13 @@ mod tests {
         rig.send(1);
         rig.send(2);
         assert_eq!((rig.submitted.recv().unwrap(), rig.submitted.recv().unwrap()), (1, 2));
-        assert!(rig.ring.try_lend().unwrap().is_none(), "both are in flight");
+        assert!(rig.ring.try_lend(Lend::Any).unwrap().is_none(), "both are in flight");
         assert!(rig.seen.landed.lock().unwrap().is_empty());
         rig.done.send(Ok(1)).unwrap();
-        rig.ring.wait(LONG);
+        rig.ring.wait(Lend::Any, LONG, || false);
         assert_eq!(*rig.seen.landed.lock().unwrap(), [1]);
-        let again = rig.ring.try_lend().unwrap().expect("the first slot is back");
-        assert!(rig.ring.try_lend().unwrap().is_none(), "the second is not");
+        let again = rig.ring.try_lend(Lend::Any).unwrap().expect("the first slot is back");
+        assert!(rig.ring.try_lend(Lend::Any).unwrap().is_none(), "the second is not");
         drop(again);
         rig.inbox = None;
         rig.done.send(Ok(2)).unwrap();
@@ -263,7 +263,7 @@ mod tests {
         assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Device);
         assert_eq!(*rig.dropped.lock().unwrap(), ["queue"]);
         assert!(rig.seen.landed.lock().unwrap().is_empty());
-        assert_eq!([(); 2].map(|()| rig.ring.try_lend().unwrap().unwrap()).len(), 2);
+        assert_eq!([(); 2].map(|()| rig.ring.try_lend(Lend::Any).unwrap().unwrap()).len(), 2);
     }
 
     #[test]
@@ -273,8 +273,11 @@ mod tests {
         assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Stalled);
         assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
         assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 1);
-        let free = rig.ring.try_lend().unwrap();
-        assert!(free.is_some() && rig.ring.try_lend().unwrap().is_none(), "the slot in flight is gone for ever");
+        let free = rig.ring.try_lend(Lend::Any).unwrap();
+        assert!(
+            free.is_some() && rig.ring.try_lend(Lend::Any).unwrap().is_none(),
+            "the slot in flight is gone for ever"
+        );
     }
 
     #[test]
@@ -287,6 +290,6 @@ mod tests {
         assert_eq!(rig.thread.join().unwrap().unwrap_err().kind(), ErrorKind::Device);
         assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
         assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 2);
-        assert!(rig.ring.try_lend().unwrap().is_none());
+        assert!(rig.ring.try_lend(Lend::Any).unwrap().is_none());
     }
 }

@@ -8,6 +8,7 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use super::{Device, Queue, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits;
 use crate::stride::for_each_run;
 
 /// Page-aligned anonymous memory, huge pages advised.
@@ -30,6 +31,51 @@ impl Pages {
     pub(crate) fn address(&self) -> *mut u8 {
         self.0.as_mut_ptr()
     }
+
+    /// Populates all pages now, and prefers a NUMA node for them if one is named; their contents stay. What the system
+    /// refuses costs speed, nothing else.
+    pub(crate) fn populate(&mut self, node: Option<u32>) {
+        let (address, bytes) = (self.0.as_mut_ptr(), self.0.len());
+        if let Some(node) = node {
+            prefer_node(address, bytes, node);
+        }
+        #[cfg(target_os = "linux")]
+        {
+            let advice = rustix::mm::Advice::LinuxPopulateWrite; // Linux 5.14
+            // SAFETY: the range is this mapping; the advice changes no contents.
+            if unsafe { rustix::mm::madvise(address.cast(), bytes, advice) }.is_ok() {
+                return;
+            }
+        }
+        for page in (0..bytes).step_by(rustix::param::page_size()) {
+            // SAFETY: the byte lies in this mapping, which nobody else uses while it is borrowed for writing. Volatile,
+            // so that the page is written to at all.
+            unsafe { address.add(page).write_volatile(address.add(page).read_volatile()) };
+        }
+    }
+}
+
+/// Prefers a NUMA node for the whole pages of a range, also for those that it has. A refusal costs speed, nothing else.
+fn prefer_node(address: *mut u8, bytes: usize, node: u32) {
+    #[cfg(target_os = "linux")]
+    {
+        /// `linux/mempolicy.h`; libc has no name for it.
+        const MPOL_MF_MOVE: libc::c_uint = 2;
+        let mut nodes = [0 as libc::c_ulong; limits::NUMA_NODES / libc::c_ulong::BITS as usize];
+        let bits = libc::c_ulong::BITS;
+        let Some(word) = nodes.get_mut((node / bits) as usize) else { return };
+        *word = 1 << (node % bits);
+        // The kernel takes one bit less than it is told.
+        let count = limits::NUMA_NODES as libc::c_ulong + 1;
+        // SAFETY: the range lies in memory of the caller, whose contents stay; the kernel reads `count - 1` bits of
+        // `nodes`, which has as many.
+        unsafe {
+            let mode = libc::MPOL_PREFERRED;
+            libc::syscall(libc::SYS_mbind, address, bytes, mode, nodes.as_ptr(), count, MPOL_MF_MOVE)
+        };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (address, bytes, node);
 }
 
 /// Advises huge pages for the whole ones in a range; a refusal costs speed, nothing else.
@@ -170,6 +216,24 @@ impl Drop for ThreadQueue {
         self.work = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn populating_keeps_contents_whatever_the_node() {
+        let bytes = 3 << 20;
+        let mut pages = Pages::new(bytes).unwrap();
+        // SAFETY: inside the pages, which nobody else uses.
+        unsafe { pages.address().add(bytes - 1).write(7) };
+        for node in [None, Some(0), Some(limits::NUMA_NODES as u32 - 1), Some(u32::MAX)] {
+            pages.populate(node);
+            // SAFETY: as above.
+            assert_eq!(unsafe { [pages.address().read(), pages.address().add(bytes - 1).read()] }, [0, 7]);
         }
     }
 }

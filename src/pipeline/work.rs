@@ -12,7 +12,7 @@ use crate::extent::{Extent, Rank};
 use crate::limits;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
-use crate::stage::Slot;
+use crate::stage::{Lend, Slot};
 use crate::stride::bytes_moved;
 use crate::sync::lock;
 
@@ -44,7 +44,7 @@ impl Work for Job {
                 }
                 Ok(Taken::NoSlot) => {
                     let began = Instant::now();
-                    self.setup.ring.wait(limits::LOOK_AGAIN);
+                    self.setup.ring.wait(Lend::Any, limits::LOOK_AGAIN, || self.is_stopped());
                     self.counters.read_waiting(began.elapsed());
                 }
                 Err(error) => {
@@ -120,7 +120,7 @@ impl Job {
             let slot = if op.direct {
                 None
             } else {
-                match self.setup.ring.try_lend()? {
+                match self.setup.ring.try_lend(Lend::Any)? {
                     Some(slot) => Some(slot),
                     None => return Ok(Taken::NoSlot),
                 }

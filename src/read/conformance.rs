@@ -12,7 +12,7 @@ use super::{Engine, Mmap, Next, Pending, Pread, Request, Throttled, Work};
 use crate::extent::{Extent, FileId};
 use crate::plan::ReadOp;
 use crate::source::SourceFile;
-use crate::stage::Ring;
+use crate::stage::{Lend, Ring};
 
 /// Everything that is asked of an engine.
 fn conforms(engine: &dyn Engine) {
@@ -349,7 +349,7 @@ impl Script {
     fn lend(&self, state: &mut State, id: u64, read: Read) -> Option<Request> {
         let (slot, mut memory) = match read.direct {
             true => (None, vec![UNTOUCHED; MARGIN + read.bytes + MARGIN]),
-            false => (Some(self.ring.try_lend().unwrap()?), Vec::new()),
+            false => (Some(self.ring.try_lend(Lend::Any).unwrap()?), Vec::new()),
         };
         assert!(read.direct || read.bytes < SLOT);
         let address = match &slot {

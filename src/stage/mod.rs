@@ -1,11 +1,31 @@
 //! The ring of slots between read and copy. A slot is free, lent to an engine, or staged for copies; which one it
 //! is, is the type that holds it, so nobody else needs to know the transitions.
 
+#[cfg(all(test, loom))]
+mod model;
+mod slot;
+#[cfg(all(test, not(loom)))]
+mod tests;
+
+use std::sync::PoisonError;
 use std::time::Duration;
 
-use crate::device::Pages;
+use crate::device::{Pages, Pinner};
 use crate::error::Result;
-use crate::sync::{Arc, Condvar, Mutex, lock};
+use crate::limits;
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
+
+use slot::SlotMemory;
+pub(crate) use slot::{Slot, Staged};
+
+/// Which slots will do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lend {
+    /// Every slot, pinned or not.
+    Any,
+    /// Pinned ones only.
+    Pinned,
+}
 
 /// A bounded set of slots, kept and reused. Clones are handles to the same ring.
 #[derive(Debug, Clone)]
@@ -18,29 +38,43 @@ struct Shared {
     slot_bytes: usize,
     slots_max: usize,
     state: Mutex<State>,
+    /// Signalled when a slot that does for [`Lend::Any`] may be there.
     freed: Condvar,
+    /// Signalled when a pinned slot is free.
+    freed_pinned: Condvar,
+    /// Signalled when [`Ring::grow`] may find a slot to pin, or that it has nothing left to do.
+    growable: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    free: Vec<SlotMemory>,
+    /// Free slots that are not pinned.
+    plain: Vec<SlotMemory>,
+    /// Free slots that are pinned.
+    pinned: Vec<SlotMemory>,
     /// Slots that exist, free or not.
     slots: usize,
+    /// Those of them that are pinned.
+    slots_pinned: usize,
+    /// Those of them that are being pinned now.
+    slots_pinning: usize,
     /// Slots that were ever made.
     made: u64,
-}
-
-#[derive(Debug)]
-struct SlotMemory {
-    pages: Pages,
-    serial: u64,
+    /// How many want pinned slots to stay.
+    holds: usize,
 }
 
 impl Ring {
     /// A ring of at most `budget` bytes; no memory is taken yet. Holds at least one slot.
     pub(crate) fn new(budget: usize, slot_bytes: usize) -> Ring {
-        let slots_max = (budget / slot_bytes).max(1);
-        let shared = Shared { slot_bytes, slots_max, state: Mutex::new(State::default()), freed: Condvar::new() };
+        let shared = Shared {
+            slot_bytes,
+            slots_max: (budget / slot_bytes).max(1),
+            state: Mutex::new(State::default()),
+            freed: Condvar::new(),
+            freed_pinned: Condvar::new(),
+            growable: Condvar::new(),
+        };
         Ring { shared: Arc::new(shared) }
     }
 
@@ -49,124 +83,159 @@ impl Ring {
         self.shared.slot_bytes
     }
 
-    /// A free slot, made if there are fewer than the budget allows; `None` if all are in use.
-    pub(crate) fn try_lend(&self) -> Result<Option<Slot>> {
-        let mut state = lock(&self.shared.state);
-        let memory = match state.free.pop() {
-            Some(memory) => memory,
-            None if state.slots == self.shared.slots_max => return Ok(None),
-            None => {
-                let pages = Pages::new(self.shared.slot_bytes)?;
-                state.slots += 1;
-                state.made += 1;
-                SlotMemory { pages, serial: state.made }
-            }
+    /// A free slot; `None` if all that would do are in use. Makes one that is not pinned if none is free, such a one
+    /// would do, and the budget allows it.
+    pub(crate) fn try_lend(&self, lend: Lend) -> Result<Option<Slot>> {
+        let mut state = self.shared.state();
+        let free = match lend {
+            Lend::Pinned => state.pinned.pop(),
+            Lend::Any => match state.plain.pop().or_else(|| state.pinned.pop()) {
+                Some(memory) => Some(memory),
+                None => self.shared.make(&mut state)?,
+            },
         };
-        Ok(Some(Slot { memory: Some(memory), ring: self.clone() }))
+        Ok(free.map(|memory| Slot::new(memory, self.clone())))
     }
 
-    /// Waits until a slot may be free, or `bound` has passed.
-    pub(crate) fn wait(&self, bound: Duration) {
-        let state = lock(&self.shared.state);
-        if state.free.is_empty() && state.slots == self.shared.slots_max {
-            let _ = self.shared.freed.wait_timeout(state, bound);
+    /// Waits until a slot that would do may be free, somebody [wakes](Ring::wake) it, or `bound` has passed; not at all
+    /// once `stopped`, which is asked where no later wake is missed.
+    pub(crate) fn wait(&self, lend: Lend, bound: Duration, stopped: impl FnOnce() -> bool) {
+        let state = self.shared.state();
+        let (nothing, signal) = match lend {
+            Lend::Any => {
+                let none_free = state.plain.is_empty() && state.pinned.is_empty();
+                (none_free && state.slots == self.shared.slots_max, &self.shared.freed)
+            }
+            Lend::Pinned => (state.pinned.is_empty(), &self.shared.freed_pinned),
+        };
+        if nothing && !stopped() {
+            let _ = signal.wait_timeout(state, bound);
         }
     }
 
-    /// Wakes everyone who waits for a slot, so that they notice a cancel or an error.
+    /// Pins one more slot, unless `slots` of them, or as many as the budget allows, are pinned; true if more are
+    /// wanted after that. Takes a free slot, or else makes one. If all are in use or being pinned it waits a little for
+    /// that to change. Lending goes on meanwhile. Once `stopped`, nothing more is wanted.
+    ///
+    /// # Errors
+    /// No memory, or the pinner's own; the ring is as it was, but for a slot that may have been made.
+    pub(crate) fn grow(&self, pinner: &dyn Pinner, slots: usize, stopped: impl FnOnce() -> bool) -> Result<bool> {
+        let wanted = slots.min(self.shared.slots_max);
+        let mut state = self.shared.state();
+        if state.slots_pinned >= wanted || stopped() {
+            return Ok(false);
+        }
+        let memory = if state.slots_pinned + state.slots_pinning >= wanted {
+            None
+        } else {
+            match state.plain.pop() {
+                Some(memory) => Some(memory),
+                None => self.shared.make(&mut state)?,
+            }
+        };
+        let Some(memory) = memory else {
+            let _ = self.shared.growable.wait_timeout(state, limits::LOOK_AGAIN);
+            return Ok(true);
+        };
+        state.slots_pinning += 1;
+        drop(state);
+        // Out of the lock, since it takes milliseconds.
+        Slot::to_pin(memory, self.clone()).pin(pinner)?;
+        Ok(self.shared.state().slots_pinned < wanted)
+    }
+
+    /// Wakes everyone who waits for a slot, so that they notice a cancel or an error; who sets what they look at does so
+    /// before.
     pub(crate) fn wake(&self) {
-        let _state = lock(&self.shared.state);
-        self.shared.freed.notify_all();
+        let _state = self.shared.state();
+        self.shared.wake_all();
     }
 
     /// Bytes of all slots that exist.
     pub(crate) fn bytes(&self) -> u64 {
-        (lock(&self.shared.state).slots * self.shared.slot_bytes) as u64
+        (self.shared.state().slots * self.shared.slot_bytes) as u64
     }
 
-    /// Gives the memory of free slots back to the system.
+    /// Bytes of all slots that are pinned.
+    pub(crate) fn pinned_bytes(&self) -> u64 {
+        (self.shared.state().slots_pinned * self.shared.slot_bytes) as u64
+    }
+
+    /// Gives the memory of free slots back to the system; not that of pinned ones while somebody [holds](Ring::hold)
+    /// them.
     pub(crate) fn release(&self) {
-        let mut state = lock(&self.shared.state);
-        state.slots -= state.free.len();
-        state.free.clear();
+        let mut state = self.shared.state();
+        let plain = std::mem::take(&mut state.plain);
+        let pinned = if state.holds == 0 { std::mem::take(&mut state.pinned) } else { Vec::new() };
+        drop(state);
+        let (slots_plain, slots_pinned) = (plain.len(), pinned.len());
+        // Out of the lock, since unpinning takes long; in the counts until it is done, so that the budget holds.
+        drop((plain, pinned));
+        let mut state = self.shared.state();
+        state.slots -= slots_plain + slots_pinned;
+        state.slots_pinned -= slots_pinned;
+        self.shared.wake_all();
+    }
+
+    /// Keeps pinned slots from being [released](Ring::release): who lends no others would wait for ever.
+    pub(crate) fn hold(&self) -> Hold {
+        self.shared.state().holds += 1;
+        Hold { ring: self.clone() }
     }
 }
 
-/// A slot lent to an engine: its memory is the holder's alone. Goes back to the ring when dropped.
+impl Shared {
+    /// The state, also when a thread panicked while it had it: each of its changes leaves it consistent.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory for one more slot, if the budget allows it.
+    fn make(&self, state: &mut State) -> Result<Option<SlotMemory>> {
+        if state.slots == self.slots_max {
+            return Ok(None);
+        }
+        let pages = Pages::new(self.slot_bytes)?;
+        state.slots += 1;
+        state.made += 1;
+        Ok(Some(SlotMemory::new(pages, state.made)))
+    }
+
+    /// Makes a slot free again, and tells who may be waiting for it.
+    fn take_back(&self, memory: SlotMemory, pinning: bool) {
+        let mut state = self.state();
+        if pinning {
+            state.slots_pinning -= 1;
+            state.slots_pinned += usize::from(memory.is_pinned());
+        }
+        if pinning || !memory.is_pinned() {
+            self.growable.notify_all();
+        }
+        if memory.is_pinned() {
+            state.pinned.push(memory);
+            self.freed_pinned.notify_one();
+        } else {
+            state.plain.push(memory);
+        }
+        self.freed.notify_one();
+    }
+
+    /// Wakes everyone who waits for anything.
+    fn wake_all(&self) {
+        self.freed.notify_all();
+        self.freed_pinned.notify_all();
+        self.growable.notify_all();
+    }
+}
+
+/// While it lives, the pinned slots of its ring stay.
 #[derive(Debug)]
-pub(crate) struct Slot {
-    memory: Option<SlotMemory>,
+pub(crate) struct Hold {
     ring: Ring,
 }
 
-impl Slot {
-    /// The first byte; [`Ring::slot_bytes`] bytes may be written.
-    pub(crate) fn address(&self) -> *mut u8 {
-        self.memory().pages.address()
-    }
-
-    /// The number of its memory among all that its ring ever made: never that of other memory, also at an address
-    /// that was freed and came again.
-    #[cfg(target_os = "linux")]
-    pub(crate) fn serial(&self) -> u64 {
-        self.memory().serial
-    }
-
-    /// The size.
-    #[cfg(target_os = "linux")]
-    pub(crate) fn bytes(&self) -> usize {
-        self.ring.slot_bytes()
-    }
-
-    fn memory(&self) -> &SlotMemory {
-        self.memory.as_ref().expect("bug in shardlift: slot without memory")
-    }
-
-    /// Hands the slot over for reading: no one writes to it again until the last handle is dropped.
-    pub(crate) fn stage(self) -> Staged {
-        Staged(Arc::new(self))
-    }
-}
-
-impl Drop for Slot {
+impl Drop for Hold {
     fn drop(&mut self) {
-        let mut state = lock(&self.ring.shared.state);
-        state.free.extend(self.memory.take());
-        self.ring.shared.freed.notify_one();
-    }
-}
-
-/// A filled slot that copies read from. Shared by the queues of all devices that take part of it; the last one to
-/// drop its handle frees the slot.
-#[derive(Debug, Clone)]
-pub(crate) struct Staged(Arc<Slot>);
-
-impl Staged {
-    /// The first byte.
-    pub(crate) fn address(&self) -> *const u8 {
-        self.0.address()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slots_are_bounded_and_come_back() {
-        let ring = Ring::new(3 << 20, 1 << 20);
-        let slots: Vec<_> = (0..3).map(|_| ring.try_lend().unwrap().unwrap()).collect();
-        assert!(ring.try_lend().unwrap().is_none());
-        let staged: Vec<_> = slots.into_iter().map(Slot::stage).collect();
-        let again = staged[0].clone();
-        drop(staged);
-        let two: Vec<_> = (0..2).map(|_| ring.try_lend().unwrap().unwrap()).collect();
-        assert!(ring.try_lend().unwrap().is_none(), "one slot is still staged");
-        drop(again);
-        assert!(ring.try_lend().unwrap().is_some());
-        assert_eq!(ring.bytes(), 3 << 20);
-        drop(two);
-        ring.release();
-        assert_eq!(ring.bytes(), 0);
+        self.ring.shared.state().holds -= 1;
     }
 }

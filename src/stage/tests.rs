@@ -1,0 +1,242 @@
+//! The ring with threads as they come; `model` has every order of them.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::thread;
+
+use super::*;
+use crate::device::Pinned;
+use crate::error::{Error, ErrorKind};
+
+const SLOT: usize = 1 << 16;
+
+/// Counts pins, and refuses the one of this number.
+#[derive(Debug, Default)]
+struct Pins {
+    calls: AtomicUsize,
+    refuse: usize,
+    pinned: std::sync::Arc<AtomicUsize>,
+}
+
+impl Pinner for Pins {
+    unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<Pinned> {
+        assert!(address.addr().is_multiple_of(4096) && bytes == SLOT);
+        if self.calls.fetch_add(1, Ordering::Relaxed) + 1 == self.refuse {
+            return Err(Error::new(ErrorKind::DeviceMemory, "of the test"));
+        }
+        self.pinned.fetch_add(1, Ordering::Relaxed);
+        Ok(Box::new(Pin { address: address.addr(), pinned: std::sync::Arc::clone(&self.pinned) }))
+    }
+
+    fn numa_node(&self) -> Option<u32> {
+        None
+    }
+}
+
+#[derive(Debug)]
+struct Pin {
+    address: usize,
+    pinned: std::sync::Arc<AtomicUsize>,
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let address: *const u8 = std::ptr::with_exposed_provenance(self.address);
+        // SAFETY: the slot's memory is mapped until after this, which is what this proves, and nobody uses it.
+        unsafe { address.read_volatile() };
+        self.pinned.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn ring(slots: usize) -> Ring {
+    Ring::new(slots * SLOT, SLOT)
+}
+
+fn lend(ring: &Ring, lend: Lend) -> Slot {
+    ring.try_lend(lend).unwrap().expect("a slot")
+}
+
+fn grow(ring: &Ring, pinner: &dyn Pinner, slots: usize) -> Result<bool> {
+    ring.grow(pinner, slots, || false)
+}
+
+fn none(ring: &Ring, lend: Lend) -> bool {
+    ring.try_lend(lend).unwrap().is_none()
+}
+
+#[track_caller]
+fn holds(ring: &Ring, slots: usize, pinned: usize) {
+    assert_eq!((ring.bytes(), ring.pinned_bytes()), ((slots * SLOT) as u64, (pinned * SLOT) as u64));
+}
+
+#[test]
+fn slots_are_bounded_and_come_back() {
+    let ring = ring(3);
+    let slots: Vec<_> = (0..3).map(|_| lend(&ring, Lend::Any)).collect();
+    assert!(none(&ring, Lend::Any));
+    let staged: Vec<_> = slots.into_iter().map(Slot::stage).collect();
+    let again = staged[0].clone();
+    drop(staged);
+    let two: Vec<_> = (0..2).map(|_| lend(&ring, Lend::Any)).collect();
+    assert!(none(&ring, Lend::Any), "one slot is still staged");
+    drop(again);
+    drop(lend(&ring, Lend::Any));
+    holds(&ring, 3, 0);
+    drop(two);
+    ring.release();
+    holds(&ring, 0, 0);
+}
+
+#[test]
+fn it_grows_to_what_is_asked_for_or_the_budget() {
+    let (ring, pins) = (ring(3), Pins::default());
+    assert!(none(&ring, Lend::Pinned), "none is made");
+    holds(&ring, 0, 0);
+    assert!(grow(&ring, &pins, 2).unwrap());
+    assert!(!grow(&ring, &pins, 2).unwrap());
+    assert!(!grow(&ring, &pins, 2).unwrap());
+    holds(&ring, 2, 2);
+    assert!(!grow(&ring, &pins, 100).unwrap());
+    assert!(!grow(&ring, &pins, 100).unwrap());
+    holds(&ring, 3, 3);
+    let slots: Vec<_> = (0..3).map(|_| lend(&ring, Lend::Pinned)).collect();
+    assert!(none(&ring, Lend::Pinned) && none(&ring, Lend::Any));
+    ring.release();
+    holds(&ring, 3, 3);
+    drop(slots);
+    ring.release();
+    holds(&ring, 0, 0);
+    assert_eq!(pins.pinned.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn nothing_grows_once_stopped() {
+    let ring = ring(1);
+    assert!(!ring.grow(&Pins::default(), 1, || true).unwrap());
+    holds(&ring, 0, 0);
+}
+
+#[test]
+fn free_plain_slots_are_pinned_before_new_ones_are_made() {
+    let (ring, pins) = (ring(2), Pins::default());
+    let (one, two) = (lend(&ring, Lend::Any), lend(&ring, Lend::Any));
+    let address = one.address();
+    assert!(grow(&ring, &pins, 2).unwrap(), "the budget is in use: later");
+    holds(&ring, 2, 0);
+    drop(one);
+    assert!(grow(&ring, &pins, 2).unwrap());
+    holds(&ring, 2, 1);
+    let pinned = lend(&ring, Lend::Pinned);
+    assert_eq!(pinned.address(), address);
+    drop(two);
+    assert!(!grow(&ring, &pins, 2).unwrap());
+    holds(&ring, 2, 2);
+}
+
+#[test]
+fn any_slot_does_for_any() {
+    let (ring, pins) = (ring(2), Pins::default());
+    grow(&ring, &pins, 1).unwrap();
+    drop(lend(&ring, Lend::Any));
+    holds(&ring, 1, 1);
+    let (_pinned, _plain) = (lend(&ring, Lend::Any), lend(&ring, Lend::Any));
+    holds(&ring, 2, 1);
+    assert!(none(&ring, Lend::Any));
+}
+
+#[test]
+fn a_refused_pin_leaves_the_counts_right() {
+    for refuse in 1..=3 {
+        let (ring, pins) = (ring(3), Pins { refuse, ..Pins::default() });
+        for _ in 1..refuse {
+            assert!(grow(&ring, &pins, 3).unwrap());
+        }
+        assert_eq!(grow(&ring, &pins, 3).unwrap_err().kind(), ErrorKind::DeviceMemory);
+        holds(&ring, refuse, refuse - 1);
+        while grow(&ring, &pins, 3).unwrap() {}
+        holds(&ring, 3, 3);
+        assert_eq!(pins.calls.load(Ordering::Relaxed), 4);
+    }
+}
+
+#[test]
+fn a_panic_of_the_pinner_too() {
+    #[derive(Debug)]
+    struct Panics;
+    impl Pinner for Panics {
+        unsafe fn pin(&self, _: *mut u8, _: usize) -> Result<Pinned> {
+            panic!("of the test")
+        }
+        fn numa_node(&self) -> Option<u32> {
+            None
+        }
+    }
+    let ring = ring(1);
+    let grown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| grow(&ring, &Panics, 1)));
+    assert!(grown.is_err());
+    holds(&ring, 1, 0);
+    assert!(!grow(&ring, &Pins::default(), 1).unwrap());
+    holds(&ring, 1, 1);
+}
+
+#[test]
+fn lending_goes_on_while_one_is_pinned() {
+    /// Pins when it is told to.
+    #[derive(Debug)]
+    struct Slow(std::sync::Mutex<mpsc::Receiver<()>>, mpsc::Sender<()>);
+    impl Pinner for Slow {
+        unsafe fn pin(&self, _: *mut u8, _: usize) -> Result<Pinned> {
+            self.1.send(()).unwrap();
+            self.0.lock().unwrap().recv().unwrap();
+            Ok(Box::new(()))
+        }
+        fn numa_node(&self) -> Option<u32> {
+            None
+        }
+    }
+    let ring = ring(2);
+    let (go, wait) = mpsc::channel();
+    let (tell, began) = mpsc::channel();
+    let slow = Slow(std::sync::Mutex::new(wait), tell);
+    thread::scope(|scope| {
+        let grower = scope.spawn(|| grow(&ring, &slow, 1).unwrap());
+        began.recv().unwrap();
+        holds(&ring, 1, 0);
+        drop(lend(&ring, Lend::Any));
+        let _other = lend(&ring, Lend::Any);
+        assert!(none(&ring, Lend::Any) && none(&ring, Lend::Pinned), "the budget holds");
+        go.send(()).unwrap();
+        while none(&ring, Lend::Pinned) {
+            ring.wait(Lend::Pinned, Duration::from_secs(60), || false);
+        }
+        assert!(!grower.join().unwrap());
+    });
+}
+
+#[test]
+fn held_slots_stay_pinned() {
+    let (ring, pins) = (ring(2), Pins::default());
+    drop(lend(&ring, Lend::Any));
+    grow(&ring, &pins, 1).unwrap();
+    drop((lend(&ring, Lend::Any), lend(&ring, Lend::Any)));
+    holds(&ring, 2, 1);
+    let held = ring.hold();
+    ring.release();
+    holds(&ring, 1, 1);
+    drop(held);
+    ring.release();
+    holds(&ring, 0, 0);
+}
+
+#[test]
+fn lent_bytes_live_as_long_as_their_last_handle() {
+    let keep = std::sync::Arc::new([1u8, 2, 3]);
+    // SAFETY: `keep` is the array itself, which nobody writes.
+    let staged = unsafe { Staged::lent(keep.as_ptr(), std::sync::Arc::clone(&keep) as _) };
+    let clone = staged.clone();
+    drop(staged);
+    assert_eq!(clone.address(), keep.as_ptr());
+    assert_eq!(std::sync::Arc::strong_count(&keep), 2);
+    drop(clone);
+    assert_eq!(std::sync::Arc::strong_count(&keep), 1);
+}
