@@ -229,6 +229,7 @@ impl Shared {
     fn wake_all(&self) {
         self.freed.notify_all();
         self.freed_pinned.notify_all();
+        self.growable.notify_all();
     }
 }
 
