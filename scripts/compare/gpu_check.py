@@ -1,0 +1,254 @@
+"""What scripts/gpu-check runs: checks of every kind of load on this machine's GPU, then loads against other loaders.
+
+Everything happens before a deadline: what no longer fits is left out, and the record says so. A check that cannot be
+made here is SKIPPED with its reason, never counted as passed.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gpu_bench import Bench
+from processes import Ran, kill_all
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent.parent
+PACK = REPOSITORY / "target/gpu-pack"
+TWINS = REPOSITORY / "target/twins"
+ENGINES = ["auto", "pread", "uring", "mmap"]
+RANKS = [1, 2, 4, 8]
+# Seconds that are kept for the end: adding up, writing, removing files.
+CLOSING = 10
+
+
+class Deadline:
+    """The end of everything."""
+
+    def __init__(self, seconds):
+        self.at = time.monotonic() + seconds
+
+    def left(self, most=float("inf")):
+        """Seconds until then, `most` at most; never none at all, so that a process started late ends by time-out."""
+        return max(0.1, min(most, self.at - time.monotonic() - CLOSING))
+
+
+class Check:
+    """Runs it all and keeps the record."""
+
+    def __init__(self, options, work):
+        self.options, self.work, self.model = options, work, work / "every-dtype"
+        self.deadline = Deadline(options.budget)
+        self.shardlift = PACK / "shardlift"
+        self.environment, self.devices = {}, "cuda"
+        if options.dry_run:
+            # One device that answers at once. Without twins the ranks live in host memory: only this program is tried.
+            self.environment = {"LD_LIBRARY_PATH": str(TWINS), "SIMCUDA_DEVICES": "1"}
+            if not (TWINS / "libcuda.so.1").exists():
+                self.environment, self.devices = {}, "host:staged"
+        self.record = {"version": 1, "dry_run": options.dry_run, "checks": [], "benchmark": None, "notes": []}
+
+    # What is written down.
+
+    def note(self, text):
+        print(f"note: {text}")
+        self.record["notes"].append(text)
+
+    def check(self, name, ok, detail=""):
+        """`ok` is None for a check that could not be made."""
+        self.record["checks"].append({"name": name, "ok": ok, "detail": detail})
+        word = {True: "ok", False: "FAILED", None: "SKIPPED"}[ok]
+        print(f"{word:8}{name}{': ' + detail if detail else ''}")
+
+    def guard(self, phase):
+        """A mistake of this program in one phase is a failed check, and the next phase runs."""
+        try:
+            phase()
+        except Exception as error:
+            traceback.print_exc()
+            self.check(phase.__name__, False, f"{type(error).__name__}: {error}")
+
+    # What runs.
+
+    def run(self, *arguments, seconds, tool=()):
+        return Ran([*tool, self.shardlift, *arguments, "--json"], self.deadline.left(seconds), self.environment)
+
+    def on(self, ranks):
+        """All ranks on the first device."""
+        return f"cuda:{','.join('0' * ranks)}" if self.devices == "cuda" else self.devices
+
+    def look_around(self):
+        """The doctor's word, and this machine. Exits with 4 where there is no GPU to check."""
+        made = Ran([sys.executable, HERE / "checkpoint.py", "every-dtype", self.model], self.deadline.left(60))
+        if made.status != 0:
+            sys.exit(f"no checkpoint in {self.model}: {made.why()}")
+        ran = self.run("doctor", self.model, seconds=60)
+        doctor = ran.json()
+        if ran.status != 0 or doctor is None:
+            sys.exit(f"doctor: {ran.why()}")
+        cuda = doctor.get("cuda") or {}
+        if not cuda.get("usable") and self.devices == "cuda":
+            print(f"no GPU: {cuda.get('why') or 'not known why'}", file=sys.stderr)
+            sys.exit(4)
+        self.check("doctor", True)
+        if self.devices != "cuda":
+            self.note(f"no driver twin in {TWINS}: all ranks are in host memory")
+        built = json.loads((PACK / "built.json").read_text())
+        query = "name,memory.total,driver_version,pcie.link.gen.current,pcie.link.width.current"
+        try:
+            smi = Ran(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], self.deadline.left(20))
+            gpus = [line.split(", ") for line in smi.out.splitlines() if line.count(",") == 4]
+        except FileNotFoundError:
+            gpus = []
+        self.record |= {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "commit": built["commit"], "modified": built["modified"],
+            "driver": gpus[0][2] if gpus else cuda.get("driver"),
+            "hardware": {
+                "gpus": [dict(zip(query.split(","), gpu)) for gpu in gpus],
+                "cpu": cpu_model(), "cpus": doctor.get("cpus"), "memory_bytes": doctor.get("memory_bytes"),
+                "file_system": doctor.get("file_system"),
+            },
+            "versions": {
+                "shardlift": Ran([self.shardlift, "--version"], 10).out.strip(), "rustc": built["rustc"],
+                "python": platform.python_version(), "kernel": platform.release(),
+            },
+            "doctor": doctor,
+        }
+
+    def usable_engines(self):
+        known = self.record["doctor"]["engines"]
+        return [engine for engine in ENGINES if engine == "auto" or known[engine]["usable"]]
+
+    def hardware_tests(self):
+        """The tests that were packed: what the driver twin does, a real driver must do."""
+        tests = sorted((PACK / "tests").iterdir())
+        if not tests:
+            self.check("hardware tests", None, "none in the pack")
+        for test in tests:
+            environment = {**self.environment, "SHARDLIFT_REQUIRE_GPU": "1"}
+            ran = Ran([test, "--test-threads=4"], self.deadline.left(100), environment)
+            summary = [line for line in ran.out.splitlines() if line.startswith("test result:")]
+            failed = [line for line in ran.out.splitlines() if line.endswith("... FAILED")]
+            detail = "; ".join(failed + summary) if summary and not ran.late else ran.why()
+            self.check(f"hardware tests: {test.name}", ran.status == 0, detail)
+
+    def loads(self):
+        """Every engine, number of ranks and way to change every dtype: bit for bit, and as on the host."""
+        engines = self.usable_engines()
+        for engine in sorted(set(ENGINES) - set(engines)):
+            self.check(f"loads: {engine}", None, self.record["doctor"]["engines"][engine]["why"])
+        cases = [(rules, ranks, engine, ()) for rules in ("cuts", "changes") for ranks in RANKS for engine in engines]
+        cases += [
+            (rules, 2, "auto", more)
+            for rules in ("cuts", "changes")
+            for more in (("--memory", "per-tensor"), ("--staging", "2M"), ("--dtype", "f16"), ("--page-cache", "drop"))
+        ]
+        with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+            # Of all that, only `--dtype` changes what lands.
+            alike = [(rules, ranks, more if "--dtype" in more else ()) for rules, ranks, _, more in cases]
+            hosts = {case: pool.submit(self.load, *case, "auto", "host") for case in set(alike)}
+            loads = [
+                pool.submit(self.load, rules, ranks, more, engine, self.on(ranks))
+                for rules, ranks, engine, more in cases
+            ]
+            for (rules, ranks, engine, more), like, load in zip(cases, alike, loads):
+                (host, expected), (ran, found) = hosts[like].result(), load.result()
+                name = " ".join(["loads:", rules, f"{ranks} ranks", engine, *more])
+                if expected is None or found is None:
+                    late = (host.late or ran.late) and self.deadline.left() < 1
+                    why = ran.why() if found is None else f"on the host: {host.why()}"
+                    self.check(name, None if late else False, why)
+                elif found != expected:
+                    self.check(name, False, "other digests than on the host")
+                else:
+                    read = ran.json()["engine"]
+                    self.check(name, True, "" if engine in ("auto", read) else f"read with {read}")
+
+    def load(self, rules, ranks, more, engine, devices):
+        """What ran, and the ranks' digests if it compared every byte."""
+        ran = self.run(
+            "load", self.model, "--rules", self.model / f"{rules}.toml", "--tp", ranks, "--devices", devices,
+            "--engine", engine, "--check", *more, seconds=60,
+        )
+        found = ran.json() if ran.status == 0 else None
+        return ran, [rank["digest"] for rank in found["ranks"]] if found and found["checked"] else None
+
+    def sanitizer(self):
+        """A load under compute-sanitizer, with each of its tools."""
+        tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+        if self.options.dry_run or not Path(tool).exists():
+            return self.check("compute-sanitizer", None, "a dry run" if self.options.dry_run else "not installed")
+        rules = self.model / "changes.toml"
+        for kind in ("memcheck", "racecheck", "synccheck"):
+            ran = self.run(
+                "load", self.model, "--rules", rules, "--tp", 2, "--devices", self.on(2), "--check",
+                seconds=40, tool=[tool, "--tool", kind, "--error-exitcode", "9"],
+            )
+            text = ran.out + ran.err
+            summary = [line.strip("= ") for line in text.splitlines() if "SUMMARY" in line]
+            if "not supported" in text or ran.late:
+                self.check(f"compute-sanitizer {kind}", None, ran.why())
+            else:
+                self.check(f"compute-sanitizer {kind}", ran.status == 0, "; ".join(summary) or ran.why())
+
+
+def roomiest(*folders):
+    """Where most is free. Memory only counts where no disk has room: loads from it are never cold."""
+    def free(folder):
+        return shutil.disk_usage(folder).free if folder.is_dir() else 0
+
+    disk = max(map(Path, (*folders, REPOSITORY / "target", tempfile.gettempdir())), key=free)
+    memory = Path("/dev/shm")
+    return memory if free(disk) < 12_000_000_000 and free(memory) > free(disk) else disk
+
+
+def cpu_model():
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="scripts/gpu-check", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "target/gpu-check", help="folder of the record")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of other loaders, to be installed for this run")
+    parser.add_argument("--dir", type=Path, help="folder for the checkpoints (default: the roomiest)")
+    parser.add_argument("--budget", type=float, default=520, help="seconds for everything (default 520)")
+    parser.add_argument("--dry-run", action="store_true", help="all of it on the driver twin, with little data")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def interrupted(number, _):
+        # Ends as an exception, so that the checkpoints are removed.
+        kill_all()
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, interrupted)
+    signal.signal(signal.SIGTERM, interrupted)
+    with tempfile.TemporaryDirectory(prefix="gpu-check.", dir=options.dir or roomiest(options.out)) as work:
+        check = Check(options, Path(work))
+        check.look_around()
+        try:
+            with Bench(check) as bench:
+                for phase in (check.hardware_tests, check.loads, check.sanitizer, bench.measure):
+                    check.guard(phase)
+        finally:
+            # Also when interrupted: a machine with a GPU may not come again soon.
+            path = options.out / "gpu-check.json"
+            path.write_text(json.dumps(check.record, indent=1) + "\n")
+    count = {ok: sum(entry["ok"] is ok for entry in check.record["checks"]) for ok in (True, False, None)}
+    print(f"\n{count[True]} checks ok, {count[False]} failed, {count[None]} skipped; {path}")
+    sys.exit(1 if count[False] else 0)
+
+
+if __name__ == "__main__":
+    main()
