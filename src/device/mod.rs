@@ -1,6 +1,7 @@
 //! Hardware behind an unsafe contract: memory and copy queues. Obeys, checks nothing, knows no tensors, files, plans.
 
 mod allocation;
+mod elements;
 mod file;
 mod host;
 
