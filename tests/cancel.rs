@@ -3,10 +3,12 @@
 #[path = "support/model.rs"]
 #[expect(dead_code, reason = "only the model is needed, not what its ranks hold")]
 mod model;
+#[path = "support/worlds.rs"]
+mod worlds;
 
 use std::time::{Duration, Instant};
 
-use shardlift::{Checkpoint, ErrorKind, Loader, Rules, World};
+use shardlift::{Checkpoint, ErrorKind, Loader, Rules};
 
 #[test]
 fn a_cancel_from_another_thread_ends_the_load_soon() {
@@ -14,7 +16,7 @@ fn a_cancel_from_another_thread_ends_the_load_soon() {
     model::write(folder.path(), 5);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let loader = Loader::new().throttle(Some(20 << 20));
-    for world in [World::host(2), World::host_staged(2)] {
+    for world in worlds::of(2) {
         let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &world).unwrap();
         let load = loader.start(&plan).unwrap();
         let monitor = load.monitor();

@@ -5,6 +5,8 @@
 mod model;
 #[path = "support/stuck.rs"]
 mod stuck;
+#[path = "support/worlds.rs"]
+mod worlds;
 
 use std::any::Any;
 use std::io;
@@ -132,7 +134,7 @@ fn every_read_of_a_load_can_go_wrong() {
     let tensors = model::write(folder.path(), 11);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let rules = Rules::from_toml(model::RULES).unwrap();
-    for world in [World::host(2), World::host_staged(2)] {
+    for world in worlds::of(2) {
         for engine in engines() {
             let load = |fault, at| {
                 let faulty = Arc::new(Faulty { engine: Arc::clone(&engine), fault, at, count: AtomicUsize::new(0) });
@@ -176,7 +178,7 @@ fn every_read_of_a_load_can_stall() {
     model::write(folder.path(), 17);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let rules = Rules::from_toml(model::RULES).unwrap();
-    for world in [World::host(2), World::host_staged(2)] {
+    for world in worlds::of(2) {
         for engine in engines() {
             let start = |fault, at, bound| {
                 let faulty = Faulty { engine: Arc::clone(&engine), fault, at, count: AtomicUsize::new(0) };
@@ -335,7 +337,7 @@ fn a_load_is_over_when_every_byte_has_landed_not_when_the_engine_says_so() {
     let folder = tempfile::tempdir().unwrap();
     model::write(folder.path(), 16);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    for world in [World::host(2), World::host_staged(2)] {
+    for world in worlds::of(2) {
         for reports in [None, Some(usize::MAX)] {
             let loader = Loader::new().custom_engine(Arc::new(Careless { reports }));
             let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &world).unwrap();

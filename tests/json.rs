@@ -185,7 +185,6 @@ fn failures() {
         &["--devices", "cuda"][..],
         &["--devices", "cuda:0,1"],
         &["--engine", "cufile"],
-        &["--dtype", "bf16"],
         &["--repeat", "2"],
         &["--trace", "trace.json"],
         &["--pp", "2"],

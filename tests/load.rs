@@ -2,6 +2,8 @@
 
 #[path = "support/model.rs"]
 mod model;
+#[path = "support/worlds.rs"]
+mod worlds;
 
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
@@ -27,8 +29,8 @@ fn assert_uring_if_asked(asked: EngineChoice, report: &Report) {
     }
 }
 
-fn worlds() -> Vec<World> {
-    [1, 2, 3, 4, 8].iter().flat_map(|&n| [World::host(n), World::host_staged(n)]).collect()
+fn all_worlds() -> Vec<World> {
+    [1, 2, 3, 4, 8].iter().flat_map(|&n| worlds::of(n)).collect()
 }
 
 #[test]
@@ -39,7 +41,7 @@ fn every_engine_and_world_is_bit_exact() {
     let rules = Rules::from_toml(model::RULES).unwrap();
     for engine in ENGINES {
         for memory in [Memory::Blocks, Memory::PerTensor] {
-            for world in worlds() {
+            for world in all_worlds() {
                 let loader = Loader::new().engine(engine).memory(memory).staging(8 << 20);
                 let plan = loader.plan(&checkpoint, &rules, &world).unwrap();
                 let mut load = loader.start(&plan).unwrap();
@@ -56,7 +58,7 @@ fn every_engine_and_world_is_bit_exact() {
                             tensor.name
                         );
                         if memory == Memory::Blocks {
-                            assert_eq!(landed.as_bytes().unwrap().as_ptr().addr() % 256, 0);
+                            assert_eq!(landed.device_ptr() % 256, 0);
                         }
                     }
                 }
@@ -89,7 +91,7 @@ fn what_the_index_leaves_out_is_neither_planned_nor_loaded() {
     let rules = model::RULES.replace("\"**\"", "\"{h,i}.*\"");
     let rules = Rules::from_toml(&rules).unwrap();
     for engine in ENGINES {
-        for world in [World::host(2), World::host_staged(3)] {
+        for world in worlds::of(2).into_iter().chain(worlds::of(3)) {
             let loader = Loader::new().engine(engine).staging(8 << 20);
             let (weights, report) = loader.load(&loader.plan(&checkpoint, &rules, &world).unwrap()).unwrap();
             assert_eq!(report.needed_bytes, bytes);
@@ -262,7 +264,7 @@ fn an_alias_shows_its_original_wherever_that_lies() {
     let mut buffer = vec![0u8; expected.len()];
     let entry =
         CallerMemory { rank: Rank(0), name: "f.whole".into(), address: buffer.as_mut_ptr(), bytes: buffer.len() };
-    for world in [World::host(2), World::host_staged(2)] {
+    for world in worlds::of(2) {
         for residency in [Residency::Owned, Residency::Mapped] {
             for memory in [Memory::Blocks, Memory::PerTensor] {
                 for callers in [&[][..], std::slice::from_ref(&entry)] {
@@ -315,7 +317,7 @@ fn a_staging_budget_of_any_size_serves_every_engine() {
     let rules = Rules::from_toml(model::RULES).unwrap();
     for bytes in [2 << 20, 2_100_001, 5_000_000] {
         for engine in ENGINES {
-            for world in [World::host(2), World::host_staged(2)] {
+            for world in worlds::of(2) {
                 let loader = Loader::new().engine(engine).staging(bytes);
                 let plan = loader.plan(&checkpoint, &rules, &world).unwrap();
                 loader.load(&plan).unwrap().0.check().unwrap();
@@ -369,7 +371,7 @@ fn the_page_cache_forgets_what_was_read_if_asked() {
         }
     }
     for engine in ENGINES {
-        for world in [World::host(2), World::host_staged(2)] {
+        for world in worlds::of(2) {
             let loader = Loader::new().engine(engine).drop_page_cache(true);
             let plan = loader.plan(&checkpoint, &rules, &world).unwrap();
             checkpoint.files().iter().for_each(|file| drop(std::fs::read(&file.path).unwrap()));

@@ -184,7 +184,6 @@ mod tests {
     }
 
     const COPIES: usize = 0;
-    const CUTS: usize = 1;
 
     /// How many operations of each kind `pieces` become: (source offset, destination offset, loops, run). Checks that
     /// they move the same bytes.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use super::elements::{copy_elements, element};
 use super::{Allocation, Device, Op, Queue, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
@@ -103,15 +104,19 @@ pub(super) fn advise_huge_pages(address: *mut u8, bytes: usize) {
 /// - every source byte that `copy` names is readable, every destination byte writable host memory;
 /// - nobody else writes either or reads the destination meanwhile, and the two do not overlap.
 pub(crate) unsafe fn copy_now(copy: &RawCopy) {
+    if let Some(bytes) = element(copy) {
+        // SAFETY: the same duties.
+        return unsafe { copy_elements(copy, bytes) };
+    }
     let dst = std::ptr::with_exposed_provenance_mut::<u8>(copy.dst as usize);
     for_each_run(&copy.loops, 0, 0, &mut |src_offset, dst_offset| {
         // SAFETY: the caller answers for every run of the copy.
         unsafe {
-            std::ptr::copy_nonoverlapping(
-                copy.src.add(src_offset as usize),
-                dst.add(dst_offset as usize),
-                copy.run as usize,
-            );
+            let (src, dst) = (copy.src.add(src_offset as usize), dst.add(dst_offset as usize));
+            match copy.cast {
+                Some(cast) => cast.convert_raw(src, dst, copy.run as usize / cast.source_bytes()),
+                None => std::ptr::copy_nonoverlapping(src, dst, copy.run as usize),
+            }
         }
     });
 }

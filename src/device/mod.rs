@@ -3,6 +3,7 @@
 mod allocation;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod elements;
 mod file;
 mod host;
 

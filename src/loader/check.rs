@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use rayon::prelude::*;
 
+use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
@@ -15,7 +16,7 @@ impl Weights {
     /// Reads every part once more, plainly, from where index arithmetic over the declared cut finds it (not the copies
     /// that the pipeline made), and compares the digests. Returns each rank's digest (xxh3-64 of the lines
     /// `name dtype shape digest` sorted by name; aliases do not count). Works on all cores, and needs
-    /// [`limits::CHECK_WINDOW`] bytes for each.
+    /// [`limits::CHECK_WINDOW`] bytes for each, and [`limits::CHECK_BAND`] more while it looks at a permuted tensor.
     ///
     /// # Errors
     /// [`ErrorKind::Mismatch`] naming tensor and rank; errors of the files.
@@ -76,30 +77,61 @@ fn hex(digest: u64) -> String {
     format!("digest {digest:016x}")
 }
 
-/// The digest of the elements that a leaf takes of its tensor, as the file has them.
+/// The digest of the elements that a leaf takes of its tensor, in the form that they should have landed in.
 fn expected(plan: &Plan, leaf: &Leaf, file: &SourceFile) -> Result<u64> {
     let meta = plan.tensor(leaf.tensor);
-    let mut window = Window { file, start: meta.start, end: meta.end, at: 0, bytes: Vec::new() };
-    let (mut digest, mut offset, mut words) = (Digest::default(), 0, Vec::with_capacity(WORDS));
-    gather(&leaf.factors, u64::from(meta.dtype.bits()), 0, &mut |from, to| {
-        window.slices(from, to, &mut |mut bytes| {
-            while !bytes.is_empty() {
-                let (now, later) = bytes.split_at(bytes.len().min(WORDS - words.len()));
-                words.extend_from_slice(now);
-                bytes = later;
-                if words.len() == WORDS {
-                    digest.add(offset, &words);
-                    offset += words.len() as u64;
-                    words.clear();
-                }
-            }
-        })
-    })?;
-    digest.add(offset, &words);
-    Ok(digest.value())
+    let ahead = limits::CHECK_WINDOW;
+    let mut window = Window { file, start: meta.start, end: meta.end, at: 0, bytes: Vec::new(), ahead };
+    let mut landed =
+        Landed { cast: leaf.cast, digest: Digest::default(), offset: 0, source: Vec::with_capacity(WORDS) };
+    if leaf.order.is_sorted() {
+        gather(&leaf.factors, u64::from(meta.dtype.bits()), 0, &mut |from, to| {
+            window.slices(from, to, &mut |bytes| landed.add(bytes))
+        })?;
+    } else {
+        bands(leaf, &mut window, &mut |band| landed.add(band))?;
+    }
+    landed.flush();
+    Ok(landed.digest.value())
 }
 
-/// Bytes that are gathered before they are digested: a multiple of a word of the digest.
+/// The digest of a destination, in the making: of bytes of the file in the order of the destination.
+struct Landed {
+    cast: Option<Cast>,
+    digest: Digest,
+    offset: u64,
+    source: Vec<u8>,
+}
+
+impl Landed {
+    fn add(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let (now, later) = bytes.split_at(bytes.len().min(WORDS - self.source.len()));
+            self.source.extend_from_slice(now);
+            bytes = later;
+            if self.source.len() == WORDS {
+                self.flush();
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        let mut cast = Vec::new();
+        let landed = match self.cast {
+            None => &self.source,
+            Some(how) => {
+                cast.resize(how.converted(self.source.len() as u64) as usize, 0);
+                how.convert(&self.source, &mut cast);
+                &cast
+            }
+        };
+        self.digest.add(self.offset, landed);
+        self.offset += landed.len() as u64;
+        self.source.clear();
+    }
+}
+
+/// Bytes of the file that are gathered before they are digested: in every type a multiple of a word of the digest.
 const WORDS: usize = 32 << 10;
 
 /// A piece of a tensor in memory, which moves on towards the tensor's end.
@@ -111,6 +143,8 @@ struct Window<'a> {
     /// The first byte in the window, counted from the tensor's.
     at: u64,
     bytes: Vec<u8>,
+    /// Bytes that are read at once, if fewer are asked for.
+    ahead: u64,
 }
 
 impl Window<'_> {
@@ -119,7 +153,8 @@ impl Window<'_> {
         while from < to {
             if from < self.at || from >= self.at + self.bytes.len() as u64 {
                 self.at = from;
-                self.bytes.resize((self.end - self.start - from).min(limits::CHECK_WINDOW) as usize, 0);
+                let wanted = (to - from).max(self.ahead).min(limits::CHECK_WINDOW);
+                self.bytes.resize((self.end - self.start - from).min(wanted) as usize, 0);
                 self.file.read_exact_at(&mut self.bytes, self.start + from)?;
             }
             let until = to.min(self.at + self.bytes.len() as u64);
@@ -143,6 +178,86 @@ fn gather(factors: &[Factor], bits: u64, base: u64, take: &mut impl FnMut(u64, u
     }
     for i in 0..factor.len {
         gather(inner, bits, base + (factor.start + i * factor.step) * inner_elements, take)?;
+    }
+    Ok(())
+}
+
+/// Shows the bytes that a leaf takes, in the order of its destination: bands of it, each of which is gathered from where
+/// the file has it.
+fn bands(leaf: &Leaf, window: &mut Window<'_>, show: &mut impl FnMut(&[u8])) -> Result<()> {
+    let bytes = u64::from(leaf.dtype.bits()) / 8;
+    let lens: Vec<u64> = leaf.shape().to_vec();
+    // A band has all indices of the dimensions behind `dim`, some of `dim`, and one of those before it.
+    let inner = |dim: usize| lens[dim + 1..].iter().product::<u64>() * bytes;
+    let dim = (0..lens.len()).find(|&dim| inner(dim) <= limits::CHECK_BAND).unwrap_or(0);
+    let at_once = (limits::CHECK_BAND / inner(dim)).clamp(1, lens[dim]);
+    // Of a row of the tensor little may be in a band: then what lies between is not worth reading.
+    let row = leaf.factors.last().map_or(1, |factor| factor.size);
+    let in_row = match leaf.order[dim] + 1 == leaf.factors.len() {
+        true => at_once,
+        false if leaf.order[dim + 1..].contains(&(leaf.factors.len() - 1)) => row,
+        false => 1,
+    };
+    window.ahead = if in_row * WORTH_READING >= row { limits::CHECK_WINDOW } else { 0 };
+    let mut band = Vec::new();
+    for outer in 0..lens[..dim].iter().product() {
+        for first in (0..lens[dim]).step_by(at_once as usize) {
+            let mut parts: Vec<Part> = leaf.factors.iter().map(|&factor| Part { factor, stride: 0 }).collect();
+            let mut left = outer;
+            for (before, len) in lens[..dim].iter().enumerate().rev() {
+                parts[leaf.order[before]].narrow(left % len, 1);
+                left /= len;
+            }
+            parts[leaf.order[dim]].narrow(first, at_once.min(lens[dim] - first));
+            let mut stride = bytes;
+            for &factor in leaf.order.iter().rev() {
+                parts[factor].stride = stride;
+                stride *= parts[factor].factor.len;
+            }
+            band.resize(stride as usize, 0);
+            fill(&parts, bytes, 0, 0, window, &mut band)?;
+            show(&band);
+        }
+    }
+    Ok(())
+}
+
+/// As many times the bytes that are needed may be read of a row without gaps.
+const WORTH_READING: u64 = 8;
+
+/// A factor, as much of it as is in a band, and the bytes of the band from one of its indices to the next.
+struct Part {
+    factor: Factor,
+    stride: u64,
+}
+
+impl Part {
+    fn narrow(&mut self, start: u64, len: u64) {
+        self.factor.start += start * self.factor.step;
+        self.factor.len = len;
+    }
+}
+
+/// Fills a band, from the element index `base` of the tensor and byte `at` of the band on.
+fn fill(parts: &[Part], bytes: u64, base: u64, at: u64, window: &mut Window<'_>, band: &mut [u8]) -> Result<()> {
+    let Some((&Part { factor, stride }, inner)) = parts.split_first() else {
+        let to = &mut band[at as usize..(at + bytes) as usize];
+        return window.slices(base * bytes, (base + 1) * bytes, &mut |element| to.copy_from_slice(element));
+    };
+    if inner.is_empty() && factor.step == 1 {
+        let first = (base + factor.start) * bytes;
+        let mut at = at as usize;
+        return window.slices(first, first + factor.len * bytes, &mut |elements| {
+            for element in elements.chunks_exact(bytes as usize) {
+                band[at..at + element.len()].copy_from_slice(element);
+                at += stride as usize;
+            }
+        });
+    }
+    let inner_elements: u64 = inner.iter().map(|part| part.factor.size).product();
+    for i in 0..factor.len {
+        let base = base + (factor.start + i * factor.step) * inner_elements;
+        fill(inner, bytes, base, at + i * stride, window, band)?;
     }
     Ok(())
 }

@@ -16,7 +16,6 @@ use crate::limits;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
 use crate::stage::{Slot, Staged};
-use crate::stride::bytes_moved;
 use crate::sync::lock;
 
 impl Work for Job {
@@ -286,7 +285,7 @@ impl Job {
             dst: self.address(piece),
             loops: piece.loops.clone(),
             run: piece.run,
-            cast: None,
+            cast: piece.cast,
         }
     }
 
@@ -301,5 +300,5 @@ impl Job {
 }
 
 fn landing(piece: &Piece) -> Landing {
-    Landing { rank: piece.rank, dest: piece.dest, bytes: bytes_moved(&piece.loops, piece.run) }
+    Landing { rank: piece.rank, dest: piece.dest, bytes: piece.landed_bytes() }
 }

@@ -134,12 +134,9 @@ fn last_source_byte(copy: &BoxCopy) -> Option<u64> {
 fn dense_bytes(copy: &BoxCopy) -> Option<u64> {
     let mut loops: SmallVec<[(u64, u64); 5]> = copy.loops.iter().map(|inner| (inner.dst_stride, inner.count)).collect();
     loops.sort_unstable();
-    loops.iter().try_fold(
-        copy.run,
-        |filled, &(stride, count)| {
-            if stride == filled && count > 0 { filled.checked_mul(count) } else { None }
-        },
-    )
+    loops.iter().try_fold(copy.landed(copy.run), |filled, &(stride, count)| {
+        if stride == filled && count > 0 { filled.checked_mul(count) } else { None }
+    })
 }
 
 fn covered(set: SmallVec<[Strided; 8]>, declared: &Declared, meta: &TensorMeta) -> Result<()> {

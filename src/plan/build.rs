@@ -1,5 +1,6 @@
 //! Makes a [`Plan`]: rules over the tensors -> parameters -> each rank's partition -> audit -> who reads what.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -11,7 +12,9 @@ use super::leaf::Leaf;
 use super::rules::{AliasRule, Owner, Placement, Rules, TENSORS_PER_TASK, Verdict};
 use super::world::World;
 use super::{Dest, Inner, Param, Plan, RankPlan, ReadOrder};
+use crate::cast::Cast;
 use crate::checkpoint::{Checkpoint, TensorMeta};
+use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 
@@ -105,20 +108,23 @@ impl<'a> Builder<'a> {
 
         let mut params = Vec::with_capacity(named.len());
         let mut declared = Vec::with_capacity(named.len());
+        let scales = Scales::default();
         for (param, entry) in (0..).zip(&named) {
-            let (tensor, alias_of) = match entry.made {
+            let (tensor, rule, alias_of) = match entry.made {
                 Made::From { tensor, rule } => {
-                    declared.push(self.declare(param, tensor, rule)?);
-                    (tensor, None)
+                    declared.push(self.declare(param, tensor, rule, &scales)?);
+                    (tensor, rule, None)
                 }
                 Made::AliasOf(of) => match find(&named, of).map(|original| (original, named[original].made)) {
-                    Some((original, Made::From { tensor, .. })) => (tensor, Some(original as u32)),
+                    Some((original, Made::From { tensor, rule })) => (tensor, rule, Some(original as u32)),
                     _ => unreachable!("bug in shardlift: alias was checked"),
                 },
             };
-            params.push((self.tensors[tensor as usize].dtype, alias_of));
+            let from = self.tensors[tensor as usize].dtype;
+            let to = self.rules.cast_to(rule, from).unwrap_or(from);
+            params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
         }
-        let param = |(Named { name, .. }, (dtype, alias_of))| Param { name, dtype, alias_of };
+        let param = |(Named { name, .. }, (dtype, cast, alias_of))| Param { name, dtype, cast, alias_of };
         Ok((named.into_iter().zip(params).map(param).collect(), declared))
     }
 
@@ -192,11 +198,12 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn declare(&self, param: u32, tensor: u32, rule: u32) -> Result<Declared> {
+    fn declare(&self, param: u32, tensor: u32, rule: u32, scales: &Scales<'a>) -> Result<Declared> {
         let Placement::Place { owner, expr } = &self.rules.rules[rule as usize].placement else {
             unreachable!("bug in shardlift: a skipped tensor has no parameter")
         };
         let entry = Declared { param, tensor, rule, times: 1, partial: expr.is_partial() };
+        self.refuse_scaled(entry, scales)?;
         match *owner {
             Owner::All => {
                 let parts = self.leaf(entry, Rank(0)).map_err(|error| self.place(error, entry, Rank(0)))?.parts;
@@ -209,6 +216,19 @@ impl<'a> Builder<'a> {
                 Err(self.rules.located(error.with_expected(format!("a rank below {}", self.world.size()), rank)))
             }
         }
+    }
+
+    /// Refuses the cast of an F8 that another tensor scales: without its scale it would be another number.
+    fn refuse_scaled(&self, Declared { tensor, rule, .. }: Declared, scales: &Scales<'a>) -> Result<()> {
+        let TensorMeta { name, dtype, .. } = &self.tensors[tensor as usize];
+        let Some(to) = self.rules.cast_to(rule, *dtype).filter(|_| matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2))
+        else {
+            return Ok(());
+        };
+        let Some(scale) = scales.of(name, self.tensors) else { return Ok(()) };
+        let what = format!("rule `{}`: {dtype} that is scaled is not cast to {to}", self.rules.pattern(rule));
+        let error = broken("cast", what).with_expected("no tensor of its scale", format!("`{scale}`"));
+        Err(self.rules.located(error.with_tensor(name.as_str())))
     }
 
     /// One rank's partition.
@@ -245,7 +265,13 @@ impl<'a> Builder<'a> {
     fn leaf(&self, entry: Declared, rank: Rank) -> Result<Leaf> {
         let meta = &self.tensors[entry.tensor as usize];
         match &self.rules.rules[entry.rule as usize].placement {
-            Placement::Place { expr, .. } => Leaf::lower(expr, entry.tensor, meta, self.world.mesh(), rank),
+            Placement::Place { expr, .. } => {
+                let leaf = Leaf::lower(expr, entry.tensor, meta, self.world.mesh(), rank)?;
+                match self.rules.cast_to(entry.rule, meta.dtype) {
+                    Some(to) if leaf.cast.is_none() => leaf.cast(to),
+                    _ => Ok(leaf),
+                }
+            }
             Placement::Skip => unreachable!("bug in shardlift: a skipped tensor has no parameter"),
         }
     }
@@ -264,6 +290,33 @@ impl<'a> Builder<'a> {
         let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(entry.rule)));
         let error = self.rules.located(error.with_tensor(meta.name.as_str()));
         if (0..self.world.size()).all(fails) { error } else { error.with_rank(rank) }
+    }
+}
+
+/// The tensors whose names speak of scales, sorted; looked for when the first is asked for.
+#[derive(Default)]
+struct Scales<'a>(OnceCell<Vec<&'a str>>);
+
+impl<'a> Scales<'a> {
+    /// A tensor that scales the one of this name: in `X.weight`'s module one with `scale` in its own name
+    /// (`X.weight_scale_inv`, `X.input_scale`, `X.scale`), or one whose name goes on where this ends (`W_scale`,
+    /// `W.scale`).
+    fn of(&self, name: &str, tensors: &'a [TensorMeta]) -> Option<&'a str> {
+        let all = self.0.get_or_init(|| {
+            let names = tensors.iter().map(|tensor| tensor.name.as_str());
+            let mut scales: Vec<&str> = names.filter(|name| name.contains("scale")).collect();
+            scales.sort_unstable();
+            scales
+        });
+        let module = name.strip_suffix("weight").and_then(|stem| stem.strip_suffix(['.', '_']));
+        let belongs = |stem: &str, scale: &str| {
+            let rest = &scale[stem.len()..];
+            scale != name && rest.starts_with(['.', '_']) && rest.contains("scale") && !rest[1..].contains('.')
+        };
+        [Some(name), module].into_iter().flatten().find_map(|stem| {
+            let from = all.partition_point(|scale| *scale < stem);
+            all[from..].iter().take_while(|scale| scale.starts_with(stem)).find(|scale| belongs(stem, scale)).copied()
+        })
     }
 }
 

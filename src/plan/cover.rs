@@ -35,13 +35,19 @@ impl Strided {
 }
 
 impl BoxCopy {
-    /// The source bytes, counted from byte `base` of the file.
+    /// The source bytes, counted from byte `base` of the file: loops that only a permuted destination keeps apart are
+    /// one.
     pub(super) fn source(&self, base: u64) -> Strided {
-        Strided {
-            start: self.src - base,
-            loops: self.loops.iter().map(|inner| (inner.count, inner.src_stride)).collect(),
-            run: self.run,
+        let (mut loops, mut run) = (SmallVec::<[(u64, u64); 1]>::new(), self.run);
+        for inner in self.loops.iter().rev() {
+            match loops.last_mut() {
+                None if inner.src_stride == run => run *= inner.count,
+                Some((count, stride)) if inner.src_stride == *count * *stride => *count *= inner.count,
+                _ => loops.push((inner.count, inner.src_stride)),
+            }
         }
+        loops.reverse();
+        Strided { start: self.src - base, loops, run }
     }
 }
 

@@ -7,6 +7,9 @@
 //! - parameters: name, name of the dtype, alias (0 none, else 1 + its original's position);
 //! - for each rank the xxh3-64 of its destinations: parameter, shape, bytes, and pieces: tensor, first source byte,
 //!   first destination byte, loops (count, source stride, destination stride), run.
+//!
+//! That says how elements are permuted and cast, too: loops hold the one, and the other is from the type in the header to
+//! the type of the parameter.
 
 use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3Default;
@@ -29,7 +32,7 @@ pub(super) fn digest(checkpoint: &Checkpoint, world: &World, params: &[Param], r
         out.number(size.into());
     }
     out.number(params.len() as u64);
-    for Param { name, dtype, alias_of } in params {
+    for Param { name, dtype, cast: _, alias_of } in params {
         out.text(name);
         out.text(dtype.name());
         out.number(alias_of.map_or(0, |original| u64::from(original) + 1));

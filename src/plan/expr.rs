@@ -3,6 +3,8 @@
 use std::ops::Range;
 
 use super::world::{Ax, Coord, Mesh};
+use crate::cast::Cast;
+use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 
@@ -40,6 +42,22 @@ pub enum Expr {
         dim: usize,
         /// How it is cut.
         cut: Cut,
+    },
+    /// The same elements with the dimensions in another order. The source must be of a float type of 16 bits or more, or
+    /// an F8 that is [cast](Expr::Cast).
+    Permute {
+        /// What is permuted.
+        x: Box<Expr>,
+        /// For each dimension, outermost first, which one of `x` it is.
+        order: Vec<usize>,
+    },
+    /// The same elements converted to another type, once: see [`Cast`](crate::Cast) for the pairs. Elements that have the
+    /// type already stay as they are.
+    Cast {
+        /// What is cast.
+        x: Box<Expr>,
+        /// The type at the destination.
+        to: Dtype,
     },
 }
 
@@ -86,6 +104,20 @@ impl Expr {
                 cut.by.check()?;
                 x.check()
             }
+            Expr::Permute { x, order } => {
+                if !(0..order.len()).all(|dim| order.contains(&dim)) {
+                    return Err(broken("permute", "not an order of dimensions")
+                        .with_expected(format!("each of 0 to {} once", order.len().saturating_sub(1)), list(order)));
+                }
+                x.check()
+            }
+            Expr::Cast { x, to } => {
+                if x.cast_to().is_some() {
+                    return Err(broken("cast", "elements are cast twice"));
+                }
+                castable(*to)?;
+                x.check()
+            }
         }
     }
 
@@ -94,7 +126,20 @@ impl Expr {
         match self {
             Expr::Source => false,
             Expr::Slice { .. } => true,
-            Expr::View { x, .. } | Expr::Shard { x, .. } => x.is_partial(),
+            Expr::View { x, .. } | Expr::Shard { x, .. } | Expr::Permute { x, .. } | Expr::Cast { x, .. } => {
+                x.is_partial()
+            }
+        }
+    }
+
+    /// The type that elements are cast to.
+    pub(super) fn cast_to(&self) -> Option<Dtype> {
+        match self {
+            Expr::Source => None,
+            Expr::Cast { to, .. } => Some(*to),
+            Expr::View { x, .. } | Expr::Slice { x, .. } | Expr::Shard { x, .. } | Expr::Permute { x, .. } => {
+                x.cast_to()
+            }
         }
     }
 }
@@ -156,6 +201,19 @@ impl Cut {
             }
         }
     }
+}
+
+/// Refuses types that nothing can be cast to.
+pub(super) fn castable(to: Dtype) -> Result<()> {
+    if Cast::TARGETS.contains(&to) {
+        return Ok(());
+    }
+    Err(broken("cast", "no such type to cast to").with_expected("one of BF16, F16, F32", to))
+}
+
+/// Dimensions as they are written in a rules file.
+pub(super) fn list(dims: &[usize]) -> String {
+    format!("{dims:?}")
 }
 
 fn broken(rule: &'static str, message: impl Into<String>) -> Error {

@@ -1,11 +1,13 @@
-//! The normal form: split-view of one tensor -> per-factor (start, len, step) -> dense destination, and its lowering
-//! to strided copies. The work is proportional to the number of dimensions, never to rows (sharding.md section 12).
+//! The normal form: split-view of one tensor -> per-factor (start, len, step) -> permute -> cast -> dense destination, and
+//! its lowering to strided copies. The work is proportional to the number of dimensions, never to rows (sharding.md
+//! section 12).
 
 use smallvec::{SmallVec, smallvec};
 
-use super::expr::{Cut, Expr};
+use super::expr::{Cut, Expr, list};
 use super::world::Mesh;
 use super::{BoxCopy, Loop, Loops};
+use crate::cast::Cast;
 use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -14,15 +16,19 @@ use crate::limits::{LOOPS_MAX, UNROLL_MAX};
 use crate::shape::Shape;
 
 /// One rank's part of one tensor of the checkpoint: the tensor viewed in factors, the indices taken of each, laid
-/// out densely in that order.
+/// out densely in an order of their own, each element converted on the way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leaf {
     /// Position in [`Checkpoint::tensors`](crate::Checkpoint::tensors).
     pub tensor: u32,
-    /// The element type.
+    /// The element type in the file.
     pub dtype: Dtype,
-    /// The split view of the tensor, outermost first; the destination has one dimension for each.
+    /// The split view of the tensor, outermost first.
     pub factors: SmallVec<[Factor; 4]>,
+    /// For each dimension of the destination, outermost first, the position of the factor that it is.
+    pub order: SmallVec<[usize; 4]>,
+    /// How elements are converted, if they are.
+    pub cast: Option<Cast>,
     /// How many different parts the ranks have of it: the product over its shards.
     pub parts: u64,
 }
@@ -43,24 +49,46 @@ pub struct Factor {
 impl Leaf {
     /// What `expr` is for `rank`, where its source is `meta`, the tensor at position `tensor`.
     pub(super) fn lower(expr: &Expr, tensor: u32, meta: &TensorMeta, mesh: Mesh, rank: Rank) -> Result<Leaf> {
+        let leaf = Leaf::made(expr, tensor, meta, mesh, rank)?;
+        match (leaf.dtype, leaf.cast) {
+            (Dtype::F16 | Dtype::Bf16 | Dtype::F32 | Dtype::F64, _) | (_, Some(_)) => Ok(leaf),
+            _ if leaf.order.is_sorted() => Ok(leaf),
+            (dtype, None) => Err(leaf
+                .broken("permute", "elements of this type are not permuted")
+                .with_expected("F16, BF16, F32, F64, or F8_E4M3 or F8_E5M2 with a cast", dtype)),
+        }
+    }
+
+    fn made(expr: &Expr, tensor: u32, meta: &TensorMeta, mesh: Mesh, rank: Rank) -> Result<Leaf> {
+        let of = |x| Leaf::made(x, tensor, meta, mesh, rank);
         match expr {
             Expr::Source => Ok(Leaf {
                 tensor,
                 dtype: meta.dtype,
                 factors: meta.shape.iter().map(|&size| Factor { size, start: 0, len: size, step: 1 }).collect(),
+                order: (0..meta.shape.len()).collect(),
+                cast: None,
                 parts: 1,
             }),
-            Expr::View { x, dims } => Leaf::lower(x, tensor, meta, mesh, rank)?.view(dims),
-            Expr::Slice { x, dim, start, len, step } => {
-                Leaf::lower(x, tensor, meta, mesh, rank)?.slice(*dim, *start, *len, *step)
-            }
-            Expr::Shard { x, dim, cut } => Leaf::lower(x, tensor, meta, mesh, rank)?.shard(*dim, cut, mesh, rank),
+            Expr::View { x, dims } => of(x)?.view(dims),
+            Expr::Slice { x, dim, start, len, step } => of(x)?.slice(*dim, *start, *len, *step),
+            Expr::Shard { x, dim, cut } => of(x)?.shard(*dim, cut, mesh, rank),
+            Expr::Permute { x, order } => of(x)?.permute(order),
+            Expr::Cast { x, to } => of(x)?.cast(*to),
         }
+    }
+
+    /// Converts the elements; those that are of this type already stay as they are.
+    pub(super) fn cast(mut self, to: Dtype) -> Result<Leaf> {
+        if self.dtype != to {
+            self.cast = Some(Cast::new(self.dtype, to)?);
+        }
+        Ok(self)
     }
 
     /// The shape of the destination.
     pub fn shape(&self) -> Shape {
-        self.factors.iter().map(|factor| factor.len).collect()
+        self.order.iter().map(|&factor| self.factors[factor].len).collect()
     }
 
     /// The strided copies that fill the destination from the tensor whose first byte is at `start` of its file, and
@@ -77,26 +105,29 @@ impl Leaf {
             }
             _ => 1,
         };
-        let bytes = Bytes { leaf: self };
+        let in_file = |elements| self.bytes_of(self.dtype, elements);
+        let landed = |elements| self.bytes_of(self.cast.map_or(self.dtype, |cast| cast.to), elements);
         let mut copies = smallvec![BoxCopy {
             tensor: self.tensor,
-            src: start + bytes.of(offset)?,
+            src: start + in_file(offset)?,
             dst: 0,
-            run: bytes.of(run)?,
+            run: in_file(run)?,
+            cast: self.cast,
             loops: Loops::new(),
         }];
         let mut in_bytes: SmallVec<[Loop; 4]> = SmallVec::new();
         for Loop { count, src_stride, dst_stride } in loops {
-            in_bytes.push(Loop { count, src_stride: bytes.of(src_stride)?, dst_stride: bytes.of(dst_stride)? });
+            in_bytes.push(Loop { count, src_stride: in_file(src_stride)?, dst_stride: landed(dst_stride)? });
         }
-        let unrolled = in_bytes.len().saturating_sub(LOOPS_MAX);
-        for outer in &in_bytes[..unrolled] {
-            copies = self.unroll(copies, *outer)?;
+        let total = in_bytes.iter().fold(landed(run)?, |bytes, inner| bytes * inner.count);
+        while in_bytes.len() > LOOPS_MAX {
+            // The outermost of the destination, so that every copy fills a range of it.
+            let outermost = (0..in_bytes.len()).rev().max_by_key(|&at| in_bytes[at].dst_stride).unwrap_or(0);
+            copies = self.unroll(copies, in_bytes.remove(outermost))?;
         }
         for copy in &mut copies {
-            copy.loops = Loops::from_slice(&in_bytes[unrolled..]);
+            copy.loops = Loops::from_slice(&in_bytes);
         }
-        let total = in_bytes.iter().fold(copies[0].run, |bytes, inner| bytes * inner.count);
         Ok((total, copies))
     }
 
@@ -116,13 +147,19 @@ impl Leaf {
         Ok(copies.iter().flat_map(|copy| (0..outer.count).map(move |i| step(copy, i))).collect())
     }
 
-    /// The offset of the first element and the collapsed loops, outermost first, all in elements.
+    /// The offset of the first element and the collapsed loops, outermost of the tensor first, all in elements.
     fn loops(&self) -> (u64, SmallVec<[Loop; 4]>) {
+        let mut dst_strides: SmallVec<[u64; 4]> = smallvec![1; self.factors.len()];
+        let mut dst = 1;
+        for &factor in self.order.iter().rev() {
+            dst_strides[factor] = dst;
+            dst *= self.factors[factor].len;
+        }
         let mut reversed: SmallVec<[Loop; 4]> = SmallVec::new();
-        let (mut offset, mut src, mut dst) = (0, 1, 1);
-        for factor in self.factors.iter().rev() {
+        let (mut offset, mut src) = (0, 1);
+        for (factor, &dst_stride) in self.factors.iter().zip(&dst_strides).rev() {
             offset += factor.start * src;
-            let next = Loop { count: factor.len, src_stride: factor.step * src, dst_stride: dst };
+            let next = Loop { count: factor.len, src_stride: factor.step * src, dst_stride };
             match reversed.last_mut() {
                 _ if next.count == 1 => {}
                 Some(inner)
@@ -134,16 +171,17 @@ impl Leaf {
                 _ => reversed.push(next),
             }
             src *= factor.size;
-            dst *= factor.len;
         }
         reversed.reverse();
         (offset, reversed)
     }
 
     fn view(mut self, dims: &[u64]) -> Result<Leaf> {
-        let mut left = dims.iter().copied().peekable();
-        let mut factors = SmallVec::new();
-        for factor in &self.factors {
+        let mut left = dims.iter().copied();
+        // What becomes of each factor, and the dimensions that each of them has in the end.
+        let mut splits: SmallVec<[(usize, SmallVec<[Factor; 4]>); 4]> = SmallVec::new();
+        for &position in &self.order {
+            let factor = &self.factors[position];
             let mut split: SmallVec<[u64; 4]> = SmallVec::new();
             let mut product = 1u64;
             while split.is_empty() || product < factor.len {
@@ -154,14 +192,33 @@ impl Leaf {
             if product != factor.len {
                 return Err(self.not_a_view(dims));
             }
-            factor.split(&split, &mut factors).ok_or_else(|| self.not_a_view(dims))?;
+            splits.push((position, factor.split(&split).ok_or_else(|| self.not_a_view(dims))?));
         }
-        if left.any(|dim| dim != 1) {
-            return Err(self.not_a_view(dims));
+        let mut ones: SmallVec<[Factor; 4]> = SmallVec::new();
+        for dim in left {
+            if dim != 1 {
+                return Err(self.not_a_view(dims));
+            }
+            ones.push(Factor { size: 1, start: 0, len: 1, step: 1 });
         }
-        let ones = dims.len() - factors.len();
-        factors.extend(std::iter::repeat_n(Factor { size: 1, start: 0, len: 1, step: 1 }, ones));
-        self.factors = factors;
+        splits.push((self.factors.len(), ones));
+        let before = |position: usize| -> usize {
+            splits.iter().filter(|(other, _)| *other < position).map(|(_, split)| split.len()).sum()
+        };
+        self.order = splits.iter().flat_map(|(position, split)| (before(*position)..).take(split.len())).collect();
+        splits.sort_unstable_by_key(|(position, _)| *position);
+        self.factors = splits.into_iter().flat_map(|(_, split)| split).collect();
+        Ok(self)
+    }
+
+    fn permute(mut self, order: &[usize]) -> Result<Leaf> {
+        if order.len() != self.order.len() {
+            let dims = self.order.len();
+            return Err(self
+                .broken("permute", "tensor has another number of dimensions")
+                .with_expected(format!("{} for {}", order.len(), list(order)), dims));
+        }
+        self.order = order.iter().map(|&dim| self.order[dim]).collect();
         Ok(self)
     }
 
@@ -173,7 +230,7 @@ impl Leaf {
                 .broken("slice", format!("slice leaves dimension {dim}"))
                 .with_expected(format!("indices below {size}"), format!("{len} from {start} by {step}")));
         }
-        self.factors[dim].narrow(start, len, step);
+        self.factors[self.order[dim]].narrow(start, len, step);
         Ok(self)
     }
 
@@ -181,12 +238,21 @@ impl Leaf {
         let size = self.dim(dim)?.len;
         let range = cut.range(size, mesh, rank)?;
         self.parts *= cut.part(size, mesh, rank)?.1;
-        self.factors[dim].narrow(range.start, range.end - range.start, 1);
+        self.factors[self.order[dim]].narrow(range.start, range.end - range.start, 1);
         Ok(self)
     }
 
+    /// Elements of a type in bytes.
+    fn bytes_of(&self, dtype: Dtype, elements: u64) -> Result<u64> {
+        dtype.bytes_of(elements).ok_or_else(|| {
+            let group = 8 / gcd(8, dtype.bits());
+            self.broken("cut-not-on-bytes", format!("cut of {dtype} elements does not fall on bytes"))
+                .with_expected(format!("a multiple of {group} elements"), elements)
+        })
+    }
+
     fn dim(&self, dim: usize) -> Result<Factor> {
-        self.factors.get(dim).copied().ok_or_else(|| {
+        self.order.get(dim).map(|&factor| self.factors[factor]).ok_or_else(|| {
             self.broken("dimension", "tensor has no such dimension")
                 .with_expected(format!("a dimension below {}", self.factors.len()), dim)
         })
@@ -211,10 +277,11 @@ impl Factor {
     }
 
     /// Splits into factors of these lengths, whose product is `len`. `None` if the indices taken are not a box.
-    fn split(self, lens: &[u64], into: &mut SmallVec<[Factor; 4]>) -> Option<()> {
+    fn split(self, lens: &[u64]) -> Option<SmallVec<[Factor; 4]>> {
+        let mut into = SmallVec::new();
         if let [_] = lens {
             into.push(self);
-            return Some(());
+            return Some(into);
         }
         let inner: u64 = lens[1..].iter().product();
         if self.step != 1 || inner == 0 || !self.start.is_multiple_of(inner) || !self.size.is_multiple_of(inner) {
@@ -222,24 +289,7 @@ impl Factor {
         }
         into.push(Factor { size: self.size / inner, start: self.start / inner, len: lens[0], step: 1 });
         into.extend(lens[1..].iter().map(|&len| Factor { size: len, start: 0, len, step: 1 }));
-        Some(())
-    }
-}
-
-/// Elements of a leaf in bytes.
-struct Bytes<'a> {
-    leaf: &'a Leaf,
-}
-
-impl Bytes<'_> {
-    fn of(&self, elements: u64) -> Result<u64> {
-        let dtype = self.leaf.dtype;
-        dtype.bytes_of(elements).ok_or_else(|| {
-            let group = 8 / gcd(8, dtype.bits());
-            self.leaf
-                .broken("cut-not-on-bytes", format!("cut of {dtype} elements does not fall on bytes"))
-                .with_expected(format!("a multiple of {group} elements"), elements)
-        })
+        Some(into)
     }
 }
 

@@ -73,6 +73,7 @@ mod tests {
             .map(|i| Param {
                 name: format!("t{i}"),
                 dtype: Dtype::U8,
+                cast: None,
                 alias_of: alias.filter(|alias| alias.0 == i).map(|alias| alias.1),
             })
             .collect();

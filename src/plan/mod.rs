@@ -18,12 +18,14 @@ mod show;
 mod tests;
 mod world;
 
+use std::cmp::Reverse;
 use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use self::audit::Declared;
+use crate::cast::Cast;
 use crate::checkpoint::{Checkpoint, CheckpointFile, TensorMeta};
 use crate::dtype::Dtype;
 use crate::extent::{FileId, Rank};
@@ -65,6 +67,8 @@ pub struct Param {
     pub name: String,
     /// The element type at the destination.
     pub dtype: Dtype,
+    /// How elements are converted to it, if they are.
+    pub cast: Option<Cast>,
     /// The other destination whose memory this one shares (tied weights); it has no bytes of its own.
     pub alias_of: Option<u32>,
 }
@@ -93,7 +97,8 @@ pub struct Dest {
     pub pieces: Range<u32>,
 }
 
-/// A strided copy from one tensor of the checkpoint into one destination. All numbers are bytes.
+/// A strided copy from one tensor of the checkpoint into one destination. All numbers are bytes: those of the source in
+/// the file's type, those of the destination in its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BoxCopy {
     /// Position in [`Checkpoint::tensors`].
@@ -102,10 +107,32 @@ pub struct BoxCopy {
     pub src: u64,
     /// The first destination byte, counted from byte 0 of the destination.
     pub dst: u64,
-    /// The strided loops, outermost first, collapsed; at most [`LOOPS_MAX`](crate::limits::LOOPS_MAX).
+    /// The strided loops, those with larger source strides first, collapsed; at most
+    /// [`LOOPS_MAX`](crate::limits::LOOPS_MAX).
     pub loops: Loops,
-    /// Contiguous bytes at each step of the innermost loop.
+    /// Contiguous source bytes at each step of the innermost loop.
     pub run: u64,
+    /// How elements are converted, if they are.
+    pub cast: Option<Cast>,
+}
+
+impl BoxCopy {
+    /// The loops in the order of the destination, outermost first.
+    pub fn destination_loops(&self) -> Loops {
+        let mut loops = self.loops.clone();
+        loops.sort_by_key(|inner| Reverse(inner.dst_stride));
+        loops
+    }
+
+    /// Whether elements are cast, or come in another order than that of the file.
+    pub(crate) fn is_transformed(&self) -> bool {
+        self.cast.is_some() || !self.loops.is_sorted_by_key(|inner| Reverse(inner.dst_stride))
+    }
+
+    /// Destination bytes of this many source bytes.
+    fn landed(&self, bytes: u64) -> u64 {
+        self.cast.map_or(bytes, |cast| cast.converted(bytes))
+    }
 }
 
 /// Source bytes that one reader reads, and who gets them. With `outer` loops it is a strided set of equal ranges

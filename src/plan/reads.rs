@@ -6,9 +6,10 @@
 use smallvec::SmallVec;
 
 use super::{BoxCopy, Consumer, Plan, ReadExtent};
+use crate::cast::Cast;
 use crate::extent::{Extent, Rank};
 use crate::limits;
-use crate::stride::{Loop, Loops, source_span};
+use crate::stride::{Loop, Loops, bytes_moved, source_span};
 
 /// How extents are cut into reads.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +44,7 @@ impl ReadOp {
     }
 }
 
-/// What one destination takes from one read. All numbers are bytes.
+/// What one destination takes from one read. All numbers are bytes, as in a [`BoxCopy`].
 #[derive(Debug, Clone)]
 pub(crate) struct Piece {
     pub(crate) rank: Rank,
@@ -55,6 +56,15 @@ pub(crate) struct Piece {
     pub(crate) dst: u64,
     pub(crate) loops: Loops,
     pub(crate) run: u64,
+    pub(crate) cast: Option<Cast>,
+}
+
+impl Piece {
+    /// Bytes of the destination that it fills.
+    pub(crate) fn landed_bytes(&self) -> u64 {
+        let bytes = bytes_moved(&self.loops, self.run);
+        self.cast.map_or(bytes, |cast| cast.converted(bytes))
+    }
 }
 
 /// The reads of one process, in the plan's order. Immutable: how far they were taken is the [`Cursor`]'s.
@@ -106,6 +116,7 @@ impl Reads {
                     dst: copy.dst,
                     loops: copy.loops,
                     run: copy.run,
+                    cast: copy.cast,
                 }));
             }
         }
@@ -138,7 +149,17 @@ impl Reads {
     }
 
     fn can_be_direct(&self, extent: &ReadExtent) -> bool {
-        self.cutting.direct && self.plan.consumers(extent).iter().any(|c| self.copy(c).run >= limits::DIRECT_MIN)
+        let long = |copy: &BoxCopy| copy.run >= limits::DIRECT_MIN && copy.cast.is_none();
+        self.cutting.direct && self.plan.consumers(extent).iter().any(|consumer| long(self.copy(consumer)))
+    }
+
+    /// `limit` or a little before it, so that no element is cut in two that is cast or permuted.
+    fn whole_elements(&self, extent: &ReadExtent, limit: u64) -> u64 {
+        if !self.plan.consumers(extent).iter().any(|consumer| self.copy(consumer).is_transformed()) {
+            return limit;
+        }
+        let tensor = self.plan.tensor(extent.tensor);
+        limit - limit.saturating_sub(tensor.start) % u64::from(tensor.dtype.bits()).div_ceil(8)
     }
 }
 
@@ -205,6 +226,10 @@ impl Cursor {
                 }
                 until = boundary;
             }
+            let limit = reads.whole_elements(extent, limit);
+            if position == limit {
+                break;
+            }
             end = until.min(limit);
             last = self.at;
             self.move_to(extent, end);
@@ -249,7 +274,7 @@ fn run_at(copy: &BoxCopy, position: u64) -> RunAt {
 }
 
 /// Appends the parts of `copy` whose source lies in `from..to`: at most two partial steps for each loop, and one
-/// strided copy of the whole ones.
+/// strided copy of the whole ones. Elements that are cast must lie in it whole or not at all.
 ///
 /// The loops' source strides nest (each is at least the span of the loops inside it), as slices of a row-major
 /// tensor do.
@@ -265,7 +290,12 @@ fn clip(copy: &BoxCopy, from: u64, to: u64, out: &mut SmallVec<[BoxCopy; 4]>) {
     }
     let Some((&Loop { count, src_stride, dst_stride }, inner)) = copy.loops.split_first() else {
         let (start, end) = (start.max(from), end.min(to));
-        out.push(BoxCopy { src: start, dst: copy.dst + (start - copy.src), run: end - start, ..copy.clone() });
+        out.push(BoxCopy {
+            src: start,
+            dst: copy.dst + copy.landed(start - copy.src),
+            run: end - start,
+            ..copy.clone()
+        });
         return;
     };
     let step = |index: u64| BoxCopy {
@@ -320,6 +350,7 @@ mod tests {
                 .map(|&(count, src_stride, dst_stride)| Loop { count, src_stride, dst_stride })
                 .collect(),
             run,
+            cast: None,
         };
         vec![
             make(&[], 17),

@@ -4,7 +4,9 @@ use std::fmt::{self, Write};
 
 use super::audit::{for_each_param, pieces};
 use super::cover::{Covered, cover};
-use super::{BoxCopy, Inner, Plan, ReadExtent, ReadOrder};
+use super::expr::list;
+use super::{BoxCopy, Inner, Plan, RankPlan, ReadExtent, ReadOrder};
+use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, OneLine, Result};
 use crate::extent::Rank;
 
@@ -85,6 +87,16 @@ impl Plan {
         _ = writeln!(text, "{}: {} {}", OneLine(&params[param as usize].name), meta.dtype, meta.shape);
         _ = writeln!(text, "  from {from} in {file}, bytes {}..{}", meta.start, meta.end);
         _ = writeln!(text, "  by rule `{}`", OneLine(rules.pattern(entry.rule)));
+        let holds = |rank: &&RankPlan| rank.dests.binary_search_by_key(&param, |dest| dest.param).ok();
+        if let Some((rank, dest)) = ranks.iter().find_map(|rank| Some((rank.rank, holds(&rank)?))) {
+            let order = self.leaf(rank, dest)?.order;
+            if !order.is_sorted() {
+                _ = writeln!(text, "  permuted to {}", list(&order));
+            }
+        }
+        if let Some(Cast { from, to }) = params[param as usize].cast {
+            _ = writeln!(text, "  cast from {from} to {to}");
+        }
         if let Some(original) = alias_of {
             _ = writeln!(text, "  shares the memory of {}", OneLine(&params[original as usize].name));
         }
@@ -150,7 +162,7 @@ impl fmt::Display for Plan {
 impl fmt::Display for BoxCopy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "file byte {} -> {}: ", self.src, self.dst)?;
-        for inner in &self.loops {
+        for inner in &self.destination_loops() {
             write!(f, "{} x (+{} -> +{}) ", inner.count, inner.src_stride, inner.dst_stride)?;
         }
         write!(f, "{} bytes", self.run)

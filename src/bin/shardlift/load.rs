@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use shardlift::read::EngineChoice;
-use shardlift::{ErrorKind, Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, limits};
+use shardlift::{Dtype, ErrorKind, Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, limits};
 
-use crate::args::{Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
+use crate::args::{Cast, Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
 use crate::interrupt::Interrupt;
 use crate::model;
 use crate::output::{Failure, Output, Warnings, count, fields, hex, human_bytes};
@@ -20,7 +20,7 @@ use crate::output::{Failure, Output, Warnings, count, fields, hex, human_bytes};
 pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -> Result<Map<String, Value>, Failure> {
     args.supported()?;
     let loader = loader(args)?;
-    let LoadArgs { model, mesh, rank, devices, only, skip, check, .. } = args;
+    let LoadArgs { model, mesh, rank, devices, only, skip, dtype, check, .. } = args;
 
     let opened = Instant::now();
     let checkpoint = model::open(model)?;
@@ -32,6 +32,12 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     let rules = model::rules(&checkpoint, mesh, &world)?;
     let rules = only.iter().fold(rules, |rules: Rules, pattern| rules.keeping(pattern));
     let rules = skip.iter().fold(rules, |rules, pattern| rules.skipping(pattern));
+    let rules = match dtype {
+        None => rules,
+        Some(Cast::Bf16) => rules.casting(Dtype::Bf16),
+        Some(Cast::F16) => rules.casting(Dtype::F16),
+        Some(Cast::F32) => rules.casting(Dtype::F32),
+    };
     let plan = Plan::new(&checkpoint, &rules, &world)?;
     let plan_seconds = planned.elapsed().as_secs_f64();
     interrupt.waits(); // memory and threads come into being from here on

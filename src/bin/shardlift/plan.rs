@@ -3,7 +3,7 @@
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use shardlift::plan::{Ax, BoxCopy, Dest, Mesh, RankPlan};
-use shardlift::{Plan, Rank};
+use shardlift::{Cast, Plan, Rank};
 
 use crate::args::{Devices, PlanArgs};
 use crate::model;
@@ -127,7 +127,7 @@ impl Serialize for DestObject<'_> {
             bytes: u64,
             prefill: (),
             alias_of: Option<&'a str>,
-            cast: (),
+            cast: Option<Value>,
             pieces: P,
         }
         let DestObject { plan, dest, pieces } = *self;
@@ -140,7 +140,7 @@ impl Serialize for DestObject<'_> {
             bytes: dest.bytes,
             prefill: (),
             alias_of: param.alias_of.map(|other| plan.params()[other as usize].name.as_str()),
-            cast: (),
+            cast: param.cast.map(|Cast { from, to }| json!({ "from": from.name(), "to": to.name() })),
             pieces: Array(|| own.iter().map(|piece| piece_object(plan, piece))),
         };
         fields.serialize(serializer)
@@ -158,7 +158,9 @@ struct PieceObject<'a> {
 }
 
 fn piece_object<'a>(plan: &'a Plan, piece: &BoxCopy) -> PieceObject<'a> {
-    let BoxCopy { tensor, src, dst, ref loops, run } = *piece;
+    // What a kernel permutes or casts after landing lists its file side in the order of the destination.
+    let loops = piece.destination_loops();
+    let BoxCopy { tensor, src, dst, loops: _, run, cast: _ } = *piece;
     let tensor = plan.tensor(tensor);
     PieceObject {
         tensor: &tensor.name,

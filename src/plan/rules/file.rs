@@ -8,6 +8,8 @@ use serde::Deserialize;
 
 use super::pattern::Template;
 use super::{Placement, Rule, Rules, ShardRule};
+use crate::cast::Cast;
+use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits::RULES_MAX;
@@ -53,7 +55,8 @@ impl Rules {
     /// alias = [{ name = "lm_head.weight", of = "model.embed_tokens.weight" }]
     /// ```
     ///
-    /// Each rule has exactly one of `shard`, `replicate`, `only` and `skip`. `shard` further takes `units` (how many
+    /// Each rule has exactly one of `shard`, `replicate`, `only` and `skip`. All but `skip` take `cast`, and one of
+    /// `transpose` and `permute` (see [`Rules::cast`] and [`Rules::permute`]). `shard` further takes `units` (how many
     /// units the dimension must have), `replicate_units` (see [`Cut`](crate::plan::Cut)) and `by`, one axis of the
     /// mesh or a list of them, slowest first (default `"tp"`). `docs/rules.md` has the whole grammar.
     ///
@@ -68,7 +71,7 @@ impl Rules {
         let File { rule, alias } = file;
         let mut rules = Rules::new();
         for entry in rule {
-            rules = rules.push(entry.compile()?);
+            rules = entry.add(rules)?;
         }
         for Alias { name, of } in alias {
             rules = rules.alias(name, of);
@@ -102,6 +105,9 @@ struct Entry {
     replicate: Option<bool>,
     skip: Option<bool>,
     only: Option<i64>,
+    cast: Option<String>,
+    transpose: Option<bool>,
+    permute: Option<Vec<i64>>,
     rename: Option<String>,
     #[serde(default)]
     optional: bool,
@@ -127,8 +133,9 @@ enum How {
 }
 
 impl Entry {
-    fn compile(self) -> Result<Rule> {
-        let Entry { r#match, shard, replicate, skip, only, rename, optional } = self;
+    /// Adds the rule to those before it.
+    fn add(self, rules: Rules) -> Result<Rules> {
+        let Entry { r#match, shard, replicate, skip, only, cast, transpose, permute, rename, optional } = self;
         let of_rule = |error: Error| error.in_context(format_args!("rule `{}`", r#match));
         let mut placements = Vec::new();
         if let Some(shard) = shard {
@@ -138,21 +145,35 @@ impl Entry {
             placements.push(Placement::only(Rank(number("only", rank, 0).map_err(of_rule)?)));
         }
         for (flag, placement) in [(replicate, Placement::replicate()), (skip, Placement::Skip)] {
-            match flag {
-                Some(true) => placements.push(placement),
-                Some(false) => return Err(of_rule(refuse("false says nothing".into()))),
-                None => {}
+            if flag_of(flag).map_err(of_rule)? {
+                placements.push(placement);
             }
         }
         let count = placements.len();
-        match placements.pop() {
-            Some(placement) if count == 1 => {
-                let mut rule = Rule::new(&r#match, placement);
-                rule.rename = rename.as_deref().map(Template::new);
-                rule.optional = optional;
-                Ok(rule)
+        let Some(placement) = placements.pop().filter(|_| count == 1) else {
+            return Err(of_rule(refuse("needs one of shard, replicate, only, skip".into()).with_expected(1, count)));
+        };
+        let changes =
+            [cast.as_ref().map(|_| "cast"), transpose.map(|_| "transpose"), permute.as_ref().map(|_| "permute")];
+        if let (Placement::Skip, Some(what)) = (&placement, changes.into_iter().flatten().next()) {
+            return Err(of_rule(refuse(format!("{what} of a tensor that is skipped"))));
+        }
+        let mut rule = Rule::new(&r#match, placement);
+        rule.rename = rename.as_deref().map(Template::new);
+        rule.optional = optional;
+        let rules = rules.push(rule);
+        let rules = match (flag_of(transpose).map_err(of_rule)?, permute) {
+            (true, Some(_)) => return Err(of_rule(refuse("has both transpose and permute".into()))),
+            (true, None) => rules.transpose(),
+            (false, Some(order)) => {
+                let dims = order.into_iter().map(|dim| number("permute", dim, 0));
+                rules.permute(&dims.collect::<Result<Vec<_>>>().map_err(of_rule)?)
             }
-            _ => Err(of_rule(refuse("needs one of shard, replicate, only, skip".into()).with_expected(1, count))),
+            (false, None) => rules,
+        };
+        match cast {
+            Some(name) => Ok(rules.cast(cast_target(&name).map_err(of_rule)?)),
+            None => Ok(rules),
         }
     }
 }
@@ -181,6 +202,21 @@ impl Shard {
             Some(one) => Ok(rule.by(Coord::Axis(axis(&one)?))),
         }
     }
+}
+
+/// A key that is there or not.
+fn flag_of(flag: Option<bool>) -> Result<bool> {
+    match flag {
+        Some(false) => Err(refuse("false says nothing".into())),
+        flag => Ok(flag.is_some()),
+    }
+}
+
+/// A type that elements can be cast to, by its name in lower case.
+fn cast_target(name: &str) -> Result<Dtype> {
+    Cast::TARGETS.into_iter().find(|to| to.name().to_ascii_lowercase() == name).ok_or_else(|| {
+        refuse("no such type to cast to".into()).with_expected("one of bf16, f16, f32", format!("`{name}`"))
+    })
 }
 
 /// A number of the file as what it counts; TOML knows signed ones only.

@@ -8,9 +8,10 @@ use std::path::PathBuf;
 use rayon::prelude::*;
 
 use self::pattern::{Pattern, Template};
-use super::expr::{Cut, Expr, Split};
+use super::expr::{Cut, Expr, Split, castable};
 use super::world::Coord;
 use crate::checkpoint::TensorMeta;
+use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 
@@ -38,6 +39,8 @@ pub struct Rules {
     pub(super) aliases: Vec<AliasRule>,
     keep: Vec<Filter>,
     drop: Vec<Filter>,
+    /// What floats of 16 bits and more are cast to whose rule does not say.
+    casting: Option<Dtype>,
     /// The file that the rules are from.
     file: Option<PathBuf>,
     /// The first mistake made while building; builders cannot fail half way.
@@ -151,6 +154,31 @@ impl Rules {
         self
     }
 
+    /// Tensors of the rule added last are cast: their elements become of type `to`, which is BF16, F16 or F32. They must be
+    /// of one of these, or of F8_E4M3 or F8_E5M2 without a tensor of scales beside them.
+    pub fn cast(self, to: Dtype) -> Rules {
+        self.wrap("cast", |x| Expr::Cast { x, to })
+    }
+
+    /// Dimensions of the tensors of the rule added last come in another order: `order` says for each dimension of the
+    /// destination which one of the tensor it is. What a rule shards are dimensions of the tensor. Only floats of 16
+    /// bits and more are permuted, and an F8 that is [cast](Rules::cast).
+    pub fn permute(self, order: &[usize]) -> Rules {
+        self.wrap("permute", |x| Expr::Permute { x, order: order.to_vec() })
+    }
+
+    /// Tensors of the rule added last are transposed; they must have two dimensions.
+    pub fn transpose(self) -> Rules {
+        self.permute(&[1, 0])
+    }
+
+    /// Casts all tensors of type BF16, F16 and F32 to `to`, which is one of these, unless their rule has a
+    /// [`cast`](Rules::cast) of its own. Tensors of other types stay as they are.
+    pub fn casting(mut self, to: Dtype) -> Rules {
+        self.casting = Some(to);
+        self
+    }
+
     /// A further destination `name` that shares the memory of the destination `of` (tied weights), which is no alias
     /// itself. If `of` is left out by [`keeping`](Rules::keeping) or [`skipping`](Rules::skipping), its first alias that
     /// is not holds its bytes instead.
@@ -173,6 +201,18 @@ impl Rules {
         self
     }
 
+    /// Makes what the rule added last places a part of another expression.
+    fn wrap(mut self, what: &'static str, expr: impl FnOnce(Box<Expr>) -> Expr) -> Rules {
+        match self.rules.last_mut().map(|rule| &mut rule.placement) {
+            Some(Placement::Place { expr: placed, .. }) => {
+                *placed = expr(Box::new(std::mem::replace(placed, Expr::Source)));
+            }
+            Some(Placement::Skip) => self.mistake(what, &format!("{what} of a tensor that is skipped")),
+            None => self.mistake(what, &format!("{what}() before any rule")),
+        }
+        self
+    }
+
     pub(super) fn push(mut self, rule: Rule) -> Rules {
         self.rules.push(rule);
         self
@@ -188,6 +228,7 @@ impl Rules {
             return Err(broken(rule, message.clone()));
         }
         self.rules.iter().try_for_each(Rule::check)?;
+        self.casting.map_or(Ok(()), castable)?;
         for AliasRule { name, of } in &self.aliases {
             let wrong = |what: String| broken("alias", what).with_tensor(name.as_str());
             if let Some(what) = unusable(name) {
@@ -228,6 +269,17 @@ impl Rules {
             Some(what) => {
                 Err(broken("rename", format!("rule `{}` renames to {what}", pattern.text())).with_tensor(name))
             }
+        }
+    }
+
+    /// What a tensor of type `from` is cast to that `rule` places.
+    pub(super) fn cast_to(&self, rule: u32, from: Dtype) -> Option<Dtype> {
+        match &self.rules[rule as usize].placement {
+            Placement::Place { expr, .. } => {
+                let all = self.casting.filter(|_| matches!(from, Dtype::Bf16 | Dtype::F16 | Dtype::F32));
+                expr.cast_to().or(all)
+            }
+            Placement::Skip => None,
         }
     }
 
