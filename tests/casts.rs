@@ -184,7 +184,10 @@ fn only_what_the_file_holds_as_it_is_is_lent() {
         let (weights, report) = Loader::new().residency(Residency::Mapped).load(&plan).unwrap();
         for tensor in weights.iter() {
             let expected = tensors.iter().find(|other| other.name == tensor.name()).unwrap();
-            assert!(*tensor.to_bytes().unwrap() == expected.part(tensor.rank().0.into(), ranks.into()).bytes, "{tensor:?}");
+            assert!(
+                *tensor.to_bytes().unwrap() == expected.part(tensor.rank().0.into(), ranks.into()).bytes,
+                "{tensor:?}"
+            );
         }
         // Small ones are read with their neighbours.
         assert!(report.storage_bytes_read < plan.storage_bytes());
@@ -254,7 +257,10 @@ fn casting_leaves_alone_what_is_no_float_of_16_or_32_bits() {
             assert_eq!(landed.dtype(), if is_cast { to } else { tensor.source.dtype });
             let order: Vec<usize> = (0..tensor.order.len()).collect();
             let whole: Vec<_> = tensor.source.dims.iter().map(|&size| (0, size)).collect();
-            assert!(*landed.to_bytes().unwrap() == tensor.source.part(&whole, &order, landed.dtype()).bytes, "{landed:?}");
+            assert!(
+                *landed.to_bytes().unwrap() == tensor.source.part(&whole, &order, landed.dtype()).bytes,
+                "{landed:?}"
+            );
         }
         weights.check().unwrap();
     }

@@ -81,6 +81,7 @@ pub(super) struct Context {
     ordinal: u32,
     device: RawDevice,
     raw: RawContext,
+    multiprocessors: u32,
     /// Where the device's memory pool is asked, and digests are taken.
     service: OnceLock<RawStream>,
     module: OnceLock<Module>,
@@ -95,13 +96,27 @@ impl Context {
     /// Retains the primary context of the GPU with this number; the caller's current context stays what it was.
     pub(super) fn open(ordinal: u32) -> Result<Arc<Context>> {
         let device = device(ordinal)?;
-        // SAFETY: the driver is loaded, the device exists.
+        // SAFETY: the driver is loaded, the device exists, here and below.
+        let multiprocessors = unsafe { driver::attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) };
+        let multiprocessors = multiprocessors.map_err(|failure| error(ordinal, failure))?.max(1) as u32;
+        // SAFETY: as above.
         let raw = unsafe { driver::retain_primary_context(device) }.map_err(|failure| error(ordinal, failure))?;
-        Ok(Arc::new(Context { ordinal, device, raw, service: OnceLock::new(), module: OnceLock::new() }))
+        Ok(Arc::new(Context {
+            ordinal,
+            device,
+            raw,
+            multiprocessors,
+            service: OnceLock::new(),
+            module: OnceLock::new(),
+        }))
     }
 
     pub(super) fn ordinal(&self) -> u32 {
         self.ordinal
+    }
+
+    pub(super) fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
     }
 
     pub(super) fn device(&self) -> RawDevice {
