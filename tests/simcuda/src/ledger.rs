@@ -117,7 +117,7 @@ impl Ledger {
         *bytes += more;
         *self.copies.entry(if strided { "2d" } else { "1d" }).or_default() += 1;
         if matches!(traffic, Traffic::In(_) | Traffic::Out(_)) {
-            counts.busy_ns += span.end - span.start;
+            counts.busy_ns += span.busy;
             self.first_start = if self.first_start == 0 { span.start } else { self.first_start.min(span.start) };
             self.last_end = self.last_end.max(span.end);
         }
