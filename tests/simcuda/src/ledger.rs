@@ -149,7 +149,6 @@ impl Sim {
         live.extend(self.memory.iter().filter(|(_, range)| !range.freed).map(|(_, range)| match range.kind {
             Kind::Plain | Kind::Pool => ("device memory", range.made),
             Kind::Mapped(_) => ("mapping", range.made),
-            Kind::Opened => ("opened memory", range.made),
         }));
         live.extend(self.host.iter().map(|(_, range)| match range.registered {
             true => ("registered memory", range.made),

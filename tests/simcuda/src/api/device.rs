@@ -209,9 +209,9 @@ impl Sim {
             41 => 1,         // unified addresses
             75 => 9,         // compute capability
             76 => 0,
-            78 | 79 | 80 => 1, // priorities, caches
-            81 => 228 << 10,   // shared memory per multiprocessor
-            83 => 0,           // managed memory: none here
+            78..=80 => 1,    // priorities, caches
+            81 => 228 << 10, // shared memory per multiprocessor
+            83 => 0,         // managed memory: none here
             88 => i32::from(self.config.host_page_tables),
             90 | 91 | 95 => 1, // preemption, host pointers of registered memory, cooperative launch
             97 => 227 << 10,   // shared memory per block, opted in
