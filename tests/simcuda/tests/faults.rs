@@ -29,6 +29,7 @@ fn run(body: &str, settings: &[(&str, &str)]) -> (String, Value) {
     let output = command.output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(output.status.success(), "{body}: {}\n{stderr}", output.status);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "{body} did not run");
     (stderr, serde_json::from_slice(&fs::read(&ledger).unwrap()).unwrap())
 }
 

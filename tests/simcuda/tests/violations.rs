@@ -177,7 +177,7 @@ fn run(case: &Case, strict: bool) -> (std::process::ExitStatus, String) {
     let mut command: Command = twin::command(env::current_exe().unwrap());
     command.args(["defect", "--exact", "--ignored", "--nocapture"]).env("SIMCUDA_TEST_DEFECT", case.name);
     // Late enough that what follows the submission always comes first.
-    command.env("SIMCUDA_JITTER", "50000").env("SIMCUDA_LEAKS", "ignore").env("RUST_BACKTRACE", "0");
+    command.env("SIMCUDA_JITTER", "5000000").env("SIMCUDA_LEAKS", "ignore").env("RUST_BACKTRACE", "0");
     if !strict {
         command.env("SIMCUDA_STRICT", "0");
     }
