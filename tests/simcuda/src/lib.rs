@@ -27,6 +27,7 @@ pub mod api;
 pub mod code;
 mod config;
 mod context;
+mod crash;
 mod device_memory;
 mod faults;
 pub mod handle;

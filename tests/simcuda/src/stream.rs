@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::code::{ILLEGAL_ADDRESS, INVALID_HANDLE, Result};
+use crate::crash::watched;
 use crate::device_memory::Use;
 use crate::handle::Handle;
 use crate::hazard::{Clock, FlightId, QueueId, merge};
@@ -323,9 +324,10 @@ fn work(id: QueueId, wake: &Condvar) {
         if runs {
             drop(sim);
             begin = monotonic_ns();
-            if op.request.traffic.is_some() {
+            if let Some(traffic) = op.request.traffic {
+                let kernel = if let Traffic::Kernel(name) = traffic { name } else { "a copy" };
                 let before = thread_cpu_ns();
-                op.request.work.run();
+                watched(op.request.call, kernel, || op.request.work.run());
                 copy_ns = thread_cpu_ns() - before;
             } else {
                 op.request.work.run();
