@@ -207,8 +207,8 @@ impl Sim {
 
 extern "C" fn at_exit() {
     let sim = lock();
-    if let Some(path) = &sim.config.ledger
-        && let Err(error) = fs::write(path, sim.report())
+    if let Some(path) = sim.config.ledger.as_ref().map(|path| path.replace("%p", &std::process::id().to_string()))
+        && let Err(error) = fs::write(&path, sim.report())
     {
         eprintln!("simcuda: SIMCUDA_LEDGER={path}: {error}");
     }

@@ -161,3 +161,63 @@ fn operations_run_late_and_in_order() {
     }
     late("a_registration_is_for_its_context_unless_portable", "4");
 }
+
+/// A loader in small: slots of pinned memory, each refilled once the copies out of it are done, several threads.
+#[test]
+fn slots_are_reused_under_several_devices() {
+    const SLOT: usize = 64 << 10;
+    const SLOTS: usize = 4;
+    const ROUNDS: usize = 200;
+    twin::load();
+    let contexts = [0, 1, 2, 3].map(|device| CudaContext::new(device).unwrap());
+    contexts[0].bind_to_thread().unwrap();
+    let ring = unsafe { result::malloc_host(contexts.len() * SLOTS * SLOT, 1) }.unwrap() as usize;
+    let pattern = |thread: usize, round: usize| (thread * 89 + round * 7 + 1) as u8;
+    std::thread::scope(|scope| {
+        for thread in 0..contexts.len() {
+            let contexts = &contexts;
+            scope.spawn(move || unsafe {
+                // Each thread feeds two devices.
+                let targets = [thread, (thread + 1) % contexts.len()].map(|device| {
+                    contexts[device].bind_to_thread().unwrap();
+                    let queue = stream::create(StreamKind::NonBlocking).unwrap();
+                    let events = [(); SLOTS].map(|()| new_event());
+                    (device, queue, events, result::malloc_sync(ROUNDS * SLOT).unwrap())
+                });
+                for round in 0..ROUNDS {
+                    let slot = round % SLOTS;
+                    let address = (ring + (thread * SLOTS + slot) * SLOT) as *mut u8;
+                    if round >= SLOTS {
+                        for (device, _, events, _) in &targets {
+                            contexts[*device].bind_to_thread().unwrap();
+                            while event::query(events[slot]).is_err() {
+                                std::thread::yield_now();
+                            }
+                        }
+                    }
+                    address.write_bytes(pattern(thread, round), SLOT);
+                    for (device, queue, events, memory) in &targets {
+                        contexts[*device].bind_to_thread().unwrap();
+                        let to = memory + (round * SLOT) as u64;
+                        sys::cuMemcpyHtoDAsync_v2(to, address.cast(), SLOT, *queue).result().unwrap();
+                        event::record(events[slot], *queue).unwrap();
+                    }
+                }
+                for (device, queue, events, memory) in targets {
+                    contexts[device].bind_to_thread().unwrap();
+                    stream::synchronize(queue).unwrap();
+                    let mut found = vec![0_u8; ROUNDS * SLOT];
+                    result::memcpy_dtoh_sync(&mut found, memory).unwrap();
+                    for (round, bytes) in found.chunks(SLOT).enumerate() {
+                        assert!(bytes.iter().all(|byte| *byte == pattern(thread, round)), "round {round} of {thread}");
+                    }
+                    result::free_sync(memory).unwrap();
+                    events.into_iter().for_each(|made| event::destroy(made).unwrap());
+                    stream::destroy(queue).unwrap();
+                }
+            });
+        }
+    });
+    contexts[0].bind_to_thread().unwrap();
+    unsafe { result::free_host(ring as *mut c_void) }.unwrap();
+}
