@@ -106,6 +106,7 @@ fn text(text: &Option<CString>) -> *const c_char {
 }
 
 /// A command whose process finds the twin under both names of the driver, and none of our settings.
+#[expect(clippy::disallowed_methods, reason = "what the tests' own environment says must not reach the process")]
 pub(crate) fn command(binary: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(binary);
     for (name, _) in env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SIMCUDA_")) {
