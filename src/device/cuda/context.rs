@@ -52,18 +52,16 @@ pub(super) fn device_count() -> Result<u32> {
 
 /// The GPU with this number, without a context on it.
 pub(super) fn device(ordinal: u32) -> Result<RawDevice> {
-    let count = device_count()?;
+    library()?;
     // SAFETY: the driver is loaded.
     match unsafe { driver::device(ordinal) } {
         Ok(device) => Ok(device),
         Err(failure) if failure.is_no_device() => {
-            Err(Error::new(ErrorKind::Device, format!("no such device: cuda:{ordinal}")).with_expected(
-                match count {
-                    0 => "a machine with a GPU".to_owned(),
-                    count => format!("a device below {count}"),
-                },
-                format!("cuda:{ordinal}"),
-            ))
+            let expected = match device_count()? {
+                0 => "a machine with a GPU".to_owned(),
+                count => format!("a device below {count}"),
+            };
+            Err(Error::new(ErrorKind::Device, "no such device").with_expected(expected, format!("cuda:{ordinal}")))
         }
         Err(failure) => Err(error(ordinal, failure)),
     }
