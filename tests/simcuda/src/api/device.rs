@@ -201,7 +201,7 @@ impl Sim {
             13 => 1_980_000,   // kHz
             14 => 512,         // texture alignment
             15 | 19 | 31 => 1, // overlap, mapped host memory, concurrent kernels
-            16 => 132,         // multiprocessors
+            16 => 2,           // multiprocessors: few, since their threads run one after the other
             32 => 1,           // ECC
             33 => bus(device) as i32,
             36 => 3_201_000, // memory, kHz
