@@ -133,13 +133,12 @@ fn lost_while_it_runs() {
         let queue = stream::create(StreamKind::NonBlocking).unwrap();
         let done = event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).unwrap();
         let (pinned, memory) = (result::malloc_host(BYTES, 0).unwrap(), result::malloc_sync(BYTES).unwrap());
-        for _ in 0..3 {
-            sys::cuMemcpyHtoDAsync_v2(memory, pinned, BYTES, queue).result().unwrap();
-        }
-        event::record(done, queue).unwrap();
+        // Whichever call comes first after the copy ran.
         let found = loop {
-            match code(event::query(done)) {
-                600 => std::thread::yield_now(),
+            let copied = sys::cuMemcpyHtoDAsync_v2(memory, pinned, BYTES, queue).result();
+            let recorded = copied.and_then(|()| event::record(done, queue));
+            match code(recorded.and_then(|()| event::query(done))) {
+                0 | 600 => std::thread::yield_now(),
                 found => break found,
             }
         };
