@@ -9,6 +9,7 @@ use std::path::Path;
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
+use serde_json::json;
 use shardlift::limits::LOOPS_MAX;
 use shardlift::plan::{BoxCopy, Cut, Expr, Plan, Split, World};
 use shardlift::read::EngineChoice;
@@ -90,7 +91,8 @@ fn write(folder: &Path) -> Vec<Tensor> {
         for (_, Tensor { name, source, .. }) in part {
             let from = data.len();
             data.extend_from_slice(&source.bytes);
-            let entry = serde_json::json!({ "dtype": source.dtype.name(), "shape": source.dims, "data_offsets": [from, data.len()] });
+            let offsets = [from, data.len()];
+            let entry = json!({ "dtype": source.dtype.name(), "shape": source.dims, "data_offsets": offsets });
             header.insert((*name).to_owned(), entry);
         }
         let mut header = serde_json::Value::from(header).to_string();
@@ -262,11 +264,11 @@ fn casting_leaves_alone_what_is_no_float_of_16_or_32_bits() {
 /// A checkpoint of tiny tensors of these names and types.
 fn tiny(tensors: &[(&str, Dtype, &[u64])]) -> (tempfile::TempDir, Checkpoint) {
     let folder = tempfile::tempdir().unwrap();
-    let bytes = vec![0; 64];
+    let bytes = [0; 64];
     let views = tensors.iter().map(|&(name, dtype, dims)| {
         let data = &bytes[..dtype.bytes_of(dims.iter().product()).unwrap() as usize];
         let shape: Vec<usize> = dims.iter().map(|&dim| dim as usize).collect();
-        let dtype = serde_json::from_value(serde_json::json!(dtype.name())).unwrap();
+        let dtype = serde_json::from_value(json!(dtype.name())).unwrap();
         (name, TensorView::new(dtype, shape, data).unwrap())
     });
     std::fs::write(folder.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
@@ -564,7 +566,7 @@ proptest! {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("model.safetensors");
         let shape: Vec<usize> = case.dims.iter().map(|&dim| dim as usize).collect();
-        let dtype = serde_json::from_value(serde_json::json!(case.dtype.name())).unwrap();
+        let dtype = serde_json::from_value(json!(case.dtype.name())).unwrap();
         let odd = noise(5);
         let tensors = [
             ("a", TensorView::new(safetensors::Dtype::U8, vec![5], &odd).unwrap()),
