@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 use shardlift::read::EngineChoice;
-use shardlift::{Checkpoint, Loader, Memory, Plan, Result, Rules, World};
+use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Plan, Rank, Result, Rules, Tensor, World};
 
 const RULES: &str = r#"
 rule = [
@@ -175,6 +175,164 @@ fn told(outcome: &Result<()>, call: &str, fired: bool, lost: bool) -> &'static s
     }
 }
 
+/// A folder with the model, the plan of it on these GPUs, and a loader for small models.
+fn rig(gpus: &[u32], engine: EngineChoice) -> (tempfile::TempDir, Plan, Loader) {
+    twin::load();
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let world = World::local(gpus.iter().copied());
+    let plan = Plan::new(&checkpoint, &Rules::from_toml(RULES).unwrap(), &world).unwrap();
+    (folder, plan, Loader::new().engine(engine).staging(2 << 20))
+}
+
+/// In a process of its own: a load asks the driver for no more than it needs, and gives all of it back.
+#[test]
+#[ignore = "run by another test"]
+fn counted() {
+    let (_folder, plan, loader) = rig(&[2, 2, 2, 2], EngineChoice::Pread);
+    assert_eq!(twin::current_context(), 0);
+    let (weights, report) = loader.load(&plan).unwrap();
+    assert_eq!(twin::current_context(), 0, "the caller's context is another one now");
+    let calls = |name| twin::calls(Some(name));
+    // One GPU in use, whatever the number of ranks on it: one context, one queue of two streams.
+    assert_eq!((calls("cuDevicePrimaryCtxRetain"), calls("cuStreamCreate")), (1, 2));
+    assert!((0..4).all(|gpu| (twin::bytes(gpu, 0) > 0) == (gpu == 2)));
+    // Two small files are at most two slots, and so few events.
+    assert!((1..=2).contains(&calls("cuEventCreate")), "{}", calls("cuEventCreate"));
+    assert_eq!(calls("cuMemHostRegister"), 1);
+    assert_eq!(calls("cuStreamSynchronize") + calls("cuCtxSynchronize") + calls("cuEventSynchronize"), 2);
+    assert_eq!(report.peak_pinned_bytes, 1 << 20);
+    drop(weights);
+    // What is kept for the next load: a pinned slot, and the context with its kernels.
+    let kept = twin::live();
+    assert!((1..=4).contains(&kept), "{kept}");
+    let (weights, _) = loader.load(&plan).unwrap();
+    assert_eq!((calls("cuMemHostRegister"), calls("cuModuleLoadData")), (1, 1));
+    let tensor = weights.tensor(Rank(3), "b.columns").unwrap().clone();
+    drop(weights);
+    loader.release();
+    assert!(twin::live() > 0, "a tensor lives");
+    assert_eq!(tensor.to_bytes().unwrap().len(), tensor.nbytes());
+    assert!(tensor.as_bytes().is_none());
+    drop(tensor);
+    drop(loader);
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+}
+
+/// In a process of its own: copies straight from a mapping pin the mapping, and no slot.
+#[test]
+#[ignore = "run by another test"]
+fn mapped() {
+    let (folder, plan, loader) = rig(&[0, 1], EngineChoice::Mmap);
+    let (weights, report) = loader.load(&plan).unwrap();
+    weights.check().unwrap();
+    let registers = std::env::var("MAPPED_REGISTERS").unwrap() == "1";
+    // Two windows, one for each small file.
+    assert_eq!(twin::calls(Some("cuMemHostRegister")), if registers { 2 } else { 0 });
+    let files: u64 = plan.checkpoint().files().iter().map(|file| file.identity.size).sum();
+    assert!((1..=files).contains(&report.peak_pinned_bytes), "{report:?}");
+    assert_eq!(report.storage_bytes_read, report.needed_bytes);
+    drop(weights);
+    // A file that was cut short since: an error, and nothing stays pinned.
+    let path = &plan.checkpoint().files()[0].path;
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap();
+    let error = loader.load(&plan).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Changed | ErrorKind::Truncated), "{error}");
+    drop((loader, folder));
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+}
+
+/// In a process of its own: a copy that fails while it runs is an error that names a tensor.
+#[test]
+#[ignore = "run by another test"]
+fn failing_late() {
+    let (_folder, plan, loader) = rig(&[0, 1], EngineChoice::Pread);
+    for n in 1..=6 {
+        twin::fault(&format!("run:copy@{n}=700!"));
+        let error = loader.load(&plan).unwrap_err();
+        twin::fault("");
+        let message = error.to_string();
+        assert_eq!(error.kind(), ErrorKind::Device, "{message}");
+        assert!(message.contains("CUDA_ERROR_ILLEGAL_ADDRESS") && message.contains("cuda:"), "{message}");
+        assert!(error.tensor().is_some() && error.at().rank.is_some(), "{message}");
+        loader.release();
+        assert_eq!((twin::live(), twin::violations()), (0, 0));
+    }
+    loader.load(&plan).unwrap().0.check().unwrap();
+}
+
+/// In a process of its own: a link that moves next to nothing ends the load; what copies still use is kept.
+#[test]
+#[ignore = "run by another test"]
+fn stalled() {
+    let (_folder, plan, loader) = rig(&[0, 1], EngineChoice::Pread);
+    let loader = loader.stall(Duration::from_millis(100), Duration::from_millis(500));
+    let began = Instant::now();
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    let error = load.finish().unwrap_err();
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert_eq!(error.kind(), ErrorKind::Stalled, "{error}");
+    assert!(error.tensor().is_some() && monitor.progress().abandoned_bytes > 0, "{error}");
+    drop(loader);
+    assert_eq!(twin::violations(), 0);
+    // Nothing that a copy may still write to was given back.
+    assert!(twin::live() > 0);
+}
+
+/// In a process of its own: new values land in memory that the caller has on the GPU already.
+#[test]
+#[ignore = "run by another test"]
+fn refreshed() {
+    let (_folder, plan, loader) = rig(&[1], EngineChoice::Pread);
+    for memory in [Memory::Blocks, Memory::PerTensor] {
+        let loader = Loader::new().memory(memory).staging(2 << 20);
+        let (weights, _) = loader.load(&plan).unwrap();
+        let place = |tensor: &Tensor| CallerMemory {
+            rank: tensor.rank(),
+            name: tensor.name().into(),
+            address: std::ptr::without_provenance_mut(tensor.device_ptr() as usize),
+            bytes: tensor.nbytes(),
+        };
+        let places: Vec<CallerMemory> = weights.iter().map(place).collect();
+        // SAFETY: the tensors whose memory it is live longer than the load and what it returns, and nobody reads them.
+        let load = unsafe { loader.start_into(&plan, &places) }.unwrap();
+        let (fresh, _) = load.finish().unwrap();
+        assert!(fresh.iter().zip(weights.iter()).all(|(new, old)| new.device_ptr() == old.device_ptr()));
+        fresh.check().unwrap();
+        let mut wrong = places[0].clone();
+        wrong.bytes += 1;
+        // SAFETY: refused before anything is touched.
+        assert_eq!(unsafe { loader.start_into(&plan, &[wrong]) }.unwrap_err().kind(), ErrorKind::Usage);
+    }
+    drop(loader);
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+}
+
+/// In a process of its own: a cancel and a drop leave nothing behind, and two loads share a loader.
+#[test]
+#[ignore = "run by another test"]
+fn cancelled() {
+    let (folder, plan, _) = rig(&[0, 1, 2, 3], EngineChoice::Pread);
+    let loader = Loader::new().staging(2 << 20).throttle(Some(100_000));
+    let load = loader.start(&plan).unwrap();
+    std::thread::sleep(Duration::from_millis(30));
+    let began = Instant::now();
+    load.monitor().cancel();
+    assert_eq!(load.finish().unwrap_err().kind(), ErrorKind::Cancelled);
+    drop(loader.start(&plan).unwrap());
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    loader.release();
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    let loader = Loader::new().staging(2 << 20);
+    let (one, other) = (loader.start(&plan).unwrap(), loader.start(&plan).unwrap());
+    other.finish().unwrap().0.check().unwrap();
+    one.finish().unwrap().0.check().unwrap();
+    drop((loader, folder));
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+}
+
 #[expect(clippy::print_stdout, reason = "figures for whoever reads the test's output")]
 fn println_result(text: &str) {
     println!("{text}");
@@ -199,4 +357,36 @@ fn every_call_of_a_load_can_fail() {
             child("sweep", &[("SWEEP_WAY", way.to_string()), ("SWEEP_CODE", code.to_string())]);
         }
     }
+}
+
+#[test]
+fn a_load_asks_for_what_it_needs_and_gives_it_back() {
+    child("counted", &[]);
+}
+
+#[test]
+fn mappings_are_copied_from_where_the_driver_can() {
+    let (on, off) = ("1".to_owned(), "0".to_owned());
+    child("mapped", &[("MAPPED_REGISTERS", on.clone())]);
+    child("mapped", &[("MAPPED_REGISTERS", off), ("SIMCUDA_HOST_PAGE_TABLES", on)]);
+}
+
+#[test]
+fn copies_that_fail_late_are_told() {
+    child("failing_late", &[]);
+}
+
+#[test]
+fn memory_of_the_caller_on_a_gpu_is_filled() {
+    child("refreshed", &[]);
+}
+
+#[test]
+fn cancels_and_neighbours_leave_nothing_behind() {
+    child("cancelled", &[]);
+}
+
+#[test]
+fn a_link_that_stands_still_ends_the_load() {
+    child("stalled", &[("SIMCUDA_LINK", "0.00001".into()), ("SIMCUDA_LEAKS", "ignore".into())]);
 }
