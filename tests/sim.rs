@@ -109,8 +109,7 @@ const CODES: [(u32, &str); 4] = [(1, ""), (2, ""), (700, "!"), (46, "!")];
 #[test]
 #[ignore = "run by another test"]
 fn sweep() {
-    let way = WAYS[std::env::var("SWEEP_WAY").unwrap().parse::<usize>().unwrap()];
-    let (code, lost) = CODES[std::env::var("SWEEP_CODE").unwrap().parse::<usize>().unwrap()];
+    let (way, (code, lost)) = (WAYS[told_by_parent("SWEEP_WAY")], CODES[told_by_parent("SWEEP_CODE")]);
     twin::load();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path());
@@ -227,7 +226,7 @@ fn mapped() {
     let (folder, plan, loader) = rig(&[0, 1], EngineChoice::Mmap);
     let (weights, report) = loader.load(&plan).unwrap();
     weights.check().unwrap();
-    let registers = std::env::var("MAPPED_REGISTERS").unwrap() == "1";
+    let registers = told_by_parent("MAPPED_REGISTERS") == 1;
     // Two windows, one for each small file.
     assert_eq!(twin::calls(Some("cuMemHostRegister")), if registers { 2 } else { 0 });
     let files: u64 = plan.checkpoint().files().iter().map(|file| file.identity.size).sum();
@@ -336,6 +335,12 @@ fn cancelled() {
 #[expect(clippy::print_stdout, reason = "figures for whoever reads the test's output")]
 fn println_result(text: &str) {
     println!("{text}");
+}
+
+/// A number that a test gave to the process of another.
+#[expect(clippy::disallowed_methods, reason = "tests speak to their children so")]
+fn told_by_parent(name: &str) -> usize {
+    std::env::var(name).unwrap().parse().unwrap()
 }
 
 /// Runs an ignored test of this file in a process of its own.

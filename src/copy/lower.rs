@@ -185,12 +185,14 @@ mod tests {
 
     const COPIES: usize = 0;
 
-    /// How many operations of each kind `pieces` become: (source offset, destination offset, loops, run). Checks that
-    /// they move the same bytes.
-    fn ways(pieces: &[(usize, usize, &[(u64, u64, u64)], u64)], packable: bool, costs: &CopyCosts) -> [usize; 2] {
+    /// Source offset, destination offset, loops, run.
+    type Piece<'a> = (usize, usize, &'a [(u64, u64, u64)], u64);
+
+    /// How many operations of each kind `pieces` become. Checks that they move the same bytes.
+    fn ways(pieces: &[Piece<'_>], packable: bool, costs: &CopyCosts) -> [usize; 2] {
         let mut source: Vec<u8> = (0..1 << 20).map(|at: u32| (at.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let make = |src: *const u8, dst: *mut u8| -> Vec<RawCopy> {
-            let piece = |&(from, to, loops, run): &(usize, usize, &[(u64, u64, u64)], u64)| RawCopy {
+            let piece = |&(from, to, loops, run): &Piece<'_>| RawCopy {
                 src: src.wrapping_add(from),
                 dst: dst.wrapping_add(to).expose_provenance() as u64,
                 loops: loops
@@ -231,8 +233,7 @@ mod tests {
         let narrow: &[(u64, u64, u64)] = &[(10_000, 96, 16)];
         assert_eq!(ways(&[(8, 0, narrow, 16)], true, &COSTS), [1, 0]);
         // Part of a row, whole rows, part of a row, as one range of the destination.
-        let pieces: [(usize, usize, &[(u64, u64, u64)], u64); 3] =
-            [(4, 0, &[], 12), (96, 12, &[(1000, 96, 16)], 16), (96_096, 16_012, &[], 5)];
+        let pieces: [Piece<'_>; 3] = [(4, 0, &[], 12), (96, 12, &[(1000, 96, 16)], 16), (96_096, 16_012, &[], 5)];
         ways(&pieces, true, &COSTS);
         let rows = CopyCosts { row_ns: 1000.0, kernel_gb_per_s: 0.001, ..COSTS };
         assert_eq!(ways(&pieces[1..2], true, &rows), [1, 0]);

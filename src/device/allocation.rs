@@ -34,6 +34,7 @@ pub(crate) trait DeviceMemory: Debug + Send + Sync {
 
 #[derive(Debug)]
 enum Owner {
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "made by GPUs only"))]
     Device(Box<dyn DeviceMemory>),
     Pages(#[expect(dead_code, reason = "held for its Drop")] Pages),
     Heap(Layout),

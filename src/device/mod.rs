@@ -16,7 +16,9 @@ use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, Result};
 use crate::stride::Loops;
 
-pub(crate) use allocation::{Allocation, DeviceMemory};
+pub(crate) use allocation::Allocation;
+#[cfg(feature = "cuda")]
+pub(crate) use allocation::DeviceMemory;
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::Cuda;
 #[cfg(feature = "cuda")]
@@ -49,6 +51,7 @@ pub(crate) enum Op {
     Copy(RawCopy),
     /// Bytes that land in the device's own scratch memory as they are, and are put in place from there: the copies'
     /// sources lie in `src..src + bytes`.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by GPUs only"))]
     Cut {
         /// The first byte.
         src: *const u8,
@@ -74,6 +77,11 @@ pub(crate) trait Device: Debug + Send + Sync {
     /// Whether its queue makes every copy itself, however many loops it has and with a cast.
     fn copies_any(&self) -> bool {
         true
+    }
+
+    /// Does early what the first [cut](Op::Cut) would wait for.
+    fn prepare_cuts(&self) -> Result<()> {
+        Ok(())
     }
 
     /// A block of memory for many tensors.

@@ -8,7 +8,7 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::files::Files;
-use super::pinning::pinner;
+use super::prepare::pinner;
 use super::run::distinct;
 use super::windows::Windows;
 use super::{Device, Setup};

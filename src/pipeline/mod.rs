@@ -2,7 +2,7 @@
 
 mod files;
 mod job;
-mod pinning;
+mod prepare;
 mod run;
 mod windows;
 mod work;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::pinning::pin_slots;
+use super::prepare::{pin_slots, prepare_cuts};
 use super::{Device, Job, Setup};
 use crate::copy::{self, CopyError, Filled};
 use crate::device::Queue;
@@ -206,6 +206,7 @@ fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: &Alive, workers: &
         })?;
         workers.of_devices.push(thread);
     }
+    workers.of_devices.extend(prepare_cuts(job, &alive.of_devices)?);
     workers.of_devices.extend(pin_slots(job, alive.of_devices.clone())?);
     for index in 0..job.setup.engine.threads().max(1) {
         let (job, alive) = (Arc::clone(job), alive.readers.clone());

@@ -238,10 +238,10 @@ mod tests {
                             }
                         };
                         let offset = (step + thread % 2) % 7 * 4096 + thread;
-                        // SAFETY: nothing is mapped, and nothing touched.
                         let base: *const u8 = std::ptr::without_provenance(1 << 30);
-                        let lease =
-                            unsafe { windows.lease(permit, FileId(0), offset, base, 7 * 4096, Arc::new(())) }.unwrap();
+                        // SAFETY: nothing is mapped, and nothing touched.
+                        let lease = unsafe { windows.lease(permit, FileId(0), offset, base, 7 * 4096, Arc::new(())) };
+                        let lease = lease.unwrap();
                         assert!(matches!(lock(&windows.state).windows[&lease.key], Window::Open { .. }));
                         drop(lease);
                     }

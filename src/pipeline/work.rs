@@ -177,13 +177,14 @@ impl Job {
                 return Err(self.locate(error, op.extent));
             }
         };
-        let pending = Pending { base, op, pieces, repeated: false, since };
+        let pending = Box::new(Pending { base, op, pieces, repeated: false, since });
         Ok(Taken::Request(Request { id, file, offset: base, address, bytes, slot, permit, pending }))
     }
 
     /// All bytes of a read are in its buffer: sends them on to every destination.
     fn arrived(&self, request: Request) -> Result<()> {
-        let Request { slot, pending: Pending { op, base, pieces, .. }, .. } = request;
+        let Request { slot, pending, .. } = request;
+        let Pending { op, base, pieces, .. } = *pending;
         match slot {
             None => {
                 self.fan_out(&pieces);
@@ -198,11 +199,12 @@ impl Job {
     /// # Safety
     /// As [`Work::lent`].
     unsafe fn lease(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) -> Result<()> {
-        let Request { file, permit, pending: Pending { op, .. }, .. } = request;
+        let Request { file, permit, pending, .. } = request;
         let permit = permit.and_then(|permit| permit.downcast::<Permit>().ok());
         let (Some(windows), Some(permit)) = (&self.windows, permit) else {
             return Err(Error::new(ErrorKind::Usage, "engine lends what it was not asked to"));
         };
+        let op = &pending.op;
         let Extent { file: id, start, end } = op.extent;
         let size = file.identity().size;
         if end > size {
@@ -213,7 +215,7 @@ impl Job {
         let first = mapping.wrapping_add(start as usize);
         // SAFETY: the lease keeps the mapping, which is readable.
         let staged = unsafe { Staged::lent(first, Arc::new(lease)) };
-        self.land(&op, start, staged, false)
+        self.land(op, start, staged, false)
     }
 
     /// Takes a read out of the list of those in flight, and counts it.

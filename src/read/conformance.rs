@@ -372,7 +372,13 @@ impl Script {
             bytes: read.bytes,
             slot,
             permit: None,
-            pending: Pending { op, base: read.offset, pieces: Vec::new(), repeated: false, since: Instant::now() },
+            pending: Box::new(Pending {
+                op,
+                base: read.offset,
+                pieces: Vec::new(),
+                repeated: false,
+                since: Instant::now(),
+            }),
         };
         state.lent.insert(id, Lent { read, thread: thread::current().id(), address, memory });
         Some(request)

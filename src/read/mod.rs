@@ -122,7 +122,7 @@ pub struct Request {
     pub(crate) slot: Option<Slot>,
     /// Instead of a buffer: the right to pin what is lent.
     pub(crate) permit: Option<Box<dyn Any + Send>>,
-    pub(crate) pending: Pending,
+    pub(crate) pending: Box<Pending>,
 }
 
 /// What the pipeline remembers of a request while it is in flight.

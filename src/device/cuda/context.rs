@@ -83,6 +83,7 @@ pub(super) struct Context {
     /// Where the device's memory pool is asked, and digests are taken.
     service: OnceLock<RawStream>,
     module: OnceLock<Module>,
+    compiling: Mutex<()>,
 }
 
 // SAFETY: the driver's handles may be used from every thread; `enter` makes the context current first.
@@ -106,6 +107,7 @@ impl Context {
             multiprocessors,
             service: OnceLock::new(),
             module: OnceLock::new(),
+            compiling: Mutex::new(()),
         }))
     }
 
@@ -160,13 +162,13 @@ impl Context {
         Ok((free as u64, total as u64))
     }
 
-    /// The kernels, compiled for this device when they are first asked for.
+    /// The kernels, compiled for this device when they are first asked for: by the driver, which takes as long as many a
+    /// load.
     pub(super) fn module(&self) -> Result<&Module> {
+        let _one_at_a_time = lock(&self.compiling);
         if self.module.get().is_none() {
             let made = self.with(Module::load)?;
-            if let Err(spare) = self.module.set(made) {
-                self.give_back(|| spare.unload());
-            }
+            let _ = self.module.set(made);
         }
         Ok(self.module.get().expect("bug in shardlift: set above"))
     }

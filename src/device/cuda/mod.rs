@@ -72,4 +72,8 @@ impl Device for Cuda {
     fn copies_any(&self) -> bool {
         false
     }
+
+    fn prepare_cuts(&self) -> Result<()> {
+        self.context.module().map(|_| ())
+    }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::output::{Output, human_bytes};
+use crate::output::Output;
 
 #[cfg(feature = "cuda")]
 pub(super) use with_cuda::{look, object, print};
@@ -13,7 +13,8 @@ pub(super) use without::{look, object, print};
 mod with_cuda {
     use shardlift::device::{CudaFacts, CudaMachine, cuda_machine, pinned_gb_per_s};
 
-    use super::{Output, Value, human_bytes, json};
+    use super::{Output, Value, json};
+    use crate::output::human_bytes;
 
     /// What there is, and what the links to it carry.
     pub(in super::super) struct Gpus {

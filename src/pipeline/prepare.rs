@@ -1,4 +1,4 @@
-//! Pinned slots for the devices of a load that copy only from such.
+//! What devices need before they copy: pinned slots, and kernels.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use super::{Device, Job};
 use crate::device::{Pinned, Pinner};
 use crate::error::Result;
 use crate::limits;
+use crate::plan::BoxCopy;
 
 /// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
 pub(super) fn pinner(devices: &[Arc<dyn Device>]) -> Option<Arc<dyn Pinner>> {
@@ -63,4 +64,32 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
         drop(alive);
     };
     spawn("shardlift-pin", rest).map(Some)
+}
+
+/// Starts a thread for each device that makes its kernels ready, if the plan is sure to need them.
+pub(super) fn prepare_cuts(job: &Arc<Job>, alive: &Sender<()>) -> Result<Vec<JoinHandle<()>>> {
+    let plan = &job.setup.plan;
+    let pieces = || plan.world().driven().iter().flat_map(|&rank| &plan.rank(rank).pieces);
+    if job.devices.iter().all(|device| device.copies_any()) || pieces().all(copy_engines_can) {
+        return Ok(Vec::new());
+    }
+    let thread = |(index, device): (usize, &Arc<dyn Device>)| {
+        let (job, device, alive) = (Arc::clone(job), Arc::clone(device), alive.clone());
+        let prepare = move || {
+            let ready = catch_unwind(AssertUnwindSafe(|| device.prepare_cuts()));
+            if let Err(error) = ready.unwrap_or_else(|payload| Err(panicked(payload))) {
+                job.fail(error);
+            }
+            drop(alive);
+        };
+        spawn(&format!("shardlift-kernel-{index}"), prepare)
+    };
+    job.devices.iter().enumerate().map(thread).collect()
+}
+
+/// Whether a copy needs no kernel wherever it is cut.
+fn copy_engines_can(piece: &BoxCopy) -> bool {
+    piece.cast.is_none()
+        && piece.loops.iter().all(|inner| inner.dst_stride >= piece.run && inner.src_stride >= piece.run)
+        && piece.loops.len() <= 1
 }
