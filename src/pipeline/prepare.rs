@@ -7,10 +7,11 @@ use std::thread::JoinHandle;
 
 use super::run::{panicked, spawn};
 use super::{Device, Job};
+use crate::copy::{CopyError, Landing};
 use crate::device::{Pinned, Pinner};
 use crate::error::Result;
 use crate::limits;
-use crate::plan::BoxCopy;
+use crate::plan::{BoxCopy, Loop};
 
 /// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
 pub(super) fn pinner(devices: &[Arc<dyn Device>]) -> Option<Arc<dyn Pinner>> {
@@ -66,30 +67,40 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
     spawn("shardlift-pin", rest).map(Some)
 }
 
-/// Starts a thread for each device that makes its kernels ready, if the plan is sure to need them.
+/// Starts a thread for each device that makes its kernels ready, if the plan is sure to need them there.
 pub(super) fn prepare_cuts(job: &Arc<Job>, alive: &Sender<()>) -> Result<Vec<JoinHandle<()>>> {
-    let plan = &job.setup.plan;
-    let pieces = || plan.world().driven().iter().flat_map(|&rank| &plan.rank(rank).pieces);
-    if job.devices.iter().all(|device| device.copies_any()) || pieces().all(copy_engines_can) {
-        return Ok(Vec::new());
-    }
-    let thread = |(index, device): (usize, &Arc<dyn Device>)| {
+    let mut threads = Vec::new();
+    for (index, device) in job.devices.iter().enumerate().filter(|(_, device)| !device.copies_any()) {
+        let Some(first) = first_cut(job, index) else { continue };
         let (job, device, alive) = (Arc::clone(job), Arc::clone(device), alive.clone());
         let prepare = move || {
             let ready = catch_unwind(AssertUnwindSafe(|| device.prepare_cuts()));
             if let Err(error) = ready.unwrap_or_else(|payload| Err(panicked(payload))) {
-                job.fail(error);
+                let rank = first.rank;
+                job.fail(job.locate_copy(CopyError { error, landing: Some(first) }, rank));
             }
             drop(alive);
         };
-        spawn(&format!("shardlift-kernel-{index}"), prepare)
-    };
-    job.devices.iter().enumerate().map(thread).collect()
+        threads.push(spawn(&format!("shardlift-kernel-{index}"), prepare)?);
+    }
+    Ok(threads)
+}
+
+/// A destination on a device that needs a kernel, wherever its copies are cut.
+fn first_cut(job: &Job, device: usize) -> Option<Landing> {
+    let plan = &job.setup.plan;
+    let ranks = plan.world().driven().iter().filter(|rank| job.device_of[rank.index()] == device);
+    ranks.flat_map(|&rank| (0..).zip(&plan.rank(rank).dests).map(move |(at, dest)| (rank, at, dest))).find_map(
+        |(rank, at, dest)| {
+            let pieces = &plan.rank(rank).pieces[dest.pieces.start as usize..dest.pieces.end as usize];
+            let needed = pieces.iter().any(|piece| !copy_engine_can(piece));
+            needed.then_some(Landing { rank, dest: at, bytes: dest.bytes })
+        },
+    )
 }
 
 /// Whether a copy needs no kernel wherever it is cut.
-fn copy_engines_can(piece: &BoxCopy) -> bool {
-    piece.cast.is_none()
-        && piece.loops.iter().all(|inner| inner.dst_stride >= piece.run && inner.src_stride >= piece.run)
-        && piece.loops.len() <= 1
+fn copy_engine_can(piece: &BoxCopy) -> bool {
+    let is_row = |inner: &Loop| inner.src_stride >= piece.run && inner.dst_stride >= piece.run;
+    piece.cast.is_none() && piece.loops.len() <= 1 && piece.loops.iter().all(is_row)
 }

@@ -118,7 +118,7 @@ mod with_cuda {
 
     fn mapping_object(device: &CudaFacts) -> Value {
         let usable = device.host_page_tables || device.registers_read_only;
-        json!({ "usable": usable, "why": (!usable).then(|| "the driver registers no read-only memory") })
+        json!({ "usable": usable, "why": (!usable).then_some("the driver registers no read-only memory") })
     }
 }
 
