@@ -194,10 +194,10 @@ impl Lane {
     /// The address of scratch memory of at least this size.
     fn scratch(&mut self, context: &Arc<Context>, bytes: usize) -> Result<u64> {
         if self.scratch.is_none() || self.scratch_bytes < bytes {
-            // Freed by the driver when what was queued has run.
+            // Freed by the driver when what was queued has run: it waits for that, so it should happen once.
             self.scratch = None;
-            let memory = Memory::plain(context, bytes)?;
-            self.scratch_bytes = bytes;
+            self.scratch_bytes = bytes.max(limits::SLOT + limits::KERNEL_ACCESS);
+            let memory = Memory::plain(context, self.scratch_bytes)?;
             return Ok(self.scratch.insert(memory).address());
         }
         Ok(self.scratch.as_ref().map_or(0, Memory::address))
