@@ -1,6 +1,9 @@
 //! Every object of the command line against `docs/json.schema.json`, and the exit status beside it; what people read.
 #![cfg(feature = "cli")]
 
+#[path = "support/schema.rs"]
+mod schema;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
@@ -198,9 +201,9 @@ fn failures() {
     error(&["load", model, "--tp", "2"], 2, "rules");
     error(&["plan", model, "--explain", "no.such.tensor"], 2, "not-found");
     for flags in [
-        &["--devices", "cuda"][..],
+        #[cfg(not(feature = "cuda"))]
         &["--devices", "cuda:0,1"],
-        &["--engine", "cufile"],
+        &["--engine", "cufile"][..],
         &["--repeat", "2"],
         &["--trace", "trace.json"],
         &["--pp", "2"],
@@ -325,100 +328,11 @@ fn rules() -> tempfile::NamedTempFile {
 
 /// Runs a command with `--json`, and holds its one object against the schema.
 fn run<W: AsRef<OsStr> + std::fmt::Debug>(args: &[W], status: i32) -> Value {
-    let mut words: Vec<&OsStr> = args.iter().map(AsRef::as_ref).collect();
-    words.push("--json".as_ref());
-    let output = shardlift(&words);
-    let stdout = String::from_utf8(output.stdout).unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(status), "{args:?}\n{stdout}\n{stderr}");
-    let object: Value = serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{args:?}: {error}\n{stdout}"));
-    assert_eq!(object["ok"], status == 0);
-    let schema = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/json.schema.json")).unwrap();
-    let schema: Value = serde_json::from_str(&schema).unwrap();
-    // The one schema of this object, rather than `oneOf`: its errors say what is wrong.
-    let name = if status == 0 { object["command"].as_str().unwrap() } else { "failure" };
-    if let Err(error) = fits(&schema["$defs"][name], &object, &schema["$defs"], name) {
-        panic!("{args:?}: {error}\n{stdout}");
-    }
-    object
+    schema::run(&mut Command::new(env!("CARGO_BIN_EXE_shardlift")), args, status)
 }
 
 fn shardlift<W: AsRef<OsStr>>(args: &[W]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_shardlift")).args(args).output().unwrap()
-}
-
-/// Whether `value` fits: exactly the keywords that the schema uses; an unknown one is an error.
-fn fits(schema: &Value, value: &Value, defs: &Value, at: &str) -> Result<(), String> {
-    let wrong = |keyword: &str, rule: &Value| Err(format!("{at}: {value} does not fit {keyword} {rule}"));
-    let length = value.as_array().map_or(0, Vec::len) as u64;
-    for (keyword, rule) in schema.as_object().ok_or(format!("{at}: no schema"))? {
-        let holds = match keyword.as_str() {
-            "$ref" => {
-                let name = rule.as_str().unwrap().strip_prefix("#/$defs/").unwrap();
-                fits(&defs[name], value, defs, at)?;
-                true
-            }
-            "anyOf" => rule.as_array().unwrap().iter().any(|one| fits(one, value, defs, at).is_ok()),
-            "const" => value == rule,
-            "enum" => rule.as_array().unwrap().contains(value),
-            "type" => match rule {
-                Value::Array(types) => types.iter().any(|name| is(value, name.as_str().unwrap())),
-                name => is(value, name.as_str().unwrap()),
-            },
-            "minimum" => value.is_null() || value.as_f64() >= rule.as_f64(),
-            "minItems" => value.is_null() || length >= rule.as_u64().unwrap(),
-            "maxItems" => value.is_null() || length <= rule.as_u64().unwrap(),
-            "pattern" => {
-                let digits = if rule.as_str().unwrap().contains("{16}") { 16 } else { 64 };
-                let text = value.as_str().unwrap_or_default();
-                text.len() == digits && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-            }
-            "items" => {
-                for (index, item) in value.as_array().into_iter().flatten().enumerate() {
-                    fits(rule, item, defs, &format!("{at}[{index}]"))?;
-                }
-                true
-            }
-            "required" => {
-                let names = || rule.as_array().unwrap().iter().map(|name| name.as_str().unwrap());
-                !value.is_object() || names().all(|name| value.get(name).is_some())
-            }
-            "properties" => {
-                for (name, item) in value.as_object().into_iter().flatten() {
-                    if let Some(schema) = rule.get(name) {
-                        fits(schema, item, defs, &format!("{at}.{name}"))?;
-                    }
-                }
-                true
-            }
-            "additionalProperties" => {
-                let known = |name: &str| schema.get("properties").is_some_and(|known| known.get(name).is_some());
-                let mut others = value.as_object().into_iter().flatten().filter(|(name, _)| !known(name));
-                match rule {
-                    Value::Bool(false) => others.next().is_none(),
-                    rule => others.all(|(_, item)| fits(rule, item, defs, at).is_ok()),
-                }
-            }
-            other => return Err(format!("{at}: the schema uses {other}, which this test does not know")),
-        };
-        if !holds {
-            return wrong(keyword, rule);
-        }
-    }
-    Ok(())
-}
-
-fn is(value: &Value, name: &str) -> bool {
-    match name {
-        "array" => value.is_array(),
-        "boolean" => value.is_boolean(),
-        "integer" => value.is_u64() || value.is_i64(),
-        "null" => value.is_null(),
-        "number" => value.is_number(),
-        "object" => value.is_object(),
-        "string" => value.is_string(),
-        other => panic!("no such type: {other}"),
-    }
 }
 
 fn path(path: &Path) -> &str {

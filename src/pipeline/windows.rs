@@ -74,6 +74,11 @@ impl Windows {
         Some(Permit(Arc::clone(self)))
     }
 
+    /// Whether one window has all of these bytes.
+    pub(super) fn has(&self, start: u64, end: u64) -> bool {
+        start / self.window_bytes == end.saturating_sub(1) / self.window_bytes
+    }
+
     /// Waits until there may be a permit, or `bound` has passed.
     pub(super) fn wait(&self, bound: Duration) {
         let state = lock(&self.state);

@@ -210,11 +210,20 @@ impl Job {
         if end > size {
             return Err(Error::new(ErrorKind::Truncated, "file ended early"));
         }
-        // SAFETY: the same duties.
-        let lease = unsafe { windows.lease(*permit, id, start, mapping, size, keep)? };
         let first = mapping.wrapping_add(start as usize);
-        // SAFETY: the lease keeps the mapping, which is readable.
-        let staged = unsafe { Staged::lent(first, Arc::new(lease)) };
+        let staged = if windows.has(start, end) {
+            // SAFETY: the same duties.
+            let lease = unsafe { windows.lease(*permit, id, start, mapping, size, keep)? };
+            // SAFETY: the lease keeps the mapping, which is readable.
+            unsafe { Staged::lent(first, Arc::new(lease)) }
+        } else {
+            // An element across two windows: few bytes, which the driver takes from memory that is not pinned.
+            let mut bytes = vec![0; (end - start) as usize];
+            // SAFETY: the range lies in the mapping, whose guard keeps it readable; the vector is as long.
+            unsafe { std::ptr::copy_nonoverlapping(first, bytes.as_mut_ptr(), bytes.len()) };
+            // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
+            unsafe { Staged::lent(bytes.as_ptr(), Arc::new(bytes)) }
+        };
         self.land(op, start, staged, false)
     }
 

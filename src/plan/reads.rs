@@ -158,8 +158,11 @@ impl Reads {
         if !self.plan.consumers(extent).iter().any(|consumer| self.copy(consumer).is_transformed()) {
             return limit;
         }
-        let tensor = self.plan.tensor(extent.tensor);
-        limit - limit.saturating_sub(tensor.start) % u64::from(tensor.dtype.bits()).div_ceil(8)
+        limit - limit.saturating_sub(self.plan.tensor(extent.tensor).start) % self.element_bytes(extent)
+    }
+
+    fn element_bytes(&self, extent: &ReadExtent) -> u64 {
+        u64::from(self.plan.tensor(extent.tensor).dtype.bits()).div_ceil(8)
     }
 }
 
@@ -226,9 +229,13 @@ impl Cursor {
                 }
                 until = boundary;
             }
-            let limit = reads.whole_elements(extent, limit);
+            let mut limit = reads.whole_elements(extent, limit);
             if position == limit {
-                break;
+                if end > start {
+                    break;
+                }
+                // An element that lies across the limit is a read of its own.
+                limit += reads.element_bytes(extent);
             }
             end = until.min(limit);
             last = self.at;

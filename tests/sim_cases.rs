@@ -1,0 +1,25 @@
+//! On the driver twin: what tests/gpu.rs asks of hardware. Where the two disagree, the twin is wrong.
+#![cfg(feature = "cuda")]
+
+#[path = "support/gpu_cases.rs"]
+mod gpu_cases;
+#[path = "support/twin.rs"]
+mod twin;
+
+fn the_twin_is_loaded() -> bool {
+    twin::load();
+    gpu_cases::driver::init().unwrap();
+    true
+}
+
+gpu_cases::test_every_case!(the_twin_is_loaded);
+
+#[test]
+fn nothing_of_a_load_is_left_with_the_driver() {
+    let _alone = gpu_cases::alone();
+    assert!(the_twin_is_loaded());
+    let before = twin::live();
+    gpu_cases::gpu_loads::loads_of_one_loader_run_at_the_same_time();
+    gpu_cases::gpu_loads::a_cancelled_load_ends_and_the_next_one_is_whole();
+    assert_eq!((twin::live(), twin::violations()), (before, 0));
+}
