@@ -1,7 +1,7 @@
 //! Conversions between floating-point types, element by element: what host copies do, and the oracle of the kernels.
 //!
-//! Rounding is to nearest even, overflow gives infinity, and a NaN becomes a quiet one of the same sign. Between types of
-//! 16 bits and more it keeps the top bits of its payload; that of an F8 has none left.
+//! Rounding is to nearest even, overflow gives infinity, and a NaN becomes a quiet one of the same sign. Between types
+//! of 16 bits and more it keeps the top bits of its payload; that of an F8 has none left.
 
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -22,8 +22,8 @@ impl Cast {
     /// The conversion of this pair.
     ///
     /// # Errors
-    /// [`ErrorKind::Rules`], rule `cast`, for pairs that there is none of: other types than F16, BF16 and F32, F8_E4M3 and
-    /// F8_E5M2 as anything but the source, and a type to itself.
+    /// [`ErrorKind::Rules`], rule `cast`, for pairs that there is none of: other types than F16, BF16 and F32, F8_E4M3
+    /// and F8_E5M2 as anything but the source, and a type to itself.
     pub fn new(from: Dtype, to: Dtype) -> Result<Cast> {
         use Dtype::{Bf16, F8E4M3, F8E5M2, F16, F32};
         if from != to && matches!(from, F16 | Bf16 | F32 | F8E4M3 | F8E5M2) && Cast::TARGETS.contains(&to) {

@@ -104,8 +104,8 @@ pub const OPEN_FILES: usize = 64;
 /// Bytes of a file that one thread of a check holds: enough that a read costs more than its call.
 pub const CHECK_WINDOW: u64 = 1 << 20;
 
-/// Bytes of a permuted tensor that one thread of a check puts in order at once: enough that what it reads for them in one
-/// piece is worth the call, a kilobyte for each of 16,000 rows.
+/// Bytes of a permuted tensor that one thread of a check puts in order at once: enough that what it reads for them in
+/// one piece is worth the call, a kilobyte for each of 16,000 rows.
 pub const CHECK_BAND: u64 = 16 << 20;
 
 /// Fewest threads that read: two keep the storage busy while one of them copies.

@@ -72,6 +72,22 @@ fn load() {
 }
 
 #[test]
+fn what_is_cast_says_so() {
+    let model = model();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(
+        file.path(),
+        "rule = [ { match = \"a.weight\", replicate = true, cast = \"bf16\", transpose = true }, \
+        { match = \"**\", replicate = true } ]",
+    )
+    .unwrap();
+    let object = run(&["plan", path(model.path()), "--rules", path(file.path())], 0);
+    let destinations = object["ranks"][0]["destinations"].as_array().unwrap();
+    assert_eq!(destinations[0]["cast"], json!({ "from": "F32", "to": "BF16" }));
+    assert_eq!((&destinations[0]["dtype"], &destinations[0]["bytes"]), (&json!("BF16"), &json!(4 * 8 * 2)));
+}
+
+#[test]
 fn reshard_and_open_what_it_wrote() {
     let (model, rules, out) = (model(), rules(), tempfile::tempdir().unwrap());
     let out = out.path().join("out");

@@ -17,7 +17,7 @@ fn every_documented_example_fits_a_model() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let world = World::host(1).with_mesh(Mesh { dp: 1, pp: 1, cp: 2, tp: 4 });
     let documented = examples("docs/rules.md");
-    assert_eq!(documented.len(), 7);
+    assert_eq!(documented.len(), 9);
     for example in documented {
         let rules = Rules::from_toml(&example).unwrap_or_else(|error| panic!("{error}\n{example}"));
         Plan::new(&checkpoint, &rules, &world).unwrap_or_else(|error| panic!("{error}\n{example}"));
@@ -58,6 +58,48 @@ fn filters_on_the_command_line_reach_aliases() {
 }
 
 #[test]
+fn casts_and_transposes_on_the_command_line() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), true);
+    let model = path(folder.path());
+    let loaded = |flags: &[&str]| {
+        let object = run(&[&["load", model, "--check", "--rules", "replicate"], flags].concat(), 0);
+        (object["landed_bytes"].as_u64().unwrap(), object["ranks"][0]["digest"].as_str().unwrap().to_owned())
+    };
+    let (bytes, plain) = loaded(&[]);
+    for (to, landed) in [("f32", bytes), ("bf16", bytes / 2), ("f16", bytes / 2)] {
+        let digests = [&["--devices", "host"][..], &["--devices", "host:staged", "--engine", "mmap"]].map(|flags| {
+            let (found, digest) = loaded(&[&["--dtype", to], flags].concat());
+            assert_eq!(found, landed, "{to}");
+            digest
+        });
+        assert!(digests[0] == digests[1] && (digests[0] == plain) == (to == "f32"), "{to}");
+    }
+
+    let rules = folder.path().join("rules.toml");
+    let text = "rule = [
+        { match = '**.o_proj.weight', shard = { dim = 1 }, transpose = true, cast = 'f16' },
+        { match = '**', replicate = true },
+    ]";
+    std::fs::write(&rules, text).unwrap();
+    let name = "model.layers.0.self_attn.o_proj.weight";
+    let object = run(&["plan", model, "--tp", "2", "--rules", path(&rules), "--explain", name], 0);
+    let explained = object["explain"].as_str().unwrap();
+    assert!(explained.contains("permuted to [1, 0]") && explained.contains("cast from F32 to F16"), "{explained}");
+    let destinations = object["ranks"][1]["destinations"].as_array().unwrap();
+    let cast = destinations.iter().find(|destination| destination["name"] == name).unwrap();
+    assert_eq!((&cast["dtype"], &cast["shape"], &cast["bytes"]), (&json!("F16"), &json!([32, 64]), &json!(4096)));
+    assert_eq!(cast["cast"], json!({ "from": "F32", "to": "F16" }));
+    // In the order of the destination: its 32 rows, then what were rows in the file.
+    assert_eq!(
+        (&cast["pieces"][0]["loops"], &cast["pieces"][0]["run"]),
+        (&json!([[32, 4, 128], [64, 256, 2]]), &json!(4))
+    );
+    assert!(destinations.iter().filter(|destination| destination["cast"] == Value::Null).count() > 10);
+    run(&["load", model, "--tp", "2", "--rules", path(&rules), "--check", "--dtype", "bf16"], 0);
+}
+
+#[test]
 fn rules_that_do_not_fit_are_refused_with_their_place() {
     let (folder, file) = (tempfile::tempdir().unwrap(), tempfile::NamedTempFile::new().unwrap());
     write(folder.path(), true);
@@ -75,6 +117,9 @@ fn rules_that_do_not_fit_are_refused_with_their_place() {
         ("shard = { dim = 0, by = ['tp', 'tp'] }", "coordinate"),
         ("shard = { dim = -1 }", "rules-file"),
         ("shard = { dim = 2 }", "dimension"),
+        ("shard = { dim = 0 }, cast = 'f8'", "rules-file"),
+        ("shard = { dim = 0 }, permute = [0, 1, 1]", "permute"),
+        ("shard = { dim = 0 }, permute = [0, 1, 2]", "permute"),
     ] {
         let rules = format!("rule = [{{ match = '**.q_proj.weight', {rest} }}, {{ match = '**', replicate = true }}]");
         let error = refused(&["reshard", model, path(&out), "--tp", "2"], &rules, rule);

@@ -73,8 +73,15 @@ unsafe fn copy_tiles<T: Copy>(
                 // SAFETY: the caller answers for the elements of this row.
                 unsafe { gather(src.add(offset as usize), along.src_stride as usize, cast, &mut tile[..columns]) }
             }
+            let is_whole = rows == TILE && across.dst_stride == size_of::<T>() as u64;
             for (at, index) in (column..).zip(0..columns) {
                 let offset = at * along.dst_stride + row * across.dst_stride;
+                if is_whole {
+                    let whole: [T; TILE] = std::array::from_fn(|at| tile[at][index]);
+                    // SAFETY: the caller answers for the elements of this column, which are neighbours.
+                    unsafe { dst.add(offset as usize).cast::<[T; TILE]>().write_unaligned(whole) }
+                    continue;
+                }
                 for (at, tile) in tile[..rows].iter().enumerate() {
                     // SAFETY: the caller answers for the elements of this column.
                     unsafe {

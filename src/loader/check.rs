@@ -182,8 +182,8 @@ fn gather(factors: &[Factor], bits: u64, base: u64, take: &mut impl FnMut(u64, u
     Ok(())
 }
 
-/// Shows the bytes that a leaf takes, in the order of its destination: bands of it, each of which is gathered from where
-/// the file has it.
+/// Shows the bytes that a leaf takes, in the order of its destination: bands of it, each of which is gathered from
+/// where the file has it.
 fn bands(leaf: &Leaf, window: &mut Window<'_>, show: &mut impl FnMut(&[u8])) -> Result<()> {
     let bytes = u64::from(leaf.dtype.bits()) / 8;
     let lens: Vec<u64> = leaf.shape().to_vec();

@@ -3,6 +3,8 @@
 mod check;
 mod lend;
 mod reshard;
+#[cfg(test)]
+mod tests;
 
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};

@@ -8,8 +8,8 @@
 //! - for each rank the xxh3-64 of its destinations: parameter, shape, bytes, and pieces: tensor, first source byte,
 //!   first destination byte, loops (count, source stride, destination stride), run.
 //!
-//! That says how elements are permuted and cast, too: loops hold the one, and the other is from the type in the header to
-//! the type of the parameter.
+//! That says how elements are permuted and cast, too: loops hold the one, and the other is from the type in the header
+//! to the type of the parameter.
 
 use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3Default;

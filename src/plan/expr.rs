@@ -43,16 +43,16 @@ pub enum Expr {
         /// How it is cut.
         cut: Cut,
     },
-    /// The same elements with the dimensions in another order. The source must be of a float type of 16 bits or more, or
-    /// an F8 that is [cast](Expr::Cast).
+    /// The same elements with the dimensions in another order. The source must be of a float type of 16 bits or more,
+    /// or an F8 that is [cast](Expr::Cast).
     Permute {
         /// What is permuted.
         x: Box<Expr>,
         /// For each dimension, outermost first, which one of `x` it is.
         order: Vec<usize>,
     },
-    /// The same elements converted to another type, once: see [`Cast`](crate::Cast) for the pairs. Elements that have the
-    /// type already stay as they are.
+    /// The same elements converted to another type, once: see [`Cast`](crate::Cast) for the pairs. Elements that have
+    /// the type already stay as they are.
     Cast {
         /// What is cast.
         x: Box<Expr>,

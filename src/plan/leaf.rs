@@ -1,5 +1,5 @@
-//! The normal form: split-view of one tensor -> per-factor (start, len, step) -> permute -> cast -> dense destination, and
-//! its lowering to strided copies. The work is proportional to the number of dimensions, never to rows (sharding.md
+//! The normal form: split-view of one tensor -> per-factor (start, len, step) -> permute -> cast -> dense destination,
+//! and its lowering to strided copies. The work is proportional to the number of dimensions, never to rows (sharding.md
 //! section 12).
 
 use smallvec::{SmallVec, smallvec};

@@ -16,7 +16,7 @@ use crate::stride::{Loop, Loops, bytes_moved, source_span};
 pub(crate) struct Cutting {
     /// Most bytes of a read that lands straight in a destination.
     pub(crate) chunk: u64,
-    /// Most bytes of a read that is cut from a slot.
+    /// Most bytes of a read that is cut from a slot; more than one block of `alignment` and an element.
     pub(crate) cut_chunk: u64,
     /// Long reads are cut at multiples of this file offset, so that no block is read twice; 1 for buffered reads.
     pub(crate) alignment: u64,

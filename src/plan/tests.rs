@@ -258,6 +258,43 @@ fn a_cut_that_leaves_a_gap_fails_the_audit() {
 }
 
 #[test]
+fn reads_cut_no_element_that_is_permuted_or_cast() {
+    let tensors: &[(&str, Dtype, &[u64])] = &[
+        ("a", Dtype::U8, &[3]),
+        ("b", Dtype::F32, &[300, 7]),
+        ("c", Dtype::F16, &[900]),
+        ("d", Dtype::F64, &[100, 40]),
+    ];
+    let checkpoint = checkpoint(tensors, None);
+    let rules = Rules::new().replicate("a").replicate("b").transpose().cast(Dtype::Bf16);
+    let rules = rules.replicate("c").cast(Dtype::F32).shard("d", 0).transpose();
+    let plan = Plan::new(&checkpoint, &rules, &World::host(2)).unwrap();
+    for (alignment, cut_chunk) in [(1, 1000), (512, 1024), (4096, 8192)] {
+        let reads = Reads::new(&plan, Cutting { chunk: 1 << 20, cut_chunk, alignment, direct: true }, |_| true);
+        let (mut cursor, mut landed, mut pieces) = (Cursor::default(), 0, Vec::new());
+        let mut at = 128;
+        while let Some((op, behind)) = reads.next(&cursor) {
+            cursor = behind;
+            assert_eq!((op.extent.start, op.direct), (at, false));
+            at = op.extent.end;
+            assert!(at.next_multiple_of(alignment) - op.extent.start / alignment * alignment <= cut_chunk);
+            pieces.clear();
+            reads.pieces(&op, &mut pieces);
+            for piece in &pieces {
+                let dest = &plan.rank(piece.rank).dests[piece.dest as usize];
+                let tensor = plan.tensor(plan.rank(piece.rank).pieces[dest.pieces.start as usize].tensor);
+                let (element, offset) =
+                    (u64::from(tensor.dtype.bits()) / 8, op.extent.start + piece.src - tensor.start);
+                assert!(offset.is_multiple_of(element) && piece.run.is_multiple_of(element), "{piece:?}");
+                landed += piece.landed_bytes();
+            }
+        }
+        assert_eq!(landed, plan.bytes_on(Rank(0)) + plan.bytes_on(Rank(1)));
+        assert_eq!(at, 128 + checkpoint.bytes());
+    }
+}
+
+#[test]
 fn empty_shards_have_no_pieces() {
     let checkpoint = checkpoint(&[("w", Dtype::F32, &[9, 2]), ("none", Dtype::F32, &[0, 2])], None);
     let rules = Rules::new().shard("*", ShardRule::dim(0).split(Split::Ceil));

@@ -1,13 +1,13 @@
 //! The library's name for the loader, and the kernels compiled for the host.
 
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::{env, fs};
 
 fn main() {
     // Whoever asks for `libcuda.so` gets the twin once it was loaded, by whatever path.
     println!("cargo::rustc-cdylib-link-arg=-Wl,-soname,libcuda.so");
     println!("cargo::rustc-check-cfg=cfg(host_kernels)");
-    let here = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets it"));
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (shim, kernels) = (here.join("shim"), here.join("../../kernels"));
     for folder in [&shim, &kernels] {
         println!("cargo::rerun-if-changed={}", folder.display());

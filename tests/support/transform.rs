@@ -1,4 +1,5 @@
-//! What casts and permutations make of a tensor, element by element. Shares no code with the crate but the names of types.
+//! What casts and permutations make of a tensor, element by element. Shares no code with the crate but the names of
+//! types.
 
 use half::{bf16, f16};
 use shardlift::Dtype;

@@ -61,6 +61,15 @@ pub(crate) fn calls(name: Option<&str>) -> u64 {
     unsafe { function::<extern "C" fn(*const c_char) -> u64>(c"simcuda_calls")(text(&name)) }
 }
 
+/// The context that is current on this thread, as a number; 0 for none.
+pub(crate) fn current_context() -> usize {
+    let mut context = 0;
+    // SAFETY: as the driver declares it: it writes a handle.
+    let result = unsafe { function::<extern "C" fn(*mut usize) -> i32>(c"cuCtxGetCurrent")(&raw mut context) };
+    assert!(result == 0 || result == 3, "{result}"); // 3: not initialised yet
+    context
+}
+
 /// How much was not returned to the driver.
 pub(crate) fn live() -> u64 {
     // SAFETY: as exported by the twin.
@@ -106,6 +115,7 @@ fn text(text: &Option<CString>) -> *const c_char {
 }
 
 /// A command whose process finds the twin under both names of the driver, and none of our settings.
+#[expect(clippy::disallowed_methods, reason = "what the tests' own environment says must not reach the process")]
 pub(crate) fn command(binary: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(binary);
     for (name, _) in env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SIMCUDA_")) {

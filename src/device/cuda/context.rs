@@ -52,18 +52,16 @@ pub(super) fn device_count() -> Result<u32> {
 
 /// The GPU with this number, without a context on it.
 pub(super) fn device(ordinal: u32) -> Result<RawDevice> {
-    let count = device_count()?;
+    library()?;
     // SAFETY: the driver is loaded.
     match unsafe { driver::device(ordinal) } {
         Ok(device) => Ok(device),
         Err(failure) if failure.is_no_device() => {
-            Err(Error::new(ErrorKind::Device, format!("no such device: cuda:{ordinal}")).with_expected(
-                match count {
-                    0 => "a machine with a GPU".to_owned(),
-                    count => format!("a device below {count}"),
-                },
-                format!("cuda:{ordinal}"),
-            ))
+            let expected = match device_count()? {
+                0 => "a machine with a GPU".to_owned(),
+                count => format!("a device below {count}"),
+            };
+            Err(Error::new(ErrorKind::Device, "no such device").with_expected(expected, format!("cuda:{ordinal}")))
         }
         Err(failure) => Err(error(ordinal, failure)),
     }
@@ -81,6 +79,7 @@ pub(super) struct Context {
     ordinal: u32,
     device: RawDevice,
     raw: RawContext,
+    multiprocessors: u32,
     /// Where the device's memory pool is asked, and digests are taken.
     service: OnceLock<RawStream>,
     module: OnceLock<Module>,
@@ -95,13 +94,27 @@ impl Context {
     /// Retains the primary context of the GPU with this number; the caller's current context stays what it was.
     pub(super) fn open(ordinal: u32) -> Result<Arc<Context>> {
         let device = device(ordinal)?;
-        // SAFETY: the driver is loaded, the device exists.
+        // SAFETY: the driver is loaded, the device exists, here and below.
+        let multiprocessors = unsafe { driver::attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) };
+        let multiprocessors = multiprocessors.map_err(|failure| error(ordinal, failure))?.max(1) as u32;
+        // SAFETY: as above.
         let raw = unsafe { driver::retain_primary_context(device) }.map_err(|failure| error(ordinal, failure))?;
-        Ok(Arc::new(Context { ordinal, device, raw, service: OnceLock::new(), module: OnceLock::new() }))
+        Ok(Arc::new(Context {
+            ordinal,
+            device,
+            raw,
+            multiprocessors,
+            service: OnceLock::new(),
+            module: OnceLock::new(),
+        }))
     }
 
     pub(super) fn ordinal(&self) -> u32 {
         self.ordinal
+    }
+
+    pub(super) fn multiprocessors(&self) -> u32 {
+        self.multiprocessors
     }
 
     pub(super) fn device(&self) -> RawDevice {

@@ -12,8 +12,8 @@ use crate::stride::{Loop, bytes_moved};
 /// Threads of a block, of every kernel.
 const THREADS: u32 = 256;
 
-/// Most blocks of a launch: the kernels stride over their grid, and this fills any device several times over.
-const BLOCKS_MAX: u64 = 4096;
+/// Most blocks of a launch for each multiprocessor: the kernels stride over their grid, and this fills the device.
+const BLOCKS_EACH: u32 = 8;
 
 /// The side of the tiles that the transposing kernels work on.
 const TILE: u64 = 32;
@@ -82,7 +82,7 @@ pub(super) unsafe fn copy(context: &Context, copy: &RawCopy, src: u64, stream: R
     let (mut src, mut dst, mut run) = (src, copy.dst, copy.run);
     let launch = |name: &CStr, items: u64, parameters: &mut [*mut c_void]| {
         let function = module.function(name)?;
-        let blocks = items.div_ceil(u64::from(THREADS)).clamp(1, BLOCKS_MAX) as u32;
+        let blocks = blocks(context, items);
         // SAFETY: the caller's duties; the parameters are those of the kernel's declaration, in order.
         unsafe { driver::launch(function, blocks, THREADS, stream, parameters) }
     };
@@ -125,7 +125,7 @@ pub(super) unsafe fn digest(context: &Context, address: u64, bytes: u64) -> Resu
     let module = context.module()?;
     let stream = context.service()?;
     let (mut src, mut length) = (address, bytes);
-    let blocks = bytes.div_ceil(8 * u64::from(THREADS)).clamp(1, BLOCKS_MAX) as u32;
+    let blocks = blocks(context, bytes.div_ceil(8));
     let mut sum = [0; 8];
     context.with(|| {
         let function = module.function(c"shardlift_digest")?;
@@ -144,6 +144,12 @@ pub(super) unsafe fn digest(context: &Context, address: u64, bytes: u64) -> Resu
         }
     })?;
     Ok(u64::from_le_bytes(sum))
+}
+
+/// How many blocks work on this many items.
+fn blocks(context: &Context, items: u64) -> u32 {
+    let most = u64::from(context.multiprocessors() * BLOCKS_EACH);
+    items.div_ceil(u64::from(THREADS)).clamp(1, most) as u32
 }
 
 impl Kernel {

@@ -96,21 +96,18 @@ impl Memory {
 
     /// Memory of one tensor, such that a `CudaSlice` can own it: it frees with `cuMemFreeAsync`.
     pub(super) fn pooled(context: &Arc<Context>, bytes: usize) -> Result<Memory> {
-        let (address, kind) = if context.has(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED) {
-            let stream = context.service()?;
-            // SAFETY: the context is current, the stream is its own.
-            let allocate = || unsafe {
-                let address = driver::allocate_async(bytes.max(1), stream)?;
-                // Then it is there for every stream.
-                driver::synchronize(stream).map(|()| address)
-            };
-            (context.with(allocate), Kind::Pooled)
-        } else {
-            // SAFETY: the context is current.
-            (context.with(|| unsafe { driver::allocate(bytes.max(1)) }), Kind::Plain)
-        };
+        if !context.has(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED) {
+            return Memory::plain(context, bytes);
+        }
+        let stream = context.service()?;
+        // SAFETY: the context is current, the stream is its own.
+        let address = context.with(|| unsafe { driver::allocate_async(bytes.max(1), stream) });
         let address = address.map_err(|error| sized(error, bytes))?;
-        Ok(Memory { context: Arc::clone(context), address, kind })
+        let memory = Memory { context: Arc::clone(context), address, kind: Kind::Pooled };
+        // Then it is there for every stream.
+        // SAFETY: as above.
+        context.with(|| unsafe { driver::synchronize(stream) })?;
+        Ok(memory)
     }
 
     /// Memory of the caller's at this address, which `keep` keeps alive.

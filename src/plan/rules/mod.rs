@@ -19,9 +19,9 @@ use crate::extent::Rank;
 /// one that matches a tensor's name decides.
 ///
 /// In a pattern `*` is one dot-separated segment or a part of one, `**` any number of segments (also none), `{a,b}`
-/// alternatives, and `\` takes the next character as it is. A tensor that no rule matches is an error, and so is a rule that matches no tensor unless
-/// it is [`optional`](Rules::optional): a typo must not silently replicate a model. Patterns are checked when a plan
-/// is made.
+/// alternatives, and `\` takes the next character as it is. A tensor that no rule matches is an error, and so is a
+/// rule that matches no tensor unless it is [`optional`](Rules::optional): a typo must not silently replicate a model.
+/// Patterns are checked when a plan is made.
 ///
 /// ```
 /// use shardlift::plan::{Rules, ShardRule};
@@ -154,8 +154,8 @@ impl Rules {
         self
     }
 
-    /// Tensors of the rule added last are cast: their elements become of type `to`, which is BF16, F16 or F32. They must be
-    /// of one of these, or of F8_E4M3 or F8_E5M2 without a tensor of scales beside them.
+    /// Tensors of the rule added last are cast: their elements become of type `to`, which is BF16, F16 or F32. They
+    /// must be of one of these, or of F8_E4M3 or F8_E5M2 without a tensor of scales beside them.
     pub fn cast(self, to: Dtype) -> Rules {
         self.wrap("cast", |x| Expr::Cast { x, to })
     }
@@ -180,8 +180,8 @@ impl Rules {
     }
 
     /// A further destination `name` that shares the memory of the destination `of` (tied weights), which is no alias
-    /// itself. If `of` is left out by [`keeping`](Rules::keeping) or [`skipping`](Rules::skipping), its first alias that
-    /// is not holds its bytes instead.
+    /// itself. If `of` is left out by [`keeping`](Rules::keeping) or [`skipping`](Rules::skipping), its first alias
+    /// that is not holds its bytes instead.
     pub fn alias(mut self, name: impl Into<String>, of: impl Into<String>) -> Rules {
         self.aliases.push(AliasRule { name: name.into(), of: of.into() });
         self

@@ -28,7 +28,7 @@ impl<T> Out<T> {
     }
 
     /// Whether the caller wants no result.
-    pub(crate) fn is_null(self) -> bool {
+    pub(crate) fn is_null(&self) -> bool {
         self.0.is_null()
     }
 
@@ -76,7 +76,7 @@ impl<T: Copy> In<T> {
     }
 
     /// Whether there is none.
-    pub(crate) fn is_null(self) -> bool {
+    pub(crate) fn is_null(&self) -> bool {
         self.0.is_null()
     }
 
@@ -155,17 +155,6 @@ pub struct AllocationProp {
 pub struct AccessDesc {
     pub location: Location,
     pub flags: u32,
-}
-
-/// `CUipcMemHandle`.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct IpcHandle {
-    pub pid: i32,
-    pub fd: i32,
-    pub bytes: u64,
-    pub device: i32,
-    pub reserved: [u8; 44],
 }
 
 /// A handle that the caller may leave out.

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::thread::ThreadId;
 
-use crate::code::{Code, INVALID_CONTEXT, INVALID_DEVICE, Result};
+use crate::code::{CONTEXT_IS_DESTROYED, Code, INVALID_CONTEXT, INVALID_DEVICE, Result};
 use crate::handle::Handle;
 use crate::hazard::QueueId;
 use crate::sim::{Guard, Sim};
@@ -88,10 +88,7 @@ impl Guard {
         if handle == 0 {
             return Err(INVALID_CONTEXT);
         }
-        let Ok(context) = self.contexts.get(handle) else {
-            self.violation("the current context was destroyed");
-            return Err(INVALID_CONTEXT);
-        };
+        let context = self.contexts.get(handle).map_err(|_| CONTEXT_IS_DESTROYED)?;
         match context.lost {
             Some(code) if !self.releasing() => Err(code),
             _ => Ok(handle),

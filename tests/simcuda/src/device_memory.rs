@@ -42,8 +42,6 @@ pub(crate) enum Kind {
     Pool,
     /// `cuMemMap` of the physical allocation with this number.
     Mapped(u64),
-    /// `cuIpcOpenMemHandle`.
-    Opened,
 }
 
 /// Bytes that copies and kernels may touch.

@@ -1,8 +1,6 @@
 //! Kernels compiled for the host, and the PTX that must have them too.
 
-use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
-use std::sync::Once;
 
 use crate::handle::Handle;
 
@@ -86,13 +84,9 @@ impl Kernel {
 
 impl Launch {
     pub(crate) fn run(&self) {
-        static HANDLER: Once = Once::new();
-        HANDLER.call_once(install_handler);
         let mut arguments: Vec<*mut c_void> =
             self.arguments.iter().map(|argument| argument.as_ptr().cast_mut().cast()).collect();
-        RUNNING.set(self.kernel.0.name);
         (self.kernel.0.launch)(arguments.as_mut_ptr(), self.grid.as_ptr(), self.block.as_ptr(), self.shared_bytes);
-        RUNNING.set(std::ptr::null());
     }
 }
 
@@ -127,55 +121,6 @@ pub(crate) fn newest_version(driver: i32) -> u32 {
         12080..12090 => 87,
         12090..13000 => 88,
         _ => 90 + (driver as u32 - 13000) / 10,
-    }
-}
-
-thread_local! {
-    /// The name of the kernel that this thread runs.
-    static RUNNING: Cell<*const c_char> = const { Cell::new(std::ptr::null()) };
-}
-
-/// A kernel that touches what it must not dies with its name.
-fn install_handler() {
-    // SAFETY: the handler only writes and restores the default action; the structure is filled whole.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        libc::sigaction(libc::SIGSEGV, std::ptr::null(), &mut action);
-        let earlier = action.sa_sigaction;
-        EARLIER.store(earlier, std::sync::atomic::Ordering::Relaxed);
-        action.sa_sigaction = on_fault as *const () as usize;
-        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-        libc::sigaction(libc::SIGSEGV, &action, std::ptr::null_mut());
-    }
-}
-
-static EARLIER: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-
-extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut c_void) {
-    let name = RUNNING.get();
-    if !name.is_null() {
-        let say = |text: &[u8]| {
-            // SAFETY: write is allowed in a handler; the text is constant.
-            unsafe { libc::write(2, text.as_ptr().cast(), text.len()) };
-        };
-        say(b"simcuda: VIOLATION cuLaunchKernel: ");
-        // SAFETY: a constant C string of the table.
-        say(unsafe { CStr::from_ptr(name) }.to_bytes());
-        say(b" touched memory outside every allocation\n");
-        // SAFETY: allowed in a handler.
-        unsafe { libc::abort() }
-    }
-    match EARLIER.load(std::sync::atomic::Ordering::Relaxed) {
-        // SAFETY: the default action, which the instruction meets when it is tried again.
-        libc::SIG_DFL | libc::SIG_IGN => unsafe {
-            libc::signal(signal, libc::SIG_DFL);
-        },
-        earlier => {
-            // SAFETY: an address that sigaction gave as a handler. One without SA_SIGINFO ignores what it gets more.
-            let earlier: extern "C" fn(i32, *mut libc::siginfo_t, *mut c_void) =
-                unsafe { std::mem::transmute(earlier) };
-            earlier(signal, info, context);
-        }
     }
 }
 

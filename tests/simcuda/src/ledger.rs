@@ -117,7 +117,7 @@ impl Ledger {
         *bytes += more;
         *self.copies.entry(if strided { "2d" } else { "1d" }).or_default() += 1;
         if matches!(traffic, Traffic::In(_) | Traffic::Out(_)) {
-            counts.busy_ns += span.end - span.start;
+            counts.busy_ns += span.busy;
             self.first_start = if self.first_start == 0 { span.start } else { self.first_start.min(span.start) };
             self.last_end = self.last_end.max(span.end);
         }
@@ -149,7 +149,6 @@ impl Sim {
         live.extend(self.memory.iter().filter(|(_, range)| !range.freed).map(|(_, range)| match range.kind {
             Kind::Plain | Kind::Pool => ("device memory", range.made),
             Kind::Mapped(_) => ("mapping", range.made),
-            Kind::Opened => ("opened memory", range.made),
         }));
         live.extend(self.host.iter().map(|(_, range)| match range.registered {
             true => ("registered memory", range.made),
@@ -208,8 +207,8 @@ impl Sim {
 
 extern "C" fn at_exit() {
     let sim = lock();
-    if let Some(path) = &sim.config.ledger
-        && let Err(error) = fs::write(path, sim.report())
+    if let Some(path) = sim.config.ledger.as_ref().map(|path| path.replace("%p", &std::process::id().to_string()))
+        && let Err(error) = fs::write(&path, sim.report())
     {
         eprintln!("simcuda: SIMCUDA_LEDGER={path}: {error}");
     }

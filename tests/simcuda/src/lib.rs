@@ -19,7 +19,7 @@
 //! | `SIMCUDA_CHECK` | 0: sources are not compared; 1: samples of them (default); 2: all of them |
 //! | `SIMCUDA_POISON=0` | fresh memory is not filled with 0xCD |
 //! | `SIMCUDA_STRICT=0` | violations are counted, and do not abort |
-//! | `SIMCUDA_LEDGER` | a file that gets everything counted, as JSON, at exit |
+//! | `SIMCUDA_LEDGER` | a file that gets everything counted, as JSON, at exit; `%p` in its name is the process |
 //! | `SIMCUDA_LEAKS` | `ignore`, or `abort` instead of a line on stderr |
 
 pub mod abi;
@@ -27,6 +27,7 @@ pub mod api;
 pub mod code;
 mod config;
 mod context;
+mod crash;
 mod device_memory;
 mod faults;
 pub mod handle;

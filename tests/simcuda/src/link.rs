@@ -22,13 +22,53 @@ pub(crate) enum Direction {
 pub(crate) struct Span {
     pub(crate) start: u64,
     pub(crate) end: u64,
+    /// How long the link itself is taken; the rest is waiting for what all devices share.
+    pub(crate) busy: u64,
 }
 
-/// The links of all devices: until when each is taken.
+/// The links of all devices.
 pub(crate) struct Links {
     rates: Rates,
-    devices: Vec<[u64; 2]>,
-    root: [u64; 2],
+    devices: Vec<[Calendar; 2]>,
+    root: [Calendar; 2],
+}
+
+/// When something is taken: intervals in order, none touching the next.
+#[derive(Clone, Default)]
+struct Calendar(Vec<(u64, u64)>);
+
+impl Calendar {
+    /// Takes `length` of the free time from `from` on, in pieces if need be, so that no time is lost to the order in
+    /// which copies were submitted. Nothing is asked for before `now` any more.
+    fn book(&mut self, now: u64, from: u64, length: u64) -> (u64, u64) {
+        self.0.retain(|(_, end)| *end > now);
+        let (mut at, mut left) = (from, length);
+        let mut start = None;
+        let mut taken = Vec::new();
+        for (busy, until) in self.0.iter().copied().chain([(u64::MAX, u64::MAX)]) {
+            if at < busy {
+                let piece = left.min(busy - at);
+                start.get_or_insert(at);
+                taken.push((at, at + piece));
+                left -= piece;
+                if left == 0 {
+                    break;
+                }
+            }
+            at = at.max(until);
+        }
+        let end = taken.last().map_or(from, |(_, end)| *end);
+        self.0.append(&mut taken);
+        self.0.sort_unstable();
+        self.0.dedup_by(|next, last| {
+            let touches = next.0 <= last.1;
+            if touches {
+                last.1 = last.1.max(next.1);
+            }
+            touches
+        });
+        (start.unwrap_or(from), end)
+    }
 }
 
 impl Rates {
@@ -52,21 +92,19 @@ fn rate(text: &str) -> Option<f64> {
 
 impl Links {
     pub(crate) fn new(rates: Rates, devices: usize) -> Links {
-        Links { rates, devices: vec![[0; 2]; devices], root: [0; 2] }
+        Links { rates, devices: vec![Default::default(); devices], root: Default::default() }
     }
 
     /// Books `bytes` on a device's link: not before `submitted` and the latency, not before `after`, where the stream is.
     pub(crate) fn book(&mut self, device: usize, direction: Direction, bytes: u64, submitted: u64, after: u64) -> Span {
         let way = direction as usize;
-        let start = (submitted + self.rates.latency_ns).max(after).max(self.devices[device][way]);
-        let mut end = start + (bytes as f64 / self.rates.link) as u64;
+        let from = (submitted + self.rates.latency_ns).max(after);
+        let busy = (bytes as f64 / self.rates.link) as u64;
+        let (start, mut end) = self.devices[device][way].book(submitted, from, busy);
         if let Some(rate) = self.rates.root {
-            let taken = self.root[way].max(start) + (bytes as f64 / rate) as u64;
-            self.root[way] = taken;
-            end = end.max(taken);
+            end = end.max(self.root[way].book(submitted, start, (bytes as f64 / rate) as u64).1);
         }
-        self.devices[device][way] = end;
-        Span { start, end }
+        Span { start, end, busy }
     }
 }
 
@@ -80,13 +118,16 @@ mod tests {
         assert_eq!(Rates::parse("x"), None);
         assert_eq!(Rates::parse("-1"), None);
         let mut links = Links::new(Rates::parse("2,5,root=3").unwrap(), 2);
-        let first = links.book(0, Direction::In, 6_000, 10_000, 0);
-        assert_eq!(first, Span { start: 15_000, end: 18_000 });
+        let span = |start, end| Span { start, end, busy: 3_000 };
+        assert_eq!(links.book(0, Direction::In, 6_000, 10_000, 0), span(15_000, 18_000));
         // The same link: after the first, although it was submitted with it.
-        assert_eq!(links.book(0, Direction::In, 6_000, 10_000, 0), Span { start: 18_000, end: 21_000 });
+        assert_eq!(links.book(0, Direction::In, 6_000, 10_000, 0), span(18_000, 21_000));
         // The other way is free.
-        assert_eq!(links.book(0, Direction::Out, 6_000, 10_000, 0), Span { start: 15_000, end: 18_000 });
-        // Another device waits for the root only: 2000 ns for each of three.
-        assert_eq!(links.book(1, Direction::In, 6_000, 10_000, 0), Span { start: 15_000, end: 22_000 });
+        assert_eq!(links.book(0, Direction::Out, 6_000, 10_000, 0), span(15_000, 18_000));
+        // Another device waits for the root only, which is taken until 17 and from 18 to 20 thousand.
+        assert_eq!(links.book(1, Direction::In, 6_000, 10_000, 0), span(15_000, 21_000));
+        // What waits for something else leaves the link to those that do not.
+        assert_eq!(links.book(0, Direction::Out, 6_000, 10_000, 30_000), span(30_000, 33_000));
+        assert_eq!(links.book(0, Direction::Out, 6_000, 10_000, 0), span(18_000, 21_000));
     }
 }

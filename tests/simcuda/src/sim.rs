@@ -150,7 +150,6 @@ impl Sim {
             MemoryKind::Plain | MemoryKind::Pool => {
                 self.devices[range.device].used -= DeviceMemory::quota(range.bytes);
             }
-            MemoryKind::Opened => {}
         }
     }
 }

@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::code::{ILLEGAL_ADDRESS, INVALID_HANDLE, Result};
+use crate::crash::watched;
 use crate::device_memory::Use;
 use crate::handle::Handle;
 use crate::hazard::{Clock, FlightId, QueueId, merge};
@@ -224,7 +225,7 @@ impl Guard {
         let span = match (&mut self.links, request.traffic) {
             (Some(links), Some(Traffic::In(bytes))) => links.book(device, Direction::In, bytes, now, after),
             (Some(links), Some(Traffic::Out(bytes))) => links.book(device, Direction::Out, bytes, now, after),
-            (Some(_), _) => Span { start: after.max(now), end: after.max(now) },
+            (Some(_), _) => Span { start: after.max(now), end: after.max(now), busy: 0 },
             (None, _) => Span::default(),
         };
         let due = if request.traffic.is_some() { now + self.delay_ns() } else { 0 };
@@ -323,9 +324,10 @@ fn work(id: QueueId, wake: &Condvar) {
         if runs {
             drop(sim);
             begin = monotonic_ns();
-            if op.request.traffic.is_some() {
+            if let Some(traffic) = op.request.traffic {
+                let kernel = if let Traffic::Kernel(name) = traffic { name } else { "a copy" };
                 let before = thread_cpu_ns();
-                op.request.work.run();
+                watched(op.request.call, kernel, || op.request.work.run());
                 copy_ns = thread_cpu_ns() - before;
             } else {
                 op.request.work.run();
@@ -410,7 +412,8 @@ impl Sim {
         if let Some(traffic) = op.request.traffic.filter(|_| ran) {
             let start = if op.span.start > 0 { op.span.start } else { begin };
             let strided = op.request.reads.into_iter().chain(op.request.writes).any(|region| region.rows > 1);
-            self.ledger.copied(device, traffic, strided, Span { start, end });
+            let busy = if op.span.end > 0 { op.span.busy } else { end - start };
+            self.ledger.copied(device, traffic, strided, Span { start, end, busy });
         }
         self.queues
             .values()

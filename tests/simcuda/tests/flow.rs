@@ -1,5 +1,7 @@
 //! A flow of all that a loader does, through unmodified cudarc, on the twin.
 
+#![allow(clippy::undocumented_unsafe_blocks, reason = "calls of the driver, whose twin checks what it gets")]
+
 #[path = "../../support/twin.rs"]
 mod twin;
 

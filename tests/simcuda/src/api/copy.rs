@@ -17,6 +17,9 @@ enum Side {
     Device(Region),
 }
 
+/// Which side a region is on.
+type MakeSide = fn(Region) -> Side;
+
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemcpyHtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: Handle) -> Code {
     call("cuMemcpyHtoDAsync_v2", |sim| plain(sim, from, to, bytes, (Side::Host, Side::Device), Some(stream)))
@@ -97,7 +100,7 @@ fn plain(
     from: u64,
     to: u64,
     bytes: usize,
-    sides: (fn(Region) -> Side, fn(Region) -> Side),
+    sides: (MakeSide, MakeSide),
     stream: Option<Handle>,
 ) -> Result {
     let region = |start| Region::flat(start, bytes as u64);

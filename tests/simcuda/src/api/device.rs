@@ -84,7 +84,7 @@ pub extern "C" fn cuDeviceGetAttribute(value: Out<i32>, attribute: u32, device: 
 pub extern "C" fn cuDeviceGetPCIBusId(id: Out<c_char>, capacity: i32, device: i32) -> Code {
     call("cuDeviceGetPCIBusId", |sim| {
         let index = sim.device(device)?;
-        id.set_text(&format!("0000:{:02X}:00.0", bus(index)), capacity)
+        id.set_text(&format!("{DOMAIN:04X}:{:02X}:00.0", bus(index)), capacity)
     })
 }
 
@@ -176,7 +176,10 @@ fn own_symbol(name: &str) -> Option<*mut c_void> {
     })
 }
 
-/// Where the first device sits on its bus.
+/// A PCI domain that no machine has, so that nobody finds a real device under the twin's addresses.
+const DOMAIN: i32 = 0x51C0;
+
+/// The bus of a device.
 fn bus(index: usize) -> usize {
     index + 0x17
 }
@@ -198,7 +201,7 @@ impl Sim {
             13 => 1_980_000,   // kHz
             14 => 512,         // texture alignment
             15 | 19 | 31 => 1, // overlap, mapped host memory, concurrent kernels
-            16 => 132,         // multiprocessors
+            16 => 2,           // multiprocessors: few, since their threads run one after the other
             32 => 1,           // ECC
             33 => bus(device) as i32,
             36 => 3_201_000, // memory, kHz
@@ -207,11 +210,12 @@ impl Sim {
             39 => 2048,      // threads per multiprocessor
             40 => 3,         // copy engines
             41 => 1,         // unified addresses
-            75 => 9,         // compute capability
+            50 => DOMAIN,
+            75 => 9, // compute capability
             76 => 0,
-            78 | 79 | 80 => 1, // priorities, caches
-            81 => 228 << 10,   // shared memory per multiprocessor
-            83 => 0,           // managed memory: none here
+            78..=80 => 1,    // priorities, caches
+            81 => 228 << 10, // shared memory per multiprocessor
+            83 => 0,         // managed memory: none here
             88 => i32::from(self.config.host_page_tables),
             90 | 91 | 95 => 1, // preemption, host pointers of registered memory, cooperative launch
             97 => 227 << 10,   // shared memory per block, opted in

@@ -115,7 +115,6 @@ pub extern "C" fn cuFuncSetAttribute(function: Handle, attribute: u32, value: i3
 }
 
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the driver's function")]
 pub extern "C" fn cuLaunchKernel(
     function: Handle,
     grid_x: u32,
@@ -130,10 +129,10 @@ pub extern "C" fn cuLaunchKernel(
     extra: In<*mut c_void>,
 ) -> Code {
     call("cuLaunchKernel", |sim| {
+        let context = sim.context()?;
         let queue =
             sim.own_stream(stream).map_err(|code| if code == INVALID_CONTEXT { INVALID_HANDLE } else { code })?;
         let (module_context, kernel, most_shared) = sim.function(function)?;
-        let context = sim.context()?;
         let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
         let threads = block.iter().try_fold(1_u32, |all, side| all.checked_mul(*side)).unwrap_or(u32::MAX);
         let fits = grid.iter().all(|side| *side > 0)

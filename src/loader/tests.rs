@@ -1,0 +1,77 @@
+use std::any::Any;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use safetensors::tensor::{Dtype, TensorView};
+
+use super::*;
+use crate::pipeline::{Allocation, HostDevice, Op, Queue};
+
+/// A device whose driver never comes back from a call.
+#[derive(Debug)]
+struct Gone;
+
+impl Device for Gone {
+    fn name(&self) -> String {
+        "gone".into()
+    }
+
+    fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
+        Ok(Some(Box::new(GoneQueue)))
+    }
+
+    fn block(&self, bytes: usize) -> Result<Allocation> {
+        HostDevice.block(bytes)
+    }
+
+    fn tensor(&self, bytes: usize, alignment: usize) -> Result<Allocation> {
+        HostDevice.tensor(bytes, alignment)
+    }
+
+    unsafe fn lent(&self, address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
+        // SAFETY: the same duties.
+        unsafe { HostDevice.lent(address, keep) }
+    }
+}
+
+struct GoneQueue;
+
+impl Queue for GoneQueue {
+    unsafe fn submit(&mut self, _: Vec<Op>) -> Result<u64> {
+        loop {
+            thread::park();
+        }
+    }
+
+    fn wait(&mut self, _: Duration) -> Result<u64> {
+        Ok(0)
+    }
+
+    fn settle(&mut self, _: Duration) -> bool {
+        false
+    }
+}
+
+#[test]
+fn a_driver_that_does_not_come_back_ends_the_load() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let bytes = vec![1; 1 << 20];
+    let view = TensorView::new(Dtype::U8, vec![1 << 20], &bytes).unwrap();
+    safetensors::serialize_to_file([("a", view)], None, &path).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let plan = Plan::new(&checkpoint, &Rules::replicate_all(), &World::host(1)).unwrap();
+    let bound = Duration::from_millis(100);
+    let loader = Loader::new().stall(bound / 2, bound);
+    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Gone)];
+    let destinations = Destinations::in_blocks(&plan, &devices).unwrap();
+    let mut running = Running::start(loader.setup(&plan, destinations, devices)).unwrap();
+    let began = Instant::now();
+    let monitor = Monitor::new(running.job());
+    let error = running.finish().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Stalled);
+    assert!(began.elapsed() < bound * 20, "{:?}", began.elapsed());
+    // What the driver may still use is kept, and counted.
+    assert!(monitor.progress().abandoned_bytes >= 1 << 20, "{:?}", monitor.progress());
+}

@@ -1,0 +1,392 @@
+//! Loads into GPUs of the driver twin: what the driver is asked for, what it gets back, and every one of its calls
+//! failing in turn. One test function for each process that is needed: faults and counts are of the whole process.
+
+#[path = "support/twin.rs"]
+mod twin;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::Value;
+use shardlift::read::EngineChoice;
+use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Plan, Rank, Result, Rules, Tensor, World};
+
+const RULES: &str = r#"
+rule = [
+  { match = "**.rows", shard = { dim = 0 } },
+  { match = "**.columns", shard = { dim = 1 } },
+  { match = "**.cast", cast = "bf16", replicate = true },
+  { match = "**.transposed", transpose = true, replicate = true },
+  { match = "**", replicate = true },
+]
+"#;
+
+/// A model of two files in which every way to a device occurs.
+fn write(folder: &Path) {
+    let shapes: [(&str, Dtype, &[usize]); 6] = [
+        ("a.rows", Dtype::BF16, &[64, 64]),
+        ("b.columns", Dtype::BF16, &[64, 1024]),
+        ("c.cast", Dtype::F32, &[33, 7]),
+        ("d.transposed", Dtype::BF16, &[40, 24]),
+        ("e.whole", Dtype::U8, &[1001]),
+        ("f.columns", Dtype::BF16, &[512, 32]),
+    ];
+    let mut state = 7u32;
+    let mut bytes = |count: usize| -> Vec<u8> {
+        let next = |_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        };
+        (0..count).map(next).collect()
+    };
+    for (file, part) in [("one", &shapes[..3]), ("two", &shapes[3..])] {
+        let size = |dtype, shape: &[usize]| shape.iter().product::<usize>() * if dtype == Dtype::F32 { 4 } else { 2 };
+        let data: BTreeMap<&str, (Dtype, &[usize], Vec<u8>)> = part
+            .iter()
+            .map(|&(name, dtype, shape)| {
+                let count = if dtype == Dtype::U8 { shape[0] } else { size(dtype, shape) };
+                (name, (dtype, shape, bytes(count)))
+            })
+            .collect();
+        let views = data
+            .iter()
+            .map(|(name, (dtype, shape, bytes))| (*name, TensorView::new(*dtype, shape.to_vec(), bytes).unwrap()));
+        safetensors::serialize_to_file(views, None, &folder.join(format!("{file}.safetensors"))).unwrap();
+    }
+}
+
+/// One way to load that is swept for faults.
+#[derive(Debug, Clone, Copy)]
+struct Way {
+    gpus: &'static [u32],
+    memory: Memory,
+    engine: EngineChoice,
+}
+
+const WAYS: [Way; 3] = [
+    Way { gpus: &[0], memory: Memory::Blocks, engine: EngineChoice::Pread },
+    Way { gpus: &[0, 1, 2, 3], memory: Memory::Blocks, engine: EngineChoice::Pread },
+    Way { gpus: &[2, 2], memory: Memory::PerTensor, engine: EngineChoice::Mmap },
+];
+
+/// Loads and checks, and gives everything back.
+fn load(plan: &Plan, way: Way) -> Result<()> {
+    let loader = Loader::new().engine(way.engine).memory(way.memory).staging(2 << 20);
+    let loader = loader.stall(Duration::from_secs(1), Duration::from_secs(10));
+    let (weights, _) = loader.load(plan)?;
+    weights.check()?;
+    Ok(())
+}
+
+/// Calls that may fail without an error: those that only give back, when nobody is left to tell, and the questions
+/// what a device can do, which then is taken to be able to do less.
+const QUIET: [&str; 14] = [
+    "cuCtxPopCurrent_v2",
+    "cuCtxPushCurrent_v2",
+    "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuEventDestroy_v2",
+    "cuMemAddressFree",
+    "cuMemFreeAsync",
+    "cuMemFree_v2",
+    "cuMemHostUnregister",
+    "cuMemRelease",
+    "cuMemUnmap",
+    "cuModuleUnload",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+];
+
+/// Calls that are made as often as time passes; the first of them stand for all.
+const ASKED_OFTEN: [&str; 4] = ["cuEventQuery", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuDeviceGetAttribute"];
+
+/// Invalid value, out of memory, illegal address, and a device that is gone.
+const CODES: [(u32, &str); 4] = [(1, ""), (2, ""), (700, "!"), (46, "!")];
+
+/// In a process of its own, by `every_call_of_a_load_can_fail`.
+#[test]
+#[ignore = "run by another test"]
+fn sweep() {
+    let way = WAYS[std::env::var("SWEEP_WAY").unwrap().parse::<usize>().unwrap()];
+    let (code, lost) = CODES[std::env::var("SWEEP_CODE").unwrap().parse::<usize>().unwrap()];
+    twin::load();
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let world = World::local(way.gpus.iter().copied());
+    let plan = Plan::new(&checkpoint, &Rules::from_toml(RULES).unwrap(), &world).unwrap();
+    // The first initialises the driver.
+    load(&plan, way).unwrap();
+    twin::reset_counts();
+    load(&plan, way).unwrap();
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    let ledger = folder.path().join("ledger.json");
+    twin::ledger(&ledger);
+    let ledger: Value = serde_json::from_slice(&std::fs::read(&ledger).unwrap()).unwrap();
+    let calls: BTreeMap<String, u64> = serde_json::from_value(ledger["calls_by_function"].clone()).unwrap();
+    let (mut tried, mut failed) = (0, 0);
+    let mut problems = Vec::new();
+    for (call, &count) in &calls {
+        let count = if ASKED_OFTEN.contains(&call.as_str()) { count.min(12) } else { count };
+        for n in 1..=count {
+            twin::reset_counts();
+            twin::fault(&format!("{call}@{n}={code}{lost}"));
+            let began = Instant::now();
+            let outcome = load(&plan, way);
+            let fired = twin::calls(Some(call)) >= n;
+            twin::fault("");
+            tried += 1;
+            failed += usize::from(outcome.is_err());
+            let problem = if began.elapsed() > Duration::from_secs(30) {
+                "took too long"
+            } else if twin::violations() > 0 {
+                "broke a rule of the driver"
+            } else if twin::live() > 0 {
+                "something was not given back"
+            } else {
+                told(&outcome, call, fired, !lost.is_empty())
+            };
+            if !problem.is_empty() {
+                problems.push(format!("call {n} of {call} answers {code}: {problem}: {outcome:?}"));
+            }
+        }
+    }
+    assert!(problems.is_empty(), "{way:?}: {}", problems.join("\n"));
+    assert!(failed * 2 > tried, "{failed} of {tried} faults were told");
+    println_result(&format!("{way:?} {code}: {tried} faults, {failed} told"));
+}
+
+/// What is wrong with how a load ended in which `call` failed, if it was made; nothing if all is well.
+fn told(outcome: &Result<()>, call: &str, fired: bool, lost: bool) -> &'static str {
+    let Err(error) = outcome else {
+        return if !fired || QUIET.contains(&call) { "" } else { "nobody was told" };
+    };
+    let message = error.to_string();
+    // A lost device may show at whichever call comes next.
+    let names_call = message.contains(call) || lost;
+    let of_copy = ["cuMemcpyHtoDAsync_v2", "cuMemcpy2DAsync_v2", "cuLaunchKernel", "cuEventRecord"].contains(&call);
+    match error.tensor() {
+        _ if !message.contains("cuda:") => "the error names no device",
+        _ if !names_call => "the error names no call",
+        None if of_copy => "the error names no tensor",
+        _ => "",
+    }
+}
+
+/// A folder with the model, the plan of it on these GPUs, and a loader for small models.
+fn rig(gpus: &[u32], engine: EngineChoice) -> (tempfile::TempDir, Plan, Loader) {
+    twin::load();
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path());
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let world = World::local(gpus.iter().copied());
+    let plan = Plan::new(&checkpoint, &Rules::from_toml(RULES).unwrap(), &world).unwrap();
+    (folder, plan, Loader::new().engine(engine).staging(2 << 20))
+}
+
+/// In a process of its own: a load asks the driver for no more than it needs, and gives all of it back.
+#[test]
+#[ignore = "run by another test"]
+fn counted() {
+    let (_folder, plan, loader) = rig(&[2, 2, 2, 2], EngineChoice::Pread);
+    assert_eq!(twin::current_context(), 0);
+    let (weights, report) = loader.load(&plan).unwrap();
+    assert_eq!(twin::current_context(), 0, "the caller's context is another one now");
+    let calls = |name| twin::calls(Some(name));
+    // One GPU in use, whatever the number of ranks on it: one context, one queue of two streams.
+    assert_eq!((calls("cuDevicePrimaryCtxRetain"), calls("cuStreamCreate")), (1, 2));
+    assert!((0..4).all(|gpu| (twin::bytes(gpu, 0) > 0) == (gpu == 2)));
+    // Two small files are at most two slots, and so few events.
+    assert!((1..=2).contains(&calls("cuEventCreate")), "{}", calls("cuEventCreate"));
+    assert_eq!(calls("cuMemHostRegister"), 1);
+    assert_eq!(calls("cuStreamSynchronize") + calls("cuCtxSynchronize") + calls("cuEventSynchronize"), 2);
+    assert_eq!(report.peak_pinned_bytes, 1 << 20);
+    drop(weights);
+    // What is kept for the next load: a pinned slot, and the context with its kernels.
+    let kept = twin::live();
+    assert!((1..=4).contains(&kept), "{kept}");
+    let (weights, _) = loader.load(&plan).unwrap();
+    assert_eq!((calls("cuMemHostRegister"), calls("cuModuleLoadData")), (1, 1));
+    let tensor = weights.tensor(Rank(3), "b.columns").unwrap().clone();
+    drop(weights);
+    loader.release();
+    assert!(twin::live() > 0, "a tensor lives");
+    assert_eq!(tensor.to_bytes().unwrap().len(), tensor.nbytes());
+    assert!(tensor.as_bytes().is_none());
+    drop(tensor);
+    drop(loader);
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+}
+
+/// In a process of its own: copies straight from a mapping pin the mapping, and no slot.
+#[test]
+#[ignore = "run by another test"]
+fn mapped() {
+    let (folder, plan, loader) = rig(&[0, 1], EngineChoice::Mmap);
+    let (weights, report) = loader.load(&plan).unwrap();
+    weights.check().unwrap();
+    let registers = std::env::var("MAPPED_REGISTERS").unwrap() == "1";
+    // Two windows, one for each small file.
+    assert_eq!(twin::calls(Some("cuMemHostRegister")), if registers { 2 } else { 0 });
+    let files: u64 = plan.checkpoint().files().iter().map(|file| file.identity.size).sum();
+    assert!((1..=files).contains(&report.peak_pinned_bytes), "{report:?}");
+    assert_eq!(report.storage_bytes_read, report.needed_bytes);
+    drop(weights);
+    // A file that was cut short since: an error, and nothing stays pinned.
+    let path = &plan.checkpoint().files()[0].path;
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap();
+    let error = loader.load(&plan).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Changed | ErrorKind::Truncated), "{error}");
+    drop((loader, folder));
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+}
+
+/// In a process of its own: a copy that fails while it runs is an error that names a tensor.
+#[test]
+#[ignore = "run by another test"]
+fn failing_late() {
+    let (_folder, plan, loader) = rig(&[0, 1], EngineChoice::Pread);
+    for n in 1..=6 {
+        twin::fault(&format!("run:copy@{n}=700!"));
+        let error = loader.load(&plan).unwrap_err();
+        twin::fault("");
+        let message = error.to_string();
+        assert_eq!(error.kind(), ErrorKind::Device, "{message}");
+        assert!(message.contains("CUDA_ERROR_ILLEGAL_ADDRESS") && message.contains("cuda:"), "{message}");
+        assert!(error.tensor().is_some() && error.at().rank.is_some(), "{message}");
+        loader.release();
+        assert_eq!((twin::live(), twin::violations()), (0, 0));
+    }
+    loader.load(&plan).unwrap().0.check().unwrap();
+}
+
+/// In a process of its own: a link that moves next to nothing ends the load; what copies still use is kept.
+#[test]
+#[ignore = "run by another test"]
+fn stalled() {
+    let (_folder, plan, loader) = rig(&[0, 1], EngineChoice::Pread);
+    let loader = loader.stall(Duration::from_millis(100), Duration::from_millis(500));
+    let began = Instant::now();
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    let error = load.finish().unwrap_err();
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    assert_eq!(error.kind(), ErrorKind::Stalled, "{error}");
+    assert!(error.tensor().is_some() && monitor.progress().abandoned_bytes > 0, "{error}");
+    drop(loader);
+    assert_eq!(twin::violations(), 0);
+    // Nothing that a copy may still write to was given back.
+    assert!(twin::live() > 0);
+}
+
+/// In a process of its own: new values land in memory that the caller has on the GPU already.
+#[test]
+#[ignore = "run by another test"]
+fn refreshed() {
+    let (_folder, plan, loader) = rig(&[1], EngineChoice::Pread);
+    for memory in [Memory::Blocks, Memory::PerTensor] {
+        let loader = Loader::new().memory(memory).staging(2 << 20);
+        let (weights, _) = loader.load(&plan).unwrap();
+        let place = |tensor: &Tensor| CallerMemory {
+            rank: tensor.rank(),
+            name: tensor.name().into(),
+            address: std::ptr::without_provenance_mut(tensor.device_ptr() as usize),
+            bytes: tensor.nbytes(),
+        };
+        let places: Vec<CallerMemory> = weights.iter().map(place).collect();
+        // SAFETY: the tensors whose memory it is live longer than the load and what it returns, and nobody reads them.
+        let load = unsafe { loader.start_into(&plan, &places) }.unwrap();
+        let (fresh, _) = load.finish().unwrap();
+        assert!(fresh.iter().zip(weights.iter()).all(|(new, old)| new.device_ptr() == old.device_ptr()));
+        fresh.check().unwrap();
+        let mut wrong = places[0].clone();
+        wrong.bytes += 1;
+        // SAFETY: refused before anything is touched.
+        assert_eq!(unsafe { loader.start_into(&plan, &[wrong]) }.unwrap_err().kind(), ErrorKind::Usage);
+    }
+    drop(loader);
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+}
+
+/// In a process of its own: a cancel and a drop leave nothing behind, and two loads share a loader.
+#[test]
+#[ignore = "run by another test"]
+fn cancelled() {
+    let (folder, plan, _) = rig(&[0, 1, 2, 3], EngineChoice::Pread);
+    let loader = Loader::new().staging(2 << 20).throttle(Some(100_000));
+    let load = loader.start(&plan).unwrap();
+    std::thread::sleep(Duration::from_millis(30));
+    let began = Instant::now();
+    load.monitor().cancel();
+    assert_eq!(load.finish().unwrap_err().kind(), ErrorKind::Cancelled);
+    drop(loader.start(&plan).unwrap());
+    assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    loader.release();
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    let loader = Loader::new().staging(2 << 20);
+    let (one, other) = (loader.start(&plan).unwrap(), loader.start(&plan).unwrap());
+    other.finish().unwrap().0.check().unwrap();
+    one.finish().unwrap().0.check().unwrap();
+    drop((loader, folder));
+    assert_eq!((twin::live(), twin::violations()), (0, 0));
+}
+
+#[expect(clippy::print_stdout, reason = "figures for whoever reads the test's output")]
+fn println_result(text: &str) {
+    println!("{text}");
+}
+
+/// Runs an ignored test of this file in a process of its own.
+fn child(test: &str, env: &[(&str, String)]) {
+    let mut command = twin::command(std::env::current_exe().unwrap());
+    command.args(["--ignored", "--exact", test, "--nocapture"]);
+    command.envs(env.iter().map(|(name, value)| (*name, value.as_str())));
+    let output = command.output().unwrap();
+    let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
+    assert!(output.status.success(), "{test} {env:?}: {text}");
+    assert!(text.contains("1 passed"), "{test}: {text}");
+    println_result(&text);
+}
+
+#[test]
+fn every_call_of_a_load_can_fail() {
+    for way in 0..WAYS.len() {
+        for code in 0..CODES.len() {
+            child("sweep", &[("SWEEP_WAY", way.to_string()), ("SWEEP_CODE", code.to_string())]);
+        }
+    }
+}
+
+#[test]
+fn a_load_asks_for_what_it_needs_and_gives_it_back() {
+    child("counted", &[]);
+}
+
+#[test]
+fn mappings_are_copied_from_where_the_driver_can() {
+    let (on, off) = ("1".to_owned(), "0".to_owned());
+    child("mapped", &[("MAPPED_REGISTERS", on.clone())]);
+    child("mapped", &[("MAPPED_REGISTERS", off), ("SIMCUDA_HOST_PAGE_TABLES", on)]);
+}
+
+#[test]
+fn copies_that_fail_late_are_told() {
+    child("failing_late", &[]);
+}
+
+#[test]
+fn memory_of_the_caller_on_a_gpu_is_filled() {
+    child("refreshed", &[]);
+}
+
+#[test]
+fn cancels_and_neighbours_leave_nothing_behind() {
+    child("cancelled", &[]);
+}
+
+#[test]
+fn a_link_that_stands_still_ends_the_load() {
+    child("stalled", &[("SIMCUDA_LINK", "0.00001".into()), ("SIMCUDA_LEAKS", "ignore".into())]);
+}
