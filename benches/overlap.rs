@@ -16,7 +16,7 @@ use rustix::time::ClockId;
 use serde_json::{Value, json};
 use shardlift::read::EngineChoice;
 use shardlift::{Checkpoint, Loader, Plan, Rules, World, limits};
-use support::{ledger, load_again, median, seconds, twin, write_model};
+use support::{ledger, load_again, median, memory_of, seconds, twin, write_model};
 
 /// Bytes per second.
 const STORAGE: f64 = 400e6;
@@ -110,10 +110,11 @@ fn one(folder: &Path, way: &str, devices: u32, runs: usize) -> io::Result<()> {
         weights.check().map_err(io::Error::other)?;
     }
     let (mut model, mut wall, mut busiest) = (Vec::new(), Vec::new(), 0);
+    let memory = memory_of(&weights);
     for _ in 0..runs {
         twin::reset_counts();
         let began = seconds(ClockId::Monotonic);
-        load_again(&loader, &weights)?;
+        load_again(&loader, &weights, &memory)?;
         wall.push(seconds(ClockId::Monotonic) - began);
         let ledger = ledger(folder)?;
         model.push(ledger["last_copy_end_ns"].as_f64().expect("a number") / 1e9 - began);

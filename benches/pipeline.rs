@@ -19,7 +19,7 @@ use rustix::time::ClockId;
 use serde_json::{Value, json};
 use shardlift::read::{Engine, Next, Pread, Request, Work};
 use shardlift::{Checkpoint, Loader, Plan, Result, Rules, World};
-use support::{ledger, load_again, median, seconds, twin, write_model};
+use support::{ledger, load_again, median, memory_of, seconds, twin, write_model};
 
 /// What the pipeline may take for this many bytes, and what small tensors must keep of the speed of large ones.
 const PER_BYTES: f64 = (16 << 20) as f64;
@@ -133,11 +133,12 @@ fn one(folder: &Path, devices: u32, runs: usize) -> io::Result<()> {
     }
     let mut figures: [Vec<f64>; 6] = Default::default();
     let mut calls = 0;
+    let memory = memory_of(&weights);
     for _ in 0..runs {
         twin::reset_counts();
         engine.nanoseconds.store(0, Ordering::Relaxed);
         let (began, cpu) = (Instant::now(), seconds(ClockId::ProcessCPUTime));
-        let report = load_again(&loader, &weights)?;
+        let report = load_again(&loader, &weights, &memory)?;
         let (wall, cpu) = (began.elapsed().as_secs_f64(), seconds(ClockId::ProcessCPUTime) - cpu);
         let ledger = ledger(folder)?;
         let of_twin = |name: &str| ledger[name].as_f64().expect("a number");

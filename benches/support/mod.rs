@@ -11,7 +11,7 @@ use std::path::Path;
 
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
-use shardlift::{CallerMemory, Loader, Report, Weights};
+use shardlift::{CallerMemory, Loader, Report, Tensor, Weights};
 
 /// Writes `model.safetensors` of BF16 matrices into a folder, unless it is there: random bytes, so that what lands in
 /// the wrong place is noticed.
@@ -56,20 +56,22 @@ pub(crate) fn seconds(clock: ClockId) -> f64 {
     time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
 }
 
-/// A load into the memory that an earlier load of this plan left its weights in: fresh memory of the twin costs page
-/// faults, which no GPU's does.
-pub(crate) fn load_again(loader: &Loader, weights: &Weights) -> io::Result<Report> {
-    let memory: Vec<_> = weights
-        .iter()
-        .map(|tensor| CallerMemory {
-            rank: tensor.rank(),
-            name: tensor.name().into(),
-            address: std::ptr::with_exposed_provenance_mut(tensor.device_ptr() as usize),
-            bytes: tensor.nbytes(),
-        })
-        .collect();
+/// The memory that weights lie in, to load into it again: fresh memory of the twin costs page faults, which no GPU's
+/// does.
+pub(crate) fn memory_of(weights: &Weights) -> Vec<CallerMemory> {
+    let memory = |tensor: &Tensor| CallerMemory {
+        rank: tensor.rank(),
+        name: tensor.name().into(),
+        address: std::ptr::with_exposed_provenance_mut(tensor.device_ptr() as usize),
+        bytes: tensor.nbytes(),
+    };
+    weights.iter().map(memory).collect()
+}
+
+/// Loads into the [memory of](memory_of) these weights.
+pub(crate) fn load_again(loader: &Loader, weights: &Weights, memory: &[CallerMemory]) -> io::Result<Report> {
     // SAFETY: the weights keep their memory, nobody reads it meanwhile, and no two of their tensors overlap.
-    let load = unsafe { loader.start_into(weights.plan(), &memory) }.map_err(io::Error::other)?;
+    let load = unsafe { loader.start_into(weights.plan(), memory) }.map_err(io::Error::other)?;
     let (_, report) = load.finish().map_err(io::Error::other)?;
     Ok(report)
 }
