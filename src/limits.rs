@@ -130,6 +130,9 @@ pub const COPY_POLL_MAX: Duration = Duration::from_micros(800);
 /// How soon a throttled read notices that its load was stopped.
 pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
 
+/// How much lateness of its threads a throttled engine makes up for: several turns of a busy machine's scheduler.
+pub const THROTTLE_CREDIT: Duration = Duration::from_millis(50);
+
 /// Reads in flight of one io_uring: with half a megabyte each, 4 to 32 made no difference (`docs/performance.md`).
 pub const URING_DEPTH: u32 = 8;
 

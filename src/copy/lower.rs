@@ -5,7 +5,7 @@ use smallvec::SmallVec;
 
 use crate::device::{Op, RawCopy};
 use crate::limits::{self, CopyCosts};
-use crate::stride::{Loops, bytes_moved, for_each_run, source_span};
+use crate::stride::{Loop, Loops, bytes_moved, for_each_run, source_span};
 
 /// What a device has to do for the copies that it takes from one filled slot.
 ///
@@ -34,7 +34,7 @@ pub(crate) unsafe fn lower(copies: Vec<RawCopy>, packable: bool, costs: &CopyCos
             return vec![Op::Copy(packed)];
         }
     }
-    let mut ops: Vec<Op> = merged(straight).into_iter().map(Op::Copy).collect();
+    let mut ops: Vec<Op> = in_rows(merged(straight)).into_iter().map(Op::Copy).collect();
     if cut_all < by_rows {
         kernel.append(&mut strided);
     }
@@ -56,6 +56,32 @@ fn merged(mut copies: Vec<RawCopy>) -> Vec<RawCopy> {
             }
             _ => all.push(copy),
         }
+    }
+    all
+}
+
+/// Contiguous copies, sorted by source; equal ones at equal distances as the rows of one: the parts of many small tensors
+/// of one shape, for instance.
+fn in_rows(copies: Vec<RawCopy>) -> Vec<RawCopy> {
+    let mut all: Vec<RawCopy> = Vec::with_capacity(copies.len());
+    for copy in copies {
+        if let Some(last) = all.last_mut().filter(|last| last.run == copy.run) {
+            let src = copy.src.addr().wrapping_sub(last.src.addr()) as u64;
+            let dst = copy.dst.wrapping_sub(last.dst);
+            let pitches = copy.run..=limits::PITCH_MAX;
+            match last.loops.first_mut() {
+                None if pitches.contains(&src) && pitches.contains(&dst) => {
+                    last.loops.push(Loop { count: 2, src_stride: src, dst_stride: dst });
+                    continue;
+                }
+                Some(rows) if src == rows.count * rows.src_stride && dst == rows.count * rows.dst_stride => {
+                    rows.count += 1;
+                    continue;
+                }
+                _ => {}
+            }
+        }
+        all.push(copy);
     }
     all
 }
@@ -223,7 +249,19 @@ mod tests {
     #[test]
     fn neighbours_on_both_sides_are_one_copy() {
         assert_eq!(ways(&[(100, 300, &[], 50), (0, 200, &[], 100), (150, 350, &[], 7)], true, &COSTS)[COPIES], 1);
-        assert_eq!(ways(&[(0, 0, &[], 50), (50, 256, &[], 50)], true, &COSTS)[COPIES], 2);
+        assert_eq!(ways(&[(0, 0, &[], 50), (50, 256, &[], 49)], true, &COSTS)[COPIES], 2);
+    }
+
+    #[test]
+    fn equal_ones_at_equal_distances_are_rows_of_one_copy() {
+        let pieces: Vec<_> = (0..5).map(|at| (at * 100, at * 64, &[][..], 30)).collect();
+        assert_eq!(ways(&pieces, true, &COSTS)[COPIES], 1);
+        // The last is out of step, or longer, or goes before the others.
+        for odd in [(501, 320, &[][..], 30), (500, 320, &[][..], 31), (500, 400, &[][..], 30)] {
+            assert_eq!(ways(&[&pieces[..], &[odd]].concat(), true, &COSTS)[COPIES], 2);
+        }
+        let backwards: Vec<_> = (0..5).map(|at| (at * 100, 1000 - at * 64, &[][..], 30)).collect();
+        assert_eq!(ways(&backwards, true, &COSTS)[COPIES], 5);
     }
 
     #[test]

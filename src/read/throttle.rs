@@ -67,7 +67,9 @@ impl Delayed<'_> {
         let share = Duration::from_secs_f64(bytes as f64 / self.throttle.bytes_per_second);
         let mut due = lock(&self.throttle.due);
         let now = Instant::now();
-        *due = Some(due.map_or(now, |due| due.max(now)) + share);
+        // A little lateness is made up for: otherwise every pause of a busy machine would lower the rate.
+        let earliest = now.checked_sub(limits::THROTTLE_CREDIT).unwrap_or(now);
+        *due = Some(due.map_or(now, |due| due.max(earliest)) + share);
     }
 }
 

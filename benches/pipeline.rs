@@ -1,0 +1,215 @@
+//! What the pipeline itself costs on its way to a device: processor time outside reads and memory copies, on the driver
+//! twin at unlimited speed; and what many small tensors cost against few large ones.
+//!
+//! `cargo bench --bench pipeline [-- FOLDER]`: two checkpoints of 310 MB each in FOLDER (default `target/bench`), of the
+//! same bytes: 18,867 tensors in the shapes of a mixture of experts, and a few large ones. `cargo test --bench pipeline`
+//! does it once with few, and checks only what lands.
+
+mod support;
+
+use std::any::Any;
+use std::cell::Cell;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use rustix::time::ClockId;
+use serde_json::{Value, json};
+use shardlift::read::{Engine, Next, Pread, Request, Work};
+use shardlift::{Checkpoint, Loader, Plan, Result, Rules, World};
+use support::{ledger, load_again, median, memory_of, seconds, twin, write_model};
+
+/// What the pipeline may take for this many bytes, and what small tensors must keep of the speed of large ones.
+const PER_BYTES: f64 = (16 << 20) as f64;
+const TARGET_SECONDS: f64 = 50e-6;
+const TARGET_RATIO: f64 = 0.5;
+const RUNS: usize = 7;
+
+/// Layers and experts of the mixture: 48 x (128 x 3 + 9) + 3 tensors.
+const LAYERS: u64 = 48;
+const EXPERTS: u64 = 128;
+
+fn main() -> io::Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    if let Some("--one") = std::env::args().nth(1).as_deref() {
+        let [folder, devices, runs] = [(); 3].map(|()| arguments.by_ref().find(|word| word != "--one").expect("three"));
+        let (devices, runs) = (devices.parse().expect("a number"), runs.parse().expect("a number"));
+        return one(Path::new(&folder), devices, runs);
+    }
+    // `cargo bench` says --bench, `cargo test` does not.
+    let bench = std::env::args().any(|argument| argument == "--bench");
+    let folder = arguments.find(|argument| !argument.starts_with('-')).map(PathBuf::from);
+    let folder = folder.unwrap_or_else(|| PathBuf::from("target/bench"));
+    let (suffix, layers, experts, runs) = if bench { ("", LAYERS, EXPERTS, RUNS) } else { ("-small", 2, 8, 1) };
+    let small = mixture(layers, experts);
+    let bytes: u64 = small.iter().map(|(_, rows, columns)| rows * columns * 2).sum();
+    // The same bytes in large ones, the last of which takes what is left.
+    let (rows, each) = (2048, 2048 * 4096 * 2);
+    let mut large: Vec<_> = (0..bytes / each).map(|at| (format!("layers.{at}.weight"), rows, 4096)).collect();
+    large.push(("rest.weight".into(), 4, bytes % each / 8));
+    let mut out = io::stdout();
+    let mut speeds = Vec::new();
+    for (name, tensors) in [("large", large), ("mixture", small)] {
+        let folder = folder.join(format!("{name}{suffix}"));
+        write_model(&folder, &tensors)?;
+        for devices in [1, 4] {
+            let figures = measure(&folder, devices, runs)?;
+            writeln!(
+                out,
+                "{{\"model\": \"{name}\", \"tensors\": {}, \"devices\": {devices}, {}",
+                tensors.len(),
+                &figures.to_string()[1..]
+            )?;
+            let own = figures["own_us_per_16_mib"].as_f64().expect("a number") / 1e6;
+            let verdict = if own <= TARGET_SECONDS { "met" } else { "missed" };
+            writeln!(out, "  target of {TARGET_SECONDS} s per 16 MiB: {verdict}")?;
+            speeds.push(figures["gb_per_s"].as_f64().expect("a number"));
+        }
+    }
+    for (at, devices) in [1, 4].into_iter().enumerate() {
+        let ratio = speeds[at + 2] / speeds[at];
+        let verdict = if ratio >= TARGET_RATIO { "met" } else { "missed" };
+        writeln!(
+            out,
+            "{{\"devices\": {devices}, \"small_to_large\": {ratio:.3}}}  target of {TARGET_RATIO}: {verdict}"
+        )?;
+    }
+    Ok(())
+}
+
+/// Tensors named and counted as those of a mixture of experts, and small.
+fn mixture(layers: u64, experts: u64) -> Vec<(String, u64, u64)> {
+    let mut tensors = Vec::new();
+    for layer in 0..layers {
+        let layer = format!("model.layers.{layer}");
+        for expert in 0..experts {
+            for name in ["gate_proj", "up_proj", "down_proj"] {
+                tensors.push((format!("{layer}.mlp.experts.{expert}.{name}.weight"), 64, 128));
+            }
+        }
+        for name in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            tensors.push((format!("{layer}.self_attn.{name}.weight"), 128, 128));
+        }
+        for name in ["self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm", "mlp.gate"]
+        {
+            tensors.push((format!("{layer}.{name}.weight"), 4, 128));
+        }
+    }
+    for name in ["model.embed_tokens", "model.norm", "lm_head"] {
+        tensors.push((format!("{name}.weight"), 512, 128));
+    }
+    tensors
+}
+
+/// One configuration, in a process of its own: the twin reads its settings once.
+fn measure(folder: &Path, devices: u32, runs: usize) -> io::Result<Value> {
+    let output = twin::command(std::env::current_exe()?)
+        .arg("--one")
+        .arg(folder)
+        .args([devices.to_string(), runs.to_string()])
+        .env("SIMCUDA_DEVICES", devices.to_string())
+        .envs([("SIMCUDA_JITTER", "0"), ("SIMCUDA_CHECK", "0"), ("SIMCUDA_POISON", "0"), ("SIMCUDA_MEMORY", "2G")])
+        .output()?;
+    if !output.status.success() {
+        return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()));
+    }
+    Ok(serde_json::from_slice(&output.stdout)?)
+}
+
+/// Loads row shards, and prints medians.
+fn one(folder: &Path, devices: u32, runs: usize) -> io::Result<()> {
+    twin::load();
+    let checkpoint = Checkpoint::open(folder).map_err(io::Error::other)?;
+    let rules = Rules::from_toml("rule = [{ match = \"**\", shard = { dim = 0 } }]").map_err(io::Error::other)?;
+    let plan = Plan::new(&checkpoint, &rules, &World::local(0..devices)).map_err(io::Error::other)?;
+    let engine = Arc::new(Metered { inner: Pread::new(2), nanoseconds: AtomicU64::new(0) });
+    let loader = Loader::new().custom_engine(Arc::clone(&engine) as Arc<dyn Engine>);
+    // Warm-up: the page cache, the pinned slots, and the answer.
+    let (weights, _) = loader.load(&plan).map_err(io::Error::other)?;
+    if runs == 1 {
+        weights.check().map_err(io::Error::other)?;
+    }
+    let mut figures: [Vec<f64>; 6] = Default::default();
+    let mut calls = 0;
+    let memory = memory_of(&weights);
+    for _ in 0..runs {
+        twin::reset_counts();
+        engine.nanoseconds.store(0, Ordering::Relaxed);
+        let (began, cpu) = (Instant::now(), seconds(ClockId::ProcessCPUTime));
+        let report = load_again(&loader, &weights, &memory)?;
+        let (wall, cpu) = (began.elapsed().as_secs_f64(), seconds(ClockId::ProcessCPUTime) - cpu);
+        let ledger = ledger(folder)?;
+        let of_twin = |name: &str| ledger[name].as_f64().expect("a number");
+        let reads = engine.nanoseconds.load(Ordering::Relaxed) as f64 / 1e9;
+        let (copies, twin) = (of_twin("copy_cpu_seconds"), of_twin("other_cpu_seconds"));
+        let bytes = report.storage_bytes_read as f64;
+        let per = |seconds: f64| seconds / bytes * PER_BYTES * 1e6;
+        let own = per(cpu - copies - twin - reads);
+        let all = [own, per(reads), per(copies), per(twin), bytes / wall / 1e9, wall];
+        figures.iter_mut().zip(all).for_each(|(figures, figure)| figures.push(figure));
+        calls = ledger["calls"].as_u64().expect("a number");
+    }
+    let [own, reads, copies, twin, speed, wall] = figures.map(|figures| median(&figures));
+    let object = json!({
+        "own_us_per_16_mib": own, "reads_us_per_16_mib": reads, "copies_us_per_16_mib": copies,
+        "twin_us_per_16_mib": twin, "gb_per_s": speed, "seconds": wall, "driver_calls": calls,
+    });
+    writeln!(io::stdout(), "{object}")
+}
+
+/// Plain reads that know what processor time they took.
+#[derive(Debug)]
+struct Metered {
+    inner: Pread,
+    nanoseconds: AtomicU64,
+}
+
+// SAFETY: the engine inside answers for all of it; `Meter` hands requests through as they are.
+unsafe impl Engine for Metered {
+    fn name(&self) -> &'static str {
+        "metered"
+    }
+
+    fn threads(&self) -> usize {
+        self.inner.threads()
+    }
+
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        self.inner.run(&Meter { work, spent: &self.nanoseconds })
+    }
+}
+
+struct Meter<'a> {
+    work: &'a dyn Work,
+    spent: &'a AtomicU64,
+}
+
+thread_local! {
+    /// This thread's processor time when it got its request.
+    static BEGAN: Cell<f64> = const { Cell::new(0.0) };
+}
+
+impl Work for Meter<'_> {
+    fn next(&self, may_wait: bool) -> Next {
+        let next = self.work.next(may_wait);
+        BEGAN.set(seconds(ClockId::ThreadCPUTime));
+        next
+    }
+
+    fn stopped(&self) -> bool {
+        self.work.stopped()
+    }
+
+    fn done(&self, request: Request, outcome: io::Result<usize>) {
+        let took = seconds(ClockId::ThreadCPUTime) - BEGAN.get();
+        self.spent.fetch_add((took * 1e9) as u64, Ordering::Relaxed);
+        self.work.done(request, outcome);
+    }
+
+    unsafe fn lent(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
+        // SAFETY: the same duties.
+        unsafe { self.work.lent(request, mapping, keep) }
+    }
+}
