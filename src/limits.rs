@@ -120,12 +120,12 @@ pub const SUPERVISE_EVERY: Duration = Duration::from_millis(25);
 /// How long a thread that waits for a slot, or for work, sleeps before it looks again: a lost wake-up costs this much.
 pub const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// How long a copier with copies in flight waits for a filled slot before it asks how they are: a fraction of what a slot
-/// takes on a link.
-pub const COPY_POLL: Duration = Duration::from_micros(50);
+/// Soonest that a copier wakes to ask how the copies in flight are: slots are needed back in time, not at once, and each
+/// wake costs as much as submitting one.
+pub const COPY_POLL: Duration = Duration::from_millis(1);
 
-/// The same after it has asked in vain several times.
-pub const COPY_POLL_MAX: Duration = Duration::from_micros(800);
+/// Latest that it does, on slow links: what a tensor may be handed out later than it lands.
+pub const COPY_POLL_MAX: Duration = Duration::from_millis(5);
 
 /// How soon a throttled read notices that its load was stopped.
 pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
@@ -158,8 +158,9 @@ pub const AUTO_FILES: usize = 8;
 /// Streams of one device: while a kernel of one puts bytes in place, the other copies.
 pub const STREAMS: usize = 2;
 
-/// How long a thread that waits for a device sleeps before it asks again: a fraction of what a slot takes on the link.
-pub const EVENT_POLL: Duration = Duration::from_micros(50);
+/// How long a thread that has nothing but a device to wait for sleeps before it asks again: about what a slot takes on a
+/// link.
+pub const EVENT_POLL: Duration = Duration::from_micros(200);
 
 /// Slots that are pinned before the first read: enough that every thread has one to fill while others are pinned.
 pub const FIRST_SLOTS: usize = 4;

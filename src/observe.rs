@@ -173,7 +173,9 @@ fn add_time(counter: &AtomicU64, time: Duration) {
 /// Anonymous memory of this process in bytes, or `None` where the system does not say. What it shares are files, also
 /// those that lie in memory.
 pub(crate) fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"))?;
-    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+    // Pages: all, resident, shared... (proc_pid_statm(5)). Cheaper to ask for than the words of `status`.
+    let pages = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let mut pages = pages.split_whitespace().skip(1).map(str::parse::<u64>);
+    let (resident, shared) = (pages.next()?.ok()?, pages.next()?.ok()?);
+    Some(resident.saturating_sub(shared) * rustix::param::page_size() as u64)
 }

@@ -64,7 +64,7 @@ pub(crate) fn run(
     landed: &dyn Landed,
     stall: Duration,
 ) -> Result<(), CopyError> {
-    let mut copier = Copier { queue, in_flight: VecDeque::new(), progress: Instant::now() };
+    let mut copier = Copier { queue, in_flight: VecDeque::new(), progress: Instant::now(), pace: limits::COPY_POLL };
     let outcome = catch_unwind(AssertUnwindSafe(|| copier.feed(inbox, landed, stall)));
     let first = copier.in_flight.front().and_then(|(_, filled)| filled.landing.first().copied());
     let stalled = matches!(&outcome, Ok(Err(error)) if error.kind() == ErrorKind::Stalled);
@@ -84,36 +84,39 @@ struct Copier {
     in_flight: VecDeque<(u64, Filled)>,
     /// When a copy last completed, or there was none to wait for.
     progress: Instant,
+    /// How long after each other slots complete, about.
+    pace: Duration,
 }
 
 impl Copier {
     fn feed(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed, stall: Duration) -> Result<()> {
-        let mut patience = limits::COPY_POLL;
         loop {
-            let before = self.in_flight.len();
-            let mut bound = Duration::ZERO;
-            match self.next(inbox, landed, patience) {
+            match self.next(inbox, landed) {
                 Inbox::Filled(filled) if landed.stopped() => drop(filled),
                 Inbox::Filled(filled) => self.submit(filled)?,
                 Inbox::Closed if self.in_flight.is_empty() => return Ok(()),
-                Inbox::Empty if self.in_flight.is_empty() => continue,
                 Inbox::Empty => {}
                 // There is nothing else to wait for.
-                Inbox::Closed => bound = patience,
+                Inbox::Closed => self.reap(landed, limits::COPY_POLL, stall)?,
             }
-            self.reap(landed, bound, stall)?;
-            // Asks less and less often while nothing changes.
-            let changed = self.in_flight.len() != before;
-            patience = if changed { limits::COPY_POLL } else { (patience * 2).min(limits::COPY_POLL_MAX) };
+            // Whoever is awake looks: it costs less than to wake for it.
+            if !self.in_flight.is_empty() {
+                self.reap(landed, Duration::ZERO, stall)?;
+            }
         }
     }
 
-    /// The next filled slot, waiting a little for one: briefly if there are copies to look after.
-    fn next(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed, patience: Duration) -> Inbox {
+    /// The next filled slot, waiting for one: while there are copies, only until about half of them should be done, for
+    /// slots are needed back in time and not one by one.
+    fn next(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed) -> Inbox {
         let began = Instant::now();
-        let idle = self.in_flight.is_empty();
-        let received = inbox.recv_timeout(if idle { limits::LOOK_AGAIN } else { patience });
-        if idle {
+        let in_flight = self.in_flight.len() as u32;
+        let patience = match in_flight {
+            0 => limits::LOOK_AGAIN,
+            _ => (self.pace * in_flight.div_ceil(2)).clamp(limits::COPY_POLL, limits::COPY_POLL_MAX),
+        };
+        let received = inbox.recv_timeout(patience);
+        if in_flight == 0 {
             landed.spent(Duration::ZERO, began.elapsed());
             self.progress = Instant::now();
         } else {
@@ -140,11 +143,17 @@ impl Copier {
     fn reap(&mut self, landed: &dyn Landed, bound: Duration, stall: Duration) -> Result<()> {
         let began = Instant::now();
         let done = self.queue.wait(bound)?;
+        let mut count = 0;
         while let Some((_, filled)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= done) {
             filled.landing.iter().for_each(|&landing| landed.landed(landing));
-            self.progress = Instant::now();
+            count += 1;
         }
-        landed.spent(began.elapsed(), Duration::ZERO);
+        let now = Instant::now();
+        if count > 0 {
+            self.pace = (self.pace * 3 + (now - self.progress) / count) / 4;
+            self.progress = now;
+        }
+        landed.spent(now - began, Duration::ZERO);
         if !self.in_flight.is_empty() && self.progress.elapsed() > stall {
             return Err(Error::new(ErrorKind::Stalled, format!("no copy completed for {stall:?}")));
         }
