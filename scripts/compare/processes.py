@@ -40,7 +40,7 @@ class Ran:
         start = time.monotonic()
         process = subprocess.Popen(
             list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env={**os.environ, **(environment or {})}, start_new_session=True,
+            text=True, errors="replace", env={**os.environ, **(environment or {})}, start_new_session=True,
         )
         RUNNING.add(process)
         try:

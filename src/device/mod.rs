@@ -136,11 +136,11 @@ pub(crate) trait Pinner: Debug + Send + Sync {
     unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<Pinned>;
 
     /// Pins memory that is only read, for instance a mapping of a file, until what this returns is dropped; only where
-    /// it [can](Pinner::pins_read_only).
+    /// it [can](Pinner::pins_read_only). `None` if devices copy from there as it is.
     ///
     /// # Safety
     /// `address..address + bytes` is mapped, page-aligned, and stays mapped until then.
-    unsafe fn pin_read_only(&self, _address: *const u8, _bytes: usize) -> Result<Pinned> {
+    unsafe fn pin_read_only(&self, _address: *const u8, _bytes: usize) -> Result<Option<Pinned>> {
         Err(Error::new(ErrorKind::Unsupported, "read-only memory cannot be pinned"))
     }
 

@@ -29,7 +29,7 @@ impl Pinner for ForAll {
         unsafe { self.0[0].pin(address, bytes) }
     }
 
-    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Pinned> {
+    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Option<Pinned>> {
         // SAFETY: the same duties.
         unsafe { self.0[0].pin_read_only(address, bytes) }
     }

@@ -34,8 +34,8 @@ struct State {
 enum Window {
     /// Somebody pins or unpins it.
     Changing,
-    /// Pinned for this many leases.
-    Open { leases: usize, pinned: Pinned, bytes: u64 },
+    /// Pinned for this many leases, if it has to be; so many bytes of it are.
+    Open { leases: usize, pinned: Option<Pinned>, bytes: u64 },
 }
 
 /// The right to lease a window. Given back when dropped.
@@ -131,6 +131,7 @@ impl Windows {
         let mut state = lock(&self.state);
         let outcome = match pinned {
             Ok(pinned) => {
+                let bytes = if pinned.is_some() { bytes } else { 0 };
                 state.windows.insert(key, Window::Open { leases: 1, pinned, bytes });
                 state.pinned_bytes += bytes;
                 state.peak_bytes = state.peak_bytes.max(state.pinned_bytes);
@@ -209,12 +210,12 @@ mod tests {
             unreachable!("windows are only read")
         }
 
-        unsafe fn pin_read_only(&self, address: *const u8, _: usize) -> Result<Pinned> {
+        unsafe fn pin_read_only(&self, address: *const u8, _: usize) -> Result<Option<Pinned>> {
             let mut pinned = lock(&self.pinned);
             assert!(!pinned.contains(&address.addr()), "pinned twice");
             pinned.push(address.addr());
             self.most.fetch_max(pinned.len(), Ordering::Relaxed);
-            Ok(Box::new(Unpin(Arc::clone(&self.pinned), address.addr())))
+            Ok(Some(Box::new(Unpin(Arc::clone(&self.pinned), address.addr()))))
         }
 
         fn pins_read_only(&self) -> bool {

@@ -1,7 +1,12 @@
 //! The driver's own functions, by their names: those that the tests for hardware call beside the library.
 
 #![allow(dead_code, reason = "each test uses its own part")]
-#![allow(non_snake_case, clippy::missing_safety_doc, reason = "the driver's names, and its duties")]
+#![allow(
+    non_snake_case,
+    clippy::missing_safety_doc,
+    clippy::too_many_arguments,
+    reason = "the driver's names and duties"
+)]
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::OnceLock;

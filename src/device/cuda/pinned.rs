@@ -27,14 +27,14 @@ impl Pinner for CudaPinner {
         Ok(Box::new(Registered { context: Arc::clone(&self.context), address }))
     }
 
-    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Pinned> {
+    unsafe fn pin_read_only(&self, address: *const u8, bytes: usize) -> Result<Option<Pinned>> {
         if self.context.has(Attribute::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES) {
             // The device reads the process's own pages.
-            return Ok(Box::new(()));
+            return Ok(None);
         }
         // SAFETY: the context is current; the caller answers for the memory.
         self.context.with(|| unsafe { driver::register(address.cast_mut(), bytes, true) })?;
-        Ok(Box::new(Registered { context: Arc::clone(&self.context), address: address.cast_mut() }))
+        Ok(Some(Box::new(Registered { context: Arc::clone(&self.context), address: address.cast_mut() })))
     }
 
     fn pins_read_only(&self) -> bool {
