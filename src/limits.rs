@@ -155,12 +155,25 @@ pub const AUTO_RESIDENT: f64 = 0.5;
 /// How many files `auto` looks at.
 pub const AUTO_FILES: usize = 8;
 
+/// What memory of a GPU is taken in multiples of: the granularity of mapped memory and of its pool.
+pub const DEVICE_GRANULARITY: u64 = 2 << 20;
+
+/// Rows narrower than this may be cut by a kernel rather than copied as rows: then it should be ready.
+pub const NARROW_ROW: u64 = 512;
+
 /// Streams of one device: while a kernel of one puts bytes in place, the other copies.
 pub const STREAMS: usize = 2;
 
 /// How long a thread that has nothing but a device to wait for sleeps before it asks again: about what a slot takes on a
 /// link.
 pub const EVENT_POLL: Duration = Duration::from_micros(200);
+
+/// How long a device that answers nothing but errors is given to stop copying before its slots are used again: its
+/// driver has ended what was queued before it says so, and this is for what was under way.
+pub const LOST_DEVICE: Duration = Duration::from_millis(20);
+
+/// Oldest driver that takes our kernels' PTX 8.0, as `cuDriverGetVersion` has it: CUDA 12.0.
+pub const DRIVER_MIN: i32 = 12_000;
 
 /// Slots that are pinned before the first read: enough that every thread has one to fill while others are pinned.
 pub const FIRST_SLOTS: usize = 4;

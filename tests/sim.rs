@@ -25,13 +25,17 @@ rule = [
 
 /// A model of two files in which every way to a device occurs.
 fn write(folder: &Path) {
-    let shapes: [(&str, Dtype, &[usize]); 6] = [
+    let shapes: [(&str, Dtype, &[usize]); 9] = [
         ("a.rows", Dtype::BF16, &[64, 64]),
         ("b.columns", Dtype::BF16, &[64, 1024]),
         ("c.cast", Dtype::F32, &[33, 7]),
         ("d.transposed", Dtype::BF16, &[40, 24]),
         ("e.whole", Dtype::U8, &[1001]),
         ("f.columns", Dtype::BF16, &[512, 32]),
+        // Equal ones beside each other, which are tempting to copy as one.
+        ("g.same.0", Dtype::U8, &[1000]),
+        ("g.same.1", Dtype::U8, &[1000]),
+        ("g.same.2", Dtype::U8, &[1000]),
     ];
     let mut state = 7u32;
     let mut bytes = |count: usize| -> Vec<u8> {
@@ -100,7 +104,7 @@ const QUIET: [&str; 14] = [
 ];
 
 /// Calls that are made as often as time passes; the first of them stand for all.
-const ASKED_OFTEN: [&str; 4] = ["cuEventQuery", "cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2", "cuDeviceGetAttribute"];
+const ASKED_OFTEN: [&str; 3] = ["cuEventQuery", "cuCtxPopCurrent_v2", "cuDeviceGetAttribute"];
 
 /// Invalid value, out of memory, illegal address, and a device that is gone.
 const CODES: [(u32, &str); 4] = [(1, ""), (2, ""), (700, "!"), (46, "!")];
@@ -230,7 +234,8 @@ fn mapped() {
     // Two windows, one for each small file.
     assert_eq!(twin::calls(Some("cuMemHostRegister")), if registers { 2 } else { 0 });
     let files: u64 = plan.checkpoint().files().iter().map(|file| file.identity.size).sum();
-    assert!((1..=files).contains(&report.peak_pinned_bytes), "{report:?}");
+    let most = if registers { files } else { 0 };
+    assert!((u64::from(registers)..=most).contains(&report.peak_pinned_bytes), "{report:?}");
     assert_eq!(report.storage_bytes_read, report.needed_bytes);
     drop(weights);
     // A file that was cut short since: an error, and nothing stays pinned.
@@ -357,11 +362,16 @@ fn child(test: &str, env: &[(&str, String)]) {
 
 #[test]
 fn every_call_of_a_load_can_fail() {
-    for way in 0..WAYS.len() {
-        for code in 0..CODES.len() {
-            child("sweep", &[("SWEEP_WAY", way.to_string()), ("SWEEP_CODE", code.to_string())]);
+    // Side by side: mostly they wait for devices that were lost.
+    std::thread::scope(|scope| {
+        for way in 0..WAYS.len() {
+            scope.spawn(move || {
+                for code in 0..CODES.len() {
+                    child("sweep", &[("SWEEP_WAY", way.to_string()), ("SWEEP_CODE", code.to_string())]);
+                }
+            });
         }
-    }
+    });
 }
 
 #[test]

@@ -7,6 +7,14 @@ use crate::device::{Op, RawCopy};
 use crate::limits::{self, CopyCosts};
 use crate::stride::{Loop, Loops, bytes_moved, for_each_run, source_span};
 
+/// A copy, and which allocation it goes to: what lies in several may not be one copy, also where they are neighbours.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) copy: RawCopy,
+    /// Equal for copies into one allocation.
+    pub(crate) allocation: usize,
+}
+
 /// What a device has to do for the copies that it takes from one filled slot.
 ///
 /// `packable` says that nobody else reads the slot, so that it may be packed in place.
@@ -14,13 +22,14 @@ use crate::stride::{Loop, Loops, bytes_moved, for_each_run, source_span};
 /// # Safety
 /// - every source byte that the copies name is readable, and nobody writes it;
 /// - if `packable`, the whole of what they name in the source is writable too, and nobody else reads it.
-pub(crate) unsafe fn lower(copies: Vec<RawCopy>, packable: bool, costs: &CopyCosts) -> Vec<Op> {
+pub(crate) unsafe fn lower(parts: Vec<Part>, packable: bool, costs: &CopyCosts) -> Vec<Op> {
     let (mut straight, mut strided, mut kernel) = (Vec::new(), Vec::new(), Vec::new());
-    for mut copy in copies {
+    let packable = packable && parts.windows(2).all(|pair| pair[0].allocation == pair[1].allocation);
+    for Part { mut copy, allocation } in parts {
         copy.loops.retain(|inner| inner.count != 1);
         match rows(&copy) {
             _ if copy.cast.is_some() => kernel.push(copy),
-            _ if copy.loops.is_empty() => straight.push(copy),
+            _ if copy.loops.is_empty() => straight.push(Part { copy, allocation }),
             Some(_) => strided.push(copy),
             None => kernel.push(copy),
         }
@@ -44,17 +53,18 @@ pub(crate) unsafe fn lower(copies: Vec<RawCopy>, packable: bool, costs: &CopyCos
 }
 
 /// Contiguous copies, those that are neighbours on both sides as one.
-fn merged(mut copies: Vec<RawCopy>) -> Vec<RawCopy> {
-    copies.sort_by_key(|copy| (copy.src.addr(), copy.dst));
-    let mut all: Vec<RawCopy> = Vec::with_capacity(copies.len());
-    for copy in copies {
-        match all.last_mut() {
-            Some(last)
+fn merged(mut parts: Vec<Part>) -> Vec<Part> {
+    parts.sort_by_key(|Part { copy, .. }| (copy.src.addr(), copy.dst));
+    let mut all: Vec<Part> = Vec::with_capacity(parts.len());
+    for part in parts {
+        let copy = &part.copy;
+        match all.last_mut().filter(|last| last.allocation == part.allocation) {
+            Some(Part { copy: last, .. })
                 if last.src.addr() as u64 + last.run == copy.src.addr() as u64 && last.dst + last.run == copy.dst =>
             {
                 last.run += copy.run;
             }
-            _ => all.push(copy),
+            _ => all.push(part),
         }
     }
     all
@@ -62,10 +72,12 @@ fn merged(mut copies: Vec<RawCopy>) -> Vec<RawCopy> {
 
 /// Contiguous copies, sorted by source; equal ones at equal distances as the rows of one: the parts of many small tensors
 /// of one shape, for instance.
-fn in_rows(copies: Vec<RawCopy>) -> Vec<RawCopy> {
-    let mut all: Vec<RawCopy> = Vec::with_capacity(copies.len());
-    for copy in copies {
-        if let Some(last) = all.last_mut().filter(|last| last.run == copy.run) {
+fn in_rows(parts: Vec<Part>) -> Vec<RawCopy> {
+    let mut all: Vec<Part> = Vec::with_capacity(parts.len());
+    for part in parts {
+        let copy = &part.copy;
+        let alike = |last: &&mut Part| last.allocation == part.allocation && last.copy.run == copy.run;
+        if let Some(Part { copy: last, .. }) = all.last_mut().filter(alike) {
             let src = copy.src.addr().wrapping_sub(last.src.addr()) as u64;
             let dst = copy.dst.wrapping_sub(last.dst);
             let pitches = copy.run..=limits::PITCH_MAX;
@@ -81,9 +93,9 @@ fn in_rows(copies: Vec<RawCopy>) -> Vec<RawCopy> {
                 _ => {}
             }
         }
-        all.push(copy);
+        all.push(part);
     }
-    all
+    all.into_iter().map(|part| part.copy).collect()
 }
 
 /// The copies of rows (at most one loop each) that a strided copy is, if it is few enough of them.
@@ -210,6 +222,8 @@ mod tests {
     }
 
     const COPIES: usize = 0;
+    /// The tests' destinations are allocations of this size.
+    const ALLOCATION: usize = 1 << 19;
 
     /// Source offset, destination offset, loops, run.
     type Piece<'a> = (usize, usize, &'a [(u64, u64, u64)], u64);
@@ -231,13 +245,15 @@ mod tests {
             pieces.iter().map(piece).collect()
         };
         let (mut expected, mut found) = (vec![0u8; 1 << 20], vec![0u8; 1 << 20]);
+        let found_at = found.as_mut_ptr().expose_provenance() as u64;
         for copy in make(source.as_ptr(), expected.as_mut_ptr()) {
             // SAFETY: the pieces of the tests lie in a megabyte.
             unsafe { copy_now(&copy) };
         }
-        let copies = make(source.as_mut_ptr(), found.as_mut_ptr());
+        let part = |copy: RawCopy| Part { allocation: (copy.dst - found_at) as usize / ALLOCATION, copy };
+        let parts = make(source.as_mut_ptr(), found.as_mut_ptr()).into_iter().map(part).collect();
         // SAFETY: as above; nobody else uses the source.
-        let ops = unsafe { lower(copies, packable, costs) };
+        let ops = unsafe { lower(parts, packable, costs) };
         carry_out(&ops);
         assert!(found == expected, "{pieces:?} {ops:?}");
         let cuts = ops.iter().filter(|op| matches!(op, Op::Cut { .. })).count();
@@ -250,6 +266,16 @@ mod tests {
     fn neighbours_on_both_sides_are_one_copy() {
         assert_eq!(ways(&[(100, 300, &[], 50), (0, 200, &[], 100), (150, 350, &[], 7)], true, &COSTS)[COPIES], 1);
         assert_eq!(ways(&[(0, 0, &[], 50), (50, 256, &[], 49)], true, &COSTS)[COPIES], 2);
+    }
+
+    #[test]
+    fn nothing_is_one_copy_into_two_allocations() {
+        let end = ALLOCATION;
+        assert_eq!(ways(&[(0, end - 50, &[], 50), (50, end, &[], 50)], true, &COSTS)[COPIES], 2);
+        let pieces: Vec<_> = (0..4).map(|at| (at * 100, end - 128 + at * 64, &[][..], 30)).collect();
+        assert_eq!(ways(&pieces, true, &COSTS)[COPIES], 2);
+        let narrow: &[(u64, u64, u64)] = &[(1000, 96, 16)];
+        assert_ne!(ways(&[(0, end - 16_000, narrow, 16), (96_000, end, narrow, 16)], true, &COSTS), [1, 0]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::extent::Rank;
 use crate::limits;
 use crate::stage::Staged;
 
-pub(crate) use lower::lower;
+pub(crate) use lower::{Part, lower};
 
 /// A filled slot and the copies that one device takes from it.
 #[derive(Debug)]
@@ -131,11 +131,16 @@ impl Copier {
 
     fn submit(&mut self, mut filled: Filled) -> Result<()> {
         let ops = std::mem::take(&mut filled.ops);
+        let was_idle = self.in_flight.is_empty();
         self.in_flight.push_back((u64::MAX, filled));
         // SAFETY: the slot is in `in_flight` until its ticket is done, so nobody writes to it; the plan's audit proved
         // that no other copy names these destination bytes, which the load keeps alive.
         let ticket = unsafe { self.queue.submit(ops)? };
         self.in_flight.back_mut().expect("bug in shardlift: pushed above").0 = ticket;
+        if was_idle {
+            // Submitting may have taken long: a driver compiles kernels when they are first used.
+            self.progress = Instant::now();
+        }
         Ok(())
     }
 

@@ -51,7 +51,7 @@ impl Device for FileDevice {
         unsafe { Allocation::lent(address, keep) }
     }
 
-    fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
+    fn queue(&self, _: bool) -> Result<Option<Box<dyn Queue>>> {
         let mut writer = Writer::new(self.path.clone(), Arc::clone(&self.file));
         Ok(Some(Box::new(ThreadQueue::new("shardlift-write", move |copy| writer.write(copy))?)))
     }

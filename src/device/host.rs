@@ -130,7 +130,7 @@ impl Device for Host {
         "host".into()
     }
 
-    fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
+    fn queue(&self, _: bool) -> Result<Option<Box<dyn Queue>>> {
         Ok(None)
     }
 
@@ -170,7 +170,7 @@ impl Device for HostStaged {
         unsafe { Host.lent(address, keep) }
     }
 
-    fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
+    fn queue(&self, _: bool) -> Result<Option<Box<dyn Queue>>> {
         // SAFETY: `Queue::submit`'s caller answers for the copies until they are done.
         Ok(Some(Box::new(ThreadQueue::new("shardlift-host", |copy| unsafe {
             copy_now(copy);

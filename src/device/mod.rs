@@ -72,7 +72,8 @@ pub(crate) trait Device: Debug + Send + Sync {
 
     /// A queue of copies into this device's memory, or `None` if its memory is the host's own: then reads may land
     /// in it directly, and copies are made at once by whoever has the bytes in cache ([`copy_now`]).
-    fn queue(&self) -> Result<Option<Box<dyn Queue>>>;
+    /// `cuts` says that there will be [cuts](Op::Cut), so that it takes early what those need.
+    fn queue(&self, cuts: bool) -> Result<Option<Box<dyn Queue>>>;
 
     /// Whether its queue makes every copy itself, however many loops it has and with a cast.
     fn copies_any(&self) -> bool {
@@ -96,6 +97,16 @@ pub(crate) trait Device: Debug + Send + Sync {
     /// - what is used of the memory is readable for as long as `keep` lives;
     /// - it is writable too if it is a destination that bytes are copied to, and nobody else uses it until then.
     unsafe fn lent(&self, address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation;
+
+    /// Bytes that an allocation of this size takes.
+    fn taken_by(&self, bytes: u64) -> u64 {
+        bytes
+    }
+
+    /// Bytes that a queue takes.
+    fn taken_besides(&self, _cuts: bool) -> u64 {
+        0
+    }
 
     /// Bytes that can still be allocated, if the device's memory is not the host's.
     fn free_bytes(&self) -> Result<Option<u64>> {

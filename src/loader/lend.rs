@@ -22,6 +22,18 @@ pub struct CallerMemory {
     pub bytes: usize,
 }
 
+/// Refuses ranks whose memory cannot be a mapping of a file.
+pub(super) fn check_mappable(plan: &Plan) -> Result<()> {
+    let world = plan.world();
+    match world.driven().iter().find(|rank| matches!(world.device(**rank), DeviceSpec::Cuda(_))) {
+        Some(&rank) => {
+            let message = format!("{} cannot be lent from a mapping of a file", world.device(rank));
+            Err(Error::new(ErrorKind::Usage, message).with_rank(rank))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Lends every destination that is a whole, untransformed tensor from a mapping of its file, and returns the files.
 pub(super) fn lend_mapped(
     plan: &Plan,
@@ -30,10 +42,6 @@ pub(super) fn lend_mapped(
 ) -> Result<Vec<FileId>> {
     let mut files: Vec<Option<Arc<Mapping>>> = vec![None; plan.checkpoint().files().len()];
     for (&rank, device) in plan.world().driven().iter().zip(devices) {
-        if let DeviceSpec::Cuda(_) = plan.world().device(rank) {
-            let message = format!("{} cannot be lent from a mapping of a file", device.name());
-            return Err(Error::new(ErrorKind::Usage, message).with_rank(rank));
-        }
         for (position, dest) in plan.rank(rank).dests.iter().enumerate() {
             let Some((id, start)) = whole_tensor(plan, rank, dest) else { continue };
             let mapping = match &files[id.0 as usize] {
@@ -65,26 +73,24 @@ fn whole_tensor(plan: &Plan, rank: Rank, dest: &Dest) -> Option<(FileId, u64)> {
     whole.then_some((tensor.file, tensor.start))
 }
 
-/// Replaces destinations by the caller's memory.
+/// A destination that is the caller's memory: the position of its rank's device, the rank, and its position there.
+pub(super) type Lent = (usize, Rank, u32);
+
+/// Which destinations the caller's memory is for, one for each entry.
 ///
-/// # Safety
-/// As [`Loader::start_into`](crate::Loader::start_into).
-pub(super) unsafe fn place_into(
-    plan: &Plan,
-    destinations: &mut Destinations,
-    devices: &[Arc<dyn Device>],
-    memory: &[CallerMemory],
-) -> Result<()> {
-    for CallerMemory { rank, name, address, bytes } in memory {
+/// # Errors
+/// [`ErrorKind::NotFound`] and [`ErrorKind::Usage`] for memory that fits none.
+pub(super) fn destinations_of(plan: &Plan, memory: &[CallerMemory]) -> Result<Vec<Lent>> {
+    let place = |CallerMemory { rank, name, address, bytes }: &CallerMemory| {
         let at = |error: Error| error.with_tensor(name).with_rank(*rank);
         let params = plan.params();
-        let driven = plan.world().driven().iter().position(|driven| driven == rank);
+        let device = plan.world().driven().iter().position(|driven| driven == rank);
         let param = params.binary_search_by(|param| param.name.as_str().cmp(name)).ok();
-        let (device, found) = driven
+        let (device, param, found) = device
             .zip(param)
-            .and_then(|(at, param)| {
+            .and_then(|(device, param)| {
                 let dests = &plan.rank(*rank).dests;
-                Some((&devices[at], dests.binary_search_by_key(&(param as u32), |dest| dest.param).ok()?))
+                Some((device, param, dests.binary_search_by_key(&(param as u32), |dest| dest.param).ok()?))
             })
             .ok_or_else(|| at(Error::new(ErrorKind::NotFound, "no such tensor")))?;
         let dest = &plan.rank(*rank).dests[found];
@@ -92,9 +98,30 @@ pub(super) unsafe fn place_into(
             return Err(at(Error::new(ErrorKind::Usage, "the caller's memory has another size")
                 .with_expected(format!("{} bytes", dest.bytes), format!("{bytes} bytes"))));
         }
+        let alignment = params[param].dtype.alignment();
+        if matches!(plan.world().device(*rank), DeviceSpec::Cuda(_)) && !address.addr().is_multiple_of(alignment) {
+            // A kernel that stores there would cost the process its context.
+            return Err(at(Error::new(ErrorKind::Usage, "the caller's memory does not start on an element")
+                .with_expected(format!("a multiple of {alignment}"), format!("{address:?}"))));
+        }
+        Ok((device, *rank, found as u32))
+    };
+    memory.iter().map(place).collect()
+}
+
+/// Replaces destinations by the caller's memory.
+///
+/// # Safety
+/// As [`Loader::start_into`](crate::Loader::start_into).
+pub(super) unsafe fn place_into(
+    destinations: &mut Destinations,
+    devices: &[Arc<dyn Device>],
+    memory: &[CallerMemory],
+    lent: &[Lent],
+) {
+    for (CallerMemory { address, .. }, &(device, rank, dest)) in memory.iter().zip(lent) {
         // SAFETY: the caller of this function answers for the memory.
-        let place = unsafe { Place::borrowed(&**device, *address, Arc::new(()), false) };
-        destinations.replace(*rank, found as u32, place);
+        let place = unsafe { Place::borrowed(&*devices[device], *address, Arc::new(()), false) };
+        destinations.replace(rank, dest, place);
     }
-    Ok(())
 }

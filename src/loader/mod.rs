@@ -173,21 +173,27 @@ impl Loader {
     /// For each entry, until the load, its weights and all their tensors are dropped; and for ever if its monitor's
     /// [`Progress::abandoned_bytes`] is not 0 after that, because what stalled may still write:
     /// - `address..address + bytes` is valid for reads and writes;
+    /// - it is memory of the rank's device: for a GPU an address there, on a multiple of the element's size;
     /// - nobody else reads or writes it before its tensor is complete, nor writes it after;
     /// - no two entries overlap.
     pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
         let started = Instant::now();
+        if self.residency == Residency::Mapped {
+            lend::check_mappable(plan)?;
+        }
+        let callers = lend::destinations_of(plan, memory)?;
+        let lent = callers.iter().map(|&(_, rank, dest)| (rank, dest)).collect();
         let devices = devices(plan.world(), &self.gpus)?;
         let mut destinations = match self.memory {
-            Memory::Blocks => Destinations::in_blocks(plan, &devices)?,
-            Memory::PerTensor => Destinations::per_tensor(plan, &devices)?,
+            Memory::Blocks => Destinations::in_blocks(plan, &devices, &lent)?,
+            Memory::PerTensor => Destinations::per_tensor(plan, &devices, &lent)?,
         };
         let mapped = match self.residency {
             Residency::Owned => Vec::new(),
             Residency::Mapped => lend::lend_mapped(plan, &mut destinations, &devices)?,
         };
         // SAFETY: the same duties.
-        unsafe { lend::place_into(plan, &mut destinations, &devices, memory)? };
+        unsafe { lend::place_into(&mut destinations, &devices, memory, &callers) };
         destinations.share_aliases(plan);
         let setup = Setup { mapped, started, ..self.setup(plan, destinations, devices) };
         Ok(Load { plan: plan.clone(), running: Running::start(setup)? })

@@ -64,6 +64,8 @@ pub(crate) struct Job {
     cancelled: AtomicBool,
     ended: AtomicBool,
     abandoned: AtomicBool,
+    /// No thread reads any more.
+    pub(super) readers_ended: AtomicBool,
     /// A device may use slots and destinations at any later time.
     pub(super) copies_abandoned: AtomicBool,
     pub(super) counters: Arc<Counters>,
@@ -164,6 +166,7 @@ impl Job {
             cancelled: AtomicBool::new(false),
             ended: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
+            readers_ended: AtomicBool::new(false),
             copies_abandoned: AtomicBool::new(false),
             counters: Arc::default(),
             totals,
@@ -178,6 +181,11 @@ impl Job {
     /// Which slots this load can read into.
     pub(super) fn lend(&self) -> Lend {
         if self.pinner.is_some() { Lend::Pinned } else { Lend::Any }
+    }
+
+    /// Whether slots that were not there yet would be of no use.
+    pub(super) fn wants_no_slots(&self) -> bool {
+        self.is_stopped() || self.readers_ended.load(Ordering::Acquire)
     }
 
     /// Bytes that are or were pinned for this load.
@@ -232,6 +240,15 @@ impl Job {
         match tensor {
             Some(tensor) if tensor.file == extent.file && tensor.end > extent.start => error.with_tensor(&tensor.name),
             _ => error,
+        }
+    }
+
+    /// Adds file, tensor and bytes of the read that comes next to an error that keeps it from coming.
+    pub(super) fn locate_next(&self, error: Error) -> Error {
+        let next = self.reads.next(&lock(&self.cursor));
+        match next {
+            Some((op, _)) => self.locate(error, op.extent),
+            None => error,
         }
     }
 
@@ -385,7 +402,7 @@ impl Landed for Job {
 fn windows(setup: &Setup, pinner: Option<&Arc<dyn Pinner>>) -> Option<Arc<Windows>> {
     let pinner = pinner.filter(|pinner| setup.engine.lends() && pinner.pins_read_only())?;
     let window = setup.ring.slot_bytes();
-    if !window.is_multiple_of(limits::DIRECT_ALIGNMENT as usize) {
+    if !window.is_multiple_of(rustix::param::page_size()) {
         return None;
     }
     Some(Arc::new(Windows::new(Arc::clone(pinner), window, setup.ring.budget())))

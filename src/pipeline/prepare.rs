@@ -4,14 +4,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::run::{panicked, spawn};
 use super::{Device, Job};
 use crate::copy::{CopyError, Landing};
 use crate::device::{Pinned, Pinner};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
-use crate::plan::{BoxCopy, Loop};
 
 /// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
 pub(super) fn pinner(devices: &[Arc<dyn Device>]) -> Option<Arc<dyn Pinner>> {
@@ -52,15 +52,21 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
     let wanted = job.setup.plan.storage_bytes().div_ceil(ring.slot_bytes() as u64).max(1);
     let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
     let first = wanted.min(limits::FIRST_SLOTS);
-    while ring.grow(&*pinner, first, || job.is_stopped())? {}
+    let began = Instant::now();
+    while ring.grow(&*pinner, first, || job.is_stopped()).map_err(|error| job.locate_next(error))? {
+        if began.elapsed() > job.setup.stall_error {
+            let message = format!("no staging slot could be pinned for {:?}", job.setup.stall_error);
+            return Err(Error::new(ErrorKind::Stalled, message));
+        }
+    }
     let shared = Arc::clone(job);
     let rest = move || {
         let grown = catch_unwind(AssertUnwindSafe(|| -> Result<()> {
-            while shared.setup.ring.grow(&*pinner, wanted, || shared.is_stopped())? {}
+            while shared.setup.ring.grow(&*pinner, wanted, || shared.wants_no_slots())? {}
             Ok(())
         }));
         if let Err(error) = grown.unwrap_or_else(|payload| Err(panicked(payload))) {
-            shared.fail(error);
+            shared.fail(shared.locate_next(error));
         }
         drop(alive);
     };
@@ -71,12 +77,14 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
 pub(super) fn prepare_cuts(job: &Arc<Job>, alive: &Sender<()>) -> Result<Vec<JoinHandle<()>>> {
     let mut threads = Vec::new();
     for (index, device) in job.devices.iter().enumerate().filter(|(_, device)| !device.copies_any()) {
-        let Some(first) = first_cut(job, index) else { continue };
+        let plan = &job.setup.plan;
+        let ranks = plan.world().driven().iter().filter(|rank| job.device_of[rank.index()] == index);
+        let Some((rank, dest)) = plan.first_cut(ranks.copied()) else { continue };
+        let first = Landing { rank, dest, bytes: 0 };
         let (job, device, alive) = (Arc::clone(job), Arc::clone(device), alive.clone());
         let prepare = move || {
             let ready = catch_unwind(AssertUnwindSafe(|| device.prepare_cuts()));
             if let Err(error) = ready.unwrap_or_else(|payload| Err(panicked(payload))) {
-                let rank = first.rank;
                 job.fail(job.locate_copy(CopyError { error, landing: Some(first) }, rank));
             }
             drop(alive);
@@ -84,23 +92,4 @@ pub(super) fn prepare_cuts(job: &Arc<Job>, alive: &Sender<()>) -> Result<Vec<Joi
         threads.push(spawn(&format!("shardlift-kernel-{index}"), prepare)?);
     }
     Ok(threads)
-}
-
-/// A destination on a device that needs a kernel, wherever its copies are cut.
-fn first_cut(job: &Job, device: usize) -> Option<Landing> {
-    let plan = &job.setup.plan;
-    let ranks = plan.world().driven().iter().filter(|rank| job.device_of[rank.index()] == device);
-    ranks.flat_map(|&rank| (0..).zip(&plan.rank(rank).dests).map(move |(at, dest)| (rank, at, dest))).find_map(
-        |(rank, at, dest)| {
-            let pieces = &plan.rank(rank).pieces[dest.pieces.start as usize..dest.pieces.end as usize];
-            let needed = pieces.iter().any(|piece| !copy_engine_can(piece));
-            needed.then_some(Landing { rank, dest: at, bytes: dest.bytes })
-        },
-    )
-}
-
-/// Whether a copy needs no kernel wherever it is cut.
-fn copy_engine_can(piece: &BoxCopy) -> bool {
-    let is_row = |inner: &Loop| inner.src_stride >= piece.run && inner.dst_stride >= piece.run;
-    piece.cast.is_none() && piece.loops.len() <= 1 && piece.loops.iter().all(is_row)
 }

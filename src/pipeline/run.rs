@@ -34,7 +34,10 @@ impl Running {
         let mut inboxes = Vec::new();
         let mut copiers = Vec::new();
         for (index, (device, rank)) in distinct(&setup).into_iter().enumerate() {
-            let queue = device.queue().map_err(|error| error.with_rank(rank))?;
+            let driven = setup.plan.world().driven().iter().zip(&setup.devices);
+            let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
+            let cuts = setup.plan.first_cut(ranks).is_some();
+            let queue = device.queue(cuts).map_err(|error| error.with_rank(rank))?;
             inboxes.push(queue.map(|queue| {
                 let (inbox, filled) = mpsc::channel();
                 copiers.push(Copier { index, rank, queue, filled });
@@ -134,6 +137,8 @@ fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
         memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
         abandoned = watch_reads(job);
     }
+    job.readers_ended.store(true, Ordering::Release);
+    job.setup.ring.wake(); // for whoever pins slots
     // No reader is left (or it is stuck): closing the inboxes lets the copiers drain and end.
     for inbox in job.inboxes.iter().flatten() {
         lock(inbox).take();

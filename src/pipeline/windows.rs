@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::device::{Pinned, Pinner};
 use crate::error::Result;
 use crate::extent::FileId;
+use crate::limits;
 use crate::sync::lock;
 
 /// The windows of one load.
@@ -116,34 +117,47 @@ impl Windows {
                     return Ok(lease(permit));
                 }
                 Some(Window::Changing) => {
-                    state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                    // Its bound is that of the read which waits here.
+                    let waited = self.changed.wait_timeout(state, limits::LOOK_AGAIN);
+                    state = waited.unwrap_or_else(PoisonError::into_inner).0;
                 }
                 None => break,
             }
         }
         state.windows.insert(key, Window::Changing);
         drop(state);
+        let mut opening = Opening { windows: self, key, open: None };
         let start = key.1 * self.window_bytes;
         let bytes = self.window_bytes.min(size - start);
         let address = mapping.wrapping_add(start as usize);
         // SAFETY: the range lies in the mapping (whose last page is mapped whole), which the lease keeps.
         let pinned = unsafe { self.pinner.pin_read_only(address, bytes as usize) };
+        let pinned = pinned?;
+        let bytes = if pinned.is_some() { bytes } else { 0 };
+        opening.open = Some(Window::Open { leases: 1, pinned, bytes });
+        drop(opening);
         let mut state = lock(&self.state);
-        let outcome = match pinned {
-            Ok(pinned) => {
-                let bytes = if pinned.is_some() { bytes } else { 0 };
-                state.windows.insert(key, Window::Open { leases: 1, pinned, bytes });
-                state.pinned_bytes += bytes;
-                state.peak_bytes = state.peak_bytes.max(state.pinned_bytes);
-                Ok(lease(permit))
-            }
-            Err(error) => {
-                state.windows.remove(&key);
-                Err(error)
-            }
+        state.pinned_bytes += bytes;
+        state.peak_bytes = state.peak_bytes.max(state.pinned_bytes);
+        Ok(lease(permit))
+    }
+}
+
+/// A window that this thread pins: open when this is dropped, or as if it had never been wanted.
+struct Opening<'a> {
+    windows: &'a Windows,
+    key: (FileId, u64),
+    open: Option<Window>,
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.windows.state);
+        match self.open.take() {
+            Some(open) => state.windows.insert(self.key, open),
+            None => state.windows.remove(&self.key),
         };
-        self.changed.notify_all();
-        outcome
+        self.windows.changed.notify_all();
     }
 }
 

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use super::Job;
 use super::windows::Permit;
-use crate::copy::{Filled, Landed, Landing, lower};
+use crate::copy::{Filled, Landed, Landing, Part, lower};
 use crate::device::{Op, RawCopy, copy_now};
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::{Extent, Rank};
+use crate::extent::Extent;
 use crate::limits;
+use crate::place::Place;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
 use crate::stage::{Slot, Staged};
@@ -218,11 +219,12 @@ impl Job {
             unsafe { Staged::lent(first, Arc::new(lease)) }
         } else {
             // An element across two windows: few bytes, which the driver takes from memory that is not pinned.
-            let mut bytes = vec![0; (end - start) as usize];
+            let count = (end - start) as usize;
+            let mut bytes = vec![0u128; count.div_ceil(limits::KERNEL_ACCESS)];
             // SAFETY: the range lies in the mapping, whose guard keeps it readable; the vector is as long.
-            unsafe { std::ptr::copy_nonoverlapping(first, bytes.as_mut_ptr(), bytes.len()) };
+            unsafe { std::ptr::copy_nonoverlapping(first, bytes.as_mut_ptr().cast(), count) };
             // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
-            unsafe { Staged::lent(bytes.as_ptr(), Arc::new(bytes)) }
+            unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new(bytes)) }
         };
         self.land(op, start, staged, false)
     }
@@ -272,12 +274,14 @@ impl Job {
                 continue;
             };
             let rank = of_device[0].rank;
-            let copies: Vec<RawCopy> = of_device.iter().map(|piece| self.raw_copy(piece, first)).collect();
             let ops = if self.devices[device(&of_device[0])].copies_any() {
-                copies.into_iter().map(Op::Copy).collect()
+                of_device.iter().map(|piece| Op::Copy(self.raw_copy(piece, first))).collect()
             } else {
+                let part =
+                    |piece| Part { copy: self.raw_copy(piece, first), allocation: self.place(piece).allocation() };
+                let parts = of_device.iter().map(part).collect();
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
-                unsafe { lower(copies, ours && !shared, &limits::COPY_COSTS) }
+                unsafe { lower(parts, ours && !shared, &limits::COPY_COSTS) }
             };
             let landing = of_device.iter().map(landing).collect();
             let filled = Filled { staged: staged.clone(), ops, landing };
@@ -302,11 +306,12 @@ impl Job {
 
     /// The address of a piece's first destination byte.
     fn address(&self, piece: &Piece) -> u64 {
-        self.place_address(piece.rank, piece.dest) + piece.dst
+        self.place(piece).address + piece.dst
     }
 
-    fn place_address(&self, rank: Rank, dest: u32) -> u64 {
-        self.setup.destinations.place(rank, dest).expect("bug in shardlift: a piece for another process").address
+    fn place(&self, piece: &Piece) -> &Place {
+        let place = self.setup.destinations.place(piece.rank, piece.dest);
+        place.expect("bug in shardlift: a piece for another process")
     }
 }
 

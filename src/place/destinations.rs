@@ -1,13 +1,14 @@
 //! Where each destination of the ranks of this process lies, and who owns that memory.
 
 use std::any::Any;
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use crate::device::{Allocation, Device};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
-use crate::plan::{Layout, Plan};
+use crate::plan::{Dest, Layout, Plan, RankPlan};
 
 /// The memory of all ranks that this process drives.
 #[derive(Debug)]
@@ -28,6 +29,11 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// A number that places in one allocation have in common, and no others.
+    pub(crate) fn allocation(&self) -> usize {
+        self.owner.as_ref().map_or(0, |owner| Arc::as_ptr(owner).addr())
+    }
+
     /// All of an allocation.
     fn whole(owner: Allocation) -> Place {
         Place { address: owner.address(), owner: Some(Arc::new(owner)), lent: false }
@@ -51,15 +57,28 @@ impl Place {
 }
 
 impl Destinations {
-    /// Few large blocks for each rank (`Memory::Blocks`); `devices` are those of the driven ranks.
+    /// Few large blocks for each rank (`Memory::Blocks`); `devices` are those of the driven ranks. What is `lent` gets no
+    /// memory: it is [replaced](Destinations::replace) later.
     ///
     /// # Errors
     /// [`ErrorKind::DeviceMemory`] naming the device, what is needed and what is free, before anything is allocated; what
     /// the device says when it is.
-    pub(crate) fn in_blocks(plan: &Plan, devices: &[Arc<dyn Device>]) -> Result<Destinations> {
-        let layout =
-            |rank| Layout::in_blocks(plan.rank(rank), plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX);
-        fits(plan, devices, |rank| layout(rank).blocks.iter().sum())?;
+    pub(crate) fn in_blocks(
+        plan: &Plan,
+        devices: &[Arc<dyn Device>],
+        lent: &HashSet<(Rank, u32)>,
+    ) -> Result<Destinations> {
+        let layout = |rank| {
+            let RankPlan { dests, .. } = plan.rank(rank);
+            let ours = |(at, dest): (u32, &Dest)| Dest {
+                bytes: if lent.contains(&(rank, at)) { 0 } else { dest.bytes },
+                ..dest.clone()
+            };
+            let dests = (0..).zip(dests).map(ours).collect();
+            let ranked = RankPlan { rank, dests, pieces: Vec::new() };
+            Layout::in_blocks(&ranked, plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX)
+        };
+        fits(plan, devices, |rank, device| layout(rank).blocks.iter().map(|&bytes| device.taken_by(bytes)).sum())?;
         Destinations::for_each_rank(plan, devices, |rank, device| {
             let layout = layout(rank);
             let blocks = layout
@@ -80,16 +99,29 @@ impl Destinations {
         })
     }
 
-    /// An allocation of its own for each tensor, such that its owner can take it over (`Memory::PerTensor`).
+    /// An allocation of its own for each tensor, such that its owner can take it over (`Memory::PerTensor`), but for what
+    /// is `lent`.
     ///
     /// # Errors
     /// As [`in_blocks`](Destinations::in_blocks).
-    pub(crate) fn per_tensor(plan: &Plan, devices: &[Arc<dyn Device>]) -> Result<Destinations> {
-        fits(plan, devices, |rank| plan.bytes_on(rank))?;
+    pub(crate) fn per_tensor(
+        plan: &Plan,
+        devices: &[Arc<dyn Device>],
+        lent: &HashSet<(Rank, u32)>,
+    ) -> Result<Destinations> {
+        let ours = |rank, dest| !lent.contains(&(rank, dest));
+        fits(plan, devices, |rank, device| {
+            let dests = (0..).zip(&plan.rank(rank).dests).filter(|(dest, _)| ours(rank, *dest));
+            device.taken_by(dests.map(|(_, dest)| dest.bytes).sum())
+        })?;
         Destinations::for_each_rank(plan, devices, |rank, device| {
             let ranked = plan.rank(rank);
             let mut places = Vec::with_capacity(ranked.dests.len());
-            for dest in &ranked.dests {
+            for (position, dest) in (0..).zip(&ranked.dests) {
+                if !ours(rank, position) {
+                    places.push(Place { address: 0, owner: None, lent: false });
+                    continue;
+                }
                 let param = &plan.params()[dest.param as usize];
                 let owner = device
                     .tensor(dest.bytes as usize, param.dtype.alignment())
@@ -162,17 +194,18 @@ impl Destinations {
     }
 }
 
-/// Holds what all ranks of each device need against what it has free. What the caller brings or a mapping lends is
-/// counted too: it is replaced later.
-fn fits(plan: &Plan, devices: &[Arc<dyn Device>], bytes: impl Fn(Rank) -> u64) -> Result<()> {
+/// Holds what all ranks of each device need, and its queue, against what it has free.
+fn fits(plan: &Plan, devices: &[Arc<dyn Device>], bytes: impl Fn(Rank, &dyn Device) -> u64) -> Result<()> {
     for (at, device) in devices.iter().enumerate() {
         let shares = |other: &Arc<dyn Device>| Arc::ptr_eq(other, device);
         if devices[..at].iter().any(shares) {
             continue;
         }
         let Some(free) = device.free_bytes()? else { continue };
-        let ranks = plan.world().driven().iter().zip(devices).filter(|(_, other)| shares(other));
-        let needed: u64 = ranks.map(|(&rank, _)| bytes(rank)).sum();
+        let ranks =
+            || plan.world().driven().iter().zip(devices).filter(|(_, other)| shares(other)).map(|(&rank, _)| rank);
+        let queue = device.taken_besides(plan.first_cut(ranks()).is_some());
+        let needed = ranks().map(|rank| bytes(rank, &**device)).sum::<u64>() + queue;
         if needed > free {
             return Err(Error::new(ErrorKind::DeviceMemory, format!("too little free memory on {}", device.name()))
                 .with_expected(format!("{needed} bytes"), format!("{free} bytes")));

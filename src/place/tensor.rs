@@ -13,7 +13,8 @@ use crate::extent::Rank;
 use crate::plan::{Dest, Param, Plan};
 use crate::shape::Shape;
 
-/// One tensor of one rank, complete in its memory, which lives for as long as the tensor or a clone of it does.
+/// One tensor of one rank, complete in its memory, which lives for as long as the tensor or a clone of it does. Memory of a
+/// GPU is given back when the last of them is dropped: work of the caller's that uses it must have ended by then.
 #[derive(Clone)]
 pub struct Tensor {
     plan: Plan,

@@ -166,6 +166,24 @@ impl Reads {
     }
 }
 
+impl Plan {
+    /// The first destination of these ranks, and its rank, with a piece that is neither contiguous nor wide rows: it is
+    /// converted, permuted or cut finely.
+    pub(crate) fn first_cut(&self, ranks: impl Iterator<Item = Rank>) -> Option<(Rank, u32)> {
+        let is_cut = |piece: &BoxCopy| {
+            let is_row = |inner: &Loop| inner.src_stride >= piece.run && inner.dst_stride >= piece.run;
+            let wide = piece.loops.is_empty() || piece.run >= limits::NARROW_ROW;
+            piece.cast.is_some() || piece.loops.len() > 1 || !wide || !piece.loops.iter().all(is_row)
+        };
+        ranks.into_iter().find_map(|rank| {
+            let ranked = self.rank(rank);
+            let pieces = |dest: &super::Dest| &ranked.pieces[dest.pieces.start as usize..dest.pieces.end as usize];
+            let dest = ranked.dests.iter().position(|dest| pieces(dest).iter().any(is_cut))?;
+            Some((rank, dest as u32))
+        })
+    }
+}
+
 impl Cursor {
     /// The file range that the cursor is in.
     fn range(&self, extent: &ReadExtent) -> (u64, u64) {

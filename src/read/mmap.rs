@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::source::{Identity, Mapping};
 use crate::sync::lock;
 
-/// Copies out of memory-mapped files. A file that is cut short while it is mapped is an error, not a signal.
+/// Copies out of memory-mapped files, or lends from them to devices that can copy from there themselves: to one load at a
+/// time, because a driver registers a mapping once. A file that is cut short while it is mapped is an error, not a signal.
 #[derive(Debug)]
 pub struct Mmap {
     threads: usize,

@@ -172,13 +172,14 @@ impl Ring {
         let mut state = self.shared.state();
         let plain = std::mem::take(&mut state.plain);
         let pinned = if state.holds == 0 { std::mem::take(&mut state.pinned) } else { Vec::new() };
+        let slots = plain.len() + pinned.len();
+        // No longer pinned for whoever counts on them from now on.
+        state.slots_pinned -= pinned.len();
         drop(state);
-        let (slots_plain, slots_pinned) = (plain.len(), pinned.len());
-        // Out of the lock, since unpinning takes long; in the counts until it is done, so that the budget holds.
+        // Out of the lock, since unpinning takes long; in the count until it is done, so that the budget holds.
         drop((plain, pinned));
         let mut state = self.shared.state();
-        state.slots -= slots_plain + slots_pinned;
-        state.slots_pinned -= slots_pinned;
+        state.slots -= slots;
         self.shared.wake_all();
     }
 

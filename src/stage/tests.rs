@@ -240,3 +240,32 @@ fn lent_bytes_live_as_long_as_their_last_handle() {
     drop(clone);
     assert_eq!(std::sync::Arc::strong_count(&keep), 1);
 }
+
+#[test]
+fn who_holds_while_slots_are_released_does_not_count_on_them() {
+    /// Grows the ring while it is unpinned.
+    #[derive(Debug)]
+    struct Grows(Ring, std::sync::Arc<AtomicUsize>);
+    impl Drop for Grows {
+        fn drop(&mut self) {
+            // The budget is one slot, which is not given back yet: so more is wanted, and later.
+            let more = self.0.grow(&Pins::default(), 1, || false).unwrap();
+            self.1.fetch_add(usize::from(more), Ordering::Relaxed);
+        }
+    }
+    #[derive(Debug)]
+    struct Pinning(Ring, std::sync::Arc<AtomicUsize>);
+    impl Pinner for Pinning {
+        unsafe fn pin(&self, _: *mut u8, _: usize) -> Result<Pinned> {
+            Ok(Box::new(Grows(self.0.clone(), std::sync::Arc::clone(&self.1))))
+        }
+        fn numa_node(&self) -> Option<u32> {
+            None
+        }
+    }
+    let (ring, wanted) = (ring(1), std::sync::Arc::default());
+    assert!(!grow(&ring, &Pinning(ring.clone(), std::sync::Arc::clone(&wanted)), 1).unwrap());
+    ring.release();
+    assert_eq!(wanted.load(Ordering::Relaxed), 1);
+    holds(&ring, 0, 0);
+}

@@ -7,6 +7,7 @@ use libloading::Library;
 use super::driver::{self, Attribute, Failure, RawContext, RawDevice, RawStream, Status};
 use super::kernels::Module;
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits;
 use crate::sync::lock;
 
 /// Names of the driver's library, in the order in which they are asked for: cudarc's first choice, and what drivers
@@ -18,21 +19,32 @@ const LIBRARIES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 /// # Errors
 /// [`ErrorKind::Device`] if there is no driver, or it refuses.
 pub(super) fn library() -> Result<()> {
-    static DRIVER: OnceLock<Library> = OnceLock::new();
-    static LOADING: Mutex<()> = Mutex::new(());
-    let _one_at_a_time = lock(&LOADING);
-    if DRIVER.get().is_some() {
+    static LIBRARY: OnceLock<Library> = OnceLock::new();
+    static INITIALISED: Mutex<bool> = Mutex::new(false);
+    let mut initialised = lock(&INITIALISED);
+    if *initialised {
         return Ok(());
     }
-    // SAFETY: the driver's library may be loaded into any process, and is never unloaded.
-    let found = LIBRARIES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
-    let Some(found) = found else {
-        return Err(Error::new(ErrorKind::Device, "no NVIDIA driver: libcuda.so.1 not found"));
-    };
+    if LIBRARY.get().is_none() {
+        // SAFETY: the driver's library may be loaded into any process, and is never unloaded.
+        let found = LIBRARIES.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
+        let missing = || Error::new(ErrorKind::Device, "no NVIDIA driver: libcuda.so.1 not found");
+        let _ = LIBRARY.set(found.ok_or_else(missing)?);
+    }
     // SAFETY: the library is there.
-    unsafe { driver::init() }
-        .map_err(|failure| Error::new(ErrorKind::Device, format!("no NVIDIA driver: {failure}")))?;
-    DRIVER.get_or_init(|| found);
+    unsafe { driver::init() }.map_err(|failure| {
+        let what = if failure.is_no_device() { "no NVIDIA GPU" } else { "no NVIDIA driver" };
+        Error::new(ErrorKind::Device, format!("{what}: {failure}"))
+    })?;
+    // SAFETY: as above.
+    let version = unsafe { driver::version() }.map_err(|failure| Error::new(ErrorKind::Device, failure.to_string()))?;
+    if version < limits::DRIVER_MIN {
+        let of = |version: i32| format!("one for CUDA {}.{}", version / 1000, version % 1000 / 10);
+        return Err(
+            Error::new(ErrorKind::Device, "NVIDIA driver too old").with_expected(of(limits::DRIVER_MIN), of(version))
+        );
+    }
+    *initialised = true;
     Ok(())
 }
 
@@ -43,11 +55,7 @@ pub(super) fn library() -> Result<()> {
 pub(super) fn device_count() -> Result<u32> {
     library()?;
     // SAFETY: the driver is loaded.
-    match unsafe { driver::device_count() } {
-        Ok(count) => Ok(count),
-        Err(failure) if failure.is_no_device() => Ok(0),
-        Err(failure) => Err(Error::new(ErrorKind::Device, failure.to_string())),
-    }
+    unsafe { driver::device_count() }.map_err(|failure| Error::new(ErrorKind::Device, failure.to_string()))
 }
 
 /// The GPU with this number, without a context on it.
@@ -57,10 +65,7 @@ pub(super) fn device(ordinal: u32) -> Result<RawDevice> {
     match unsafe { driver::device(ordinal) } {
         Ok(device) => Ok(device),
         Err(failure) if failure.is_no_device() => {
-            let expected = match device_count()? {
-                0 => "a machine with a GPU".to_owned(),
-                count => format!("a device below {count}"),
-            };
+            let expected = format!("a device below {}", device_count()?);
             Err(Error::new(ErrorKind::Device, "no such device").with_expected(expected, format!("cuda:{ordinal}")))
         }
         Err(failure) => Err(error(ordinal, failure)),
@@ -142,12 +147,17 @@ impl Context {
         calls().map_err(|failure| self.error(failure))
     }
 
-    /// Gives something back with this context current. There is nobody to tell if the driver refuses, as it does after
-    /// a GPU was lost.
-    pub(super) fn give_back(&self, calls: impl FnOnce() -> Status<()>) {
-        if let Err(error) = self.with(calls) {
-            tracing::warn!("{error}");
+    /// Gives something back with this context current; whether that was tried. There is nobody to tell if the driver
+    /// refuses, as it does after a GPU was lost.
+    pub(super) fn give_back(&self, calls: impl FnOnce() -> Status<()>) -> bool {
+        // A context that is refused once must not cost the memory.
+        let outcome = self.enter().or_else(|_| self.enter()).map(|_entered| calls());
+        match &outcome {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => tracing::warn!("{}", self.error(*failure)),
+            Err(error) => tracing::warn!("{error}"),
         }
+        outcome.is_ok()
     }
 
     /// A failure as an error that names this device.
@@ -211,7 +221,8 @@ pub(super) struct Entered(());
 impl Drop for Entered {
     fn drop(&mut self) {
         // SAFETY: pushed by `enter` on this thread (the type is dropped where it was made: it never leaves a function).
-        if let Err(failure) = unsafe { driver::pop_context() } {
+        let popped = unsafe { driver::pop_context().or_else(|_| driver::pop_context()) };
+        if let Err(failure) = popped {
             tracing::warn!("{failure}");
         }
     }

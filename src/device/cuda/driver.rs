@@ -30,9 +30,9 @@ pub(super) struct Failure {
 pub(super) type Status<T> = Result<T, Failure>;
 
 impl Failure {
-    /// Not enough memory of the device, or of what the system lets be pinned.
+    /// Not enough memory of the device. What the system lets be pinned is another matter.
     pub(super) fn is_out_of_memory(self) -> bool {
-        self.status == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY
+        self.status == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY && self.call != "cuMemHostRegister_v2"
     }
 
     /// The driver or the device cannot do this at all.

@@ -1,6 +1,7 @@
 //! What copies to the GPUs of this machine cost: ceilings for reports, and the figures of
 //! [`CopyCosts`](crate::limits::CopyCosts).
 
+use std::mem::ManuallyDrop;
 use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,7 +35,8 @@ pub fn pinned_gb_per_s(gpus: &[u32]) -> Result<Vec<f64>> {
             .map(|bench| {
                 let together = &together;
                 scope.spawn(move || {
-                    let ops = || (0..COPIES).map(|_| bench_op(bench.source.address(), bench.target(), &[], BYTES));
+                    let ops =
+                        || (0..COPIES).map(|_| bench_op(bench.buffers.source.address(), bench.target(), &[], BYTES));
                     let ops: Vec<Vec<Op>> = (0..ROUNDS).map(|_| ops().collect()).collect();
                     let mut best = f64::INFINITY;
                     let mut outcome = Ok(());
@@ -73,7 +75,7 @@ pub struct CopyMeasurements {
 /// As [`pinned_gb_per_s`].
 pub fn copy_measurements(gpu: u32) -> Result<CopyMeasurements> {
     let mut bench = Bench::new(gpu)?;
-    let (source, target) = (bench.source.address(), bench.target());
+    let (source, target) = (bench.buffers.source.address(), bench.target());
     let link = bench.best(|| vec![bench_op(source, target, &[], BYTES)])?;
     const SMALL: usize = 4096;
     let calls = bench.best(|| (0..1000).map(|_| bench_op(source, target, &[], SMALL)).collect())?;
@@ -96,11 +98,26 @@ pub fn copy_measurements(gpu: u32) -> Result<CopyMeasurements> {
 
 /// A buffer on either side of a link, and a queue.
 struct Bench {
+    buffers: ManuallyDrop<Buffers>,
+    /// Copies may be under way for ever.
+    stuck: bool,
+}
+
+struct Buffers {
     // Before what its copies name.
     queue: CudaQueue,
     target: Memory,
     _pinned: Pinned,
     source: Pages,
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        if !self.stuck {
+            // SAFETY: dropped here and nowhere else.
+            unsafe { ManuallyDrop::drop(&mut self.buffers) };
+        }
+    }
 }
 
 impl Bench {
@@ -112,11 +129,12 @@ impl Bench {
         // SAFETY: the pages outlive what this returns: fields are dropped in order.
         let pinned = unsafe { CudaPinner::new(&context, None).pin(source.address(), BYTES) }?;
         let target = Memory::plain(&context, BYTES)?;
-        Ok(Bench { queue: CudaQueue::new(&context)?, target, _pinned: pinned, source })
+        let buffers = Buffers { queue: CudaQueue::new(&context, false)?, target, _pinned: pinned, source };
+        Ok(Bench { buffers: ManuallyDrop::new(buffers), stuck: false })
     }
 
     fn target(&self) -> u64 {
-        self.target.address()
+        self.buffers.target.address()
     }
 
     fn best(&mut self, ops: impl Fn() -> Vec<Op>) -> Result<f64> {
@@ -126,9 +144,10 @@ impl Bench {
     fn seconds(&mut self, ops: Vec<Op>) -> Result<f64> {
         let began = Instant::now();
         // SAFETY: all copies of this file lie in the two buffers, which outlive the queue.
-        let ticket = unsafe { self.queue.submit(ops)? };
-        while self.queue.wait(BOUND.saturating_sub(began.elapsed()))? < ticket {
+        let ticket = unsafe { self.buffers.queue.submit(ops)? };
+        while self.buffers.queue.wait(BOUND.saturating_sub(began.elapsed()))? < ticket {
             if began.elapsed() >= BOUND {
+                self.stuck = true;
                 return Err(stuck());
             }
         }

@@ -49,7 +49,7 @@ impl Memory {
     pub(super) fn plain(context: &Arc<Context>, bytes: usize) -> Result<Memory> {
         // SAFETY: the context is current.
         let address =
-            context.with(|| unsafe { driver::allocate(bytes.max(1)) }).map_err(|error| sized(error, bytes))?;
+            context.with(|| unsafe { driver::allocate(bytes.max(1)) }).map_err(|error| sized(context, error, bytes))?;
         Ok(Memory { context: Arc::clone(context), address, kind: Kind::Plain })
     }
 
@@ -68,7 +68,7 @@ impl Memory {
         let handle = match created {
             Ok(handle) => handle,
             Err(failure) if failure.is_unsupported() => return Ok(None),
-            Err(failure) => return Err(sized(context.error(failure), bytes)),
+            Err(failure) => return Err(sized(context, context.error(failure), bytes)),
         };
         // From here on dropping it undoes what was done.
         let kind = Kind::Mapped { bytes, handle: Some(handle), reserved: false, mapped: false };
@@ -90,7 +90,7 @@ impl Memory {
                     driver::release_memory(handle)
                 }
             })
-            .map_err(|error| sized(error, bytes))?;
+            .map_err(|error| sized(context, error, bytes))?;
         Ok(Some(memory))
     }
 
@@ -102,7 +102,7 @@ impl Memory {
         let stream = context.service()?;
         // SAFETY: the context is current, the stream is its own.
         let address = context.with(|| unsafe { driver::allocate_async(bytes.max(1), stream) });
-        let address = address.map_err(|error| sized(error, bytes))?;
+        let address = address.map_err(|error| sized(context, error, bytes))?;
         let memory = Memory { context: Arc::clone(context), address, kind: Kind::Pooled };
         // Then it is there for every stream.
         // SAFETY: as above.
@@ -138,21 +138,23 @@ impl Drop for Memory {
         match &mut self.kind {
             // SAFETY: whoever used the memory held it, and what is undone was done.
             Kind::Mapped { bytes, handle, reserved, mapped } => unsafe {
-                if std::mem::take(mapped) {
-                    self.context.give_back(|| driver::unmap(address, *bytes));
-                }
-                if std::mem::take(reserved) {
+                let unmapped = !std::mem::take(mapped) || self.context.give_back(|| driver::unmap(address, *bytes));
+                if std::mem::take(reserved) && unmapped {
                     self.context.give_back(|| driver::free_addresses(address, *bytes));
                 }
                 if let Some(handle) = handle.take() {
                     self.context.give_back(|| driver::release_memory(handle));
                 }
             },
-            // SAFETY: whoever used the memory held it; the driver waits for what is under way.
-            Kind::Plain => self.context.give_back(|| unsafe { driver::free(address) }),
+            Kind::Plain => {
+                // SAFETY: whoever used the memory held it; the driver waits for what is under way.
+                self.context.give_back(|| unsafe { driver::free(address) });
+            }
             Kind::Pooled => match self.context.service() {
-                // SAFETY: whoever used the memory held it.
-                Ok(stream) => self.context.give_back(|| unsafe { driver::free_async(address, stream) }),
+                Ok(stream) => {
+                    // SAFETY: whoever used the memory held it.
+                    self.context.give_back(|| unsafe { driver::free_async(address, stream) });
+                }
                 Err(error) => tracing::warn!("{error}"),
             },
             Kind::Lent(_) => {}
@@ -160,10 +162,11 @@ impl Drop for Memory {
     }
 }
 
-/// Says how much was asked for, if there was too little.
-fn sized(error: Error, bytes: usize) -> Error {
-    match error.kind() {
-        ErrorKind::DeviceMemory => error.in_context(format_args!("{bytes} bytes")),
-        _ => error,
+/// Says how much was asked for and what there is, if that was too little.
+fn sized(context: &Context, error: Error, bytes: usize) -> Error {
+    if error.kind() != ErrorKind::DeviceMemory {
+        return error;
     }
+    let free = context.memory().map_or("less".into(), |(free, _)| format!("{free} bytes"));
+    error.with_expected(format!("{bytes} bytes"), free)
 }

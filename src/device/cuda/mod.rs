@@ -16,6 +16,7 @@ use self::context::Context;
 use self::memory::Memory;
 use super::{Allocation, Device, Pinner, Queue};
 use crate::error::Result;
+use crate::limits;
 
 pub use facts::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
 pub use measure::{CopyMeasurements, copy_measurements, pinned_gb_per_s};
@@ -45,8 +46,8 @@ impl Device for Cuda {
         format!("cuda:{}", self.context.ordinal())
     }
 
-    fn queue(&self) -> Result<Option<Box<dyn Queue>>> {
-        Ok(Some(Box::new(queue::CudaQueue::new(&self.context)?)))
+    fn queue(&self, cuts: bool) -> Result<Option<Box<dyn Queue>>> {
+        Ok(Some(Box::new(queue::CudaQueue::new(&self.context, cuts)?)))
     }
 
     fn block(&self, bytes: usize) -> Result<Allocation> {
@@ -59,6 +60,14 @@ impl Device for Cuda {
 
     unsafe fn lent(&self, address: *mut u8, keep: Arc<dyn Any + Send + Sync>) -> Allocation {
         Cuda::allocation(Memory::lent(&self.context, address.addr() as u64, keep))
+    }
+
+    fn taken_by(&self, bytes: u64) -> u64 {
+        bytes.next_multiple_of(limits::DEVICE_GRANULARITY)
+    }
+
+    fn taken_besides(&self, cuts: bool) -> u64 {
+        if cuts { (limits::STREAMS * queue::SCRATCH) as u64 } else { 0 }
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {

@@ -7,7 +7,7 @@ use super::driver::{self, Attribute};
 use crate::device::{Pinned, Pinner};
 use crate::error::Result;
 
-/// Pins with the driver, for all devices. Holds the contexts of the devices that it is for.
+/// Pins with the driver, in the context of one device, for all of them.
 #[derive(Debug)]
 pub(super) struct CudaPinner {
     context: Arc<Context>,

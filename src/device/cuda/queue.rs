@@ -14,6 +14,9 @@ use crate::device::{Op, Queue, RawCopy};
 use crate::error::Result;
 use crate::limits;
 
+/// Bytes of scratch memory of a lane: what a cut may need, which may begin before its slot's first needed byte.
+pub(super) const SCRATCH: usize = limits::SLOT + limits::KERNEL_ACCESS;
+
 /// The copies of one device, spread over a few streams.
 #[derive(Debug)]
 pub(super) struct CudaQueue {
@@ -31,14 +34,14 @@ pub(super) struct CudaQueue {
 struct Lane {
     stream: RawStream,
     scratch: Option<Memory>,
-    scratch_bytes: usize,
 }
 
 // SAFETY: handles of the driver, which may be used from every thread; each method enters the context.
 unsafe impl Send for CudaQueue {}
 
 impl CudaQueue {
-    pub(super) fn new(context: &Arc<Context>) -> Result<CudaQueue> {
+    /// A queue for slots of at most [`limits::SLOT`] bytes; with scratch memory from the start if there will be cuts.
+    pub(super) fn new(context: &Arc<Context>, cuts: bool) -> Result<CudaQueue> {
         let mut queue = CudaQueue {
             context: Arc::clone(context),
             lanes: Vec::new(),
@@ -49,7 +52,10 @@ impl CudaQueue {
         for _ in 0..limits::STREAMS {
             // SAFETY: the context is current.
             let stream = context.with(|| unsafe { driver::create_stream() })?;
-            queue.lanes.push(Lane { stream, scratch: None, scratch_bytes: 0 });
+            queue.lanes.push(Lane { stream, scratch: None });
+            if cuts {
+                queue.lanes.last_mut().map_or(Ok(0), |lane| lane.scratch(context))?;
+            }
         }
         Ok(queue)
     }
@@ -113,17 +119,16 @@ impl Queue for CudaQueue {
 
     fn settle(&mut self, bound: Duration) -> bool {
         let began = Instant::now();
-        // A stream that answers with an error twice is lost, and with it what was queued.
-        let mut refusals = 0;
+        // A stream that only answers with errors is lost, and with it what was queued.
+        let mut lost: Option<Instant> = None;
         self.lanes.iter().all(|lane| {
             loop {
                 // SAFETY: the stream is live, the context current.
                 match self.context.with(|| unsafe { driver::stream_is_done(lane.stream) }) {
                     Ok(true) => return true,
                     Ok(false) if began.elapsed() >= bound => return false,
-                    Ok(false) => thread::sleep(limits::EVENT_POLL),
-                    Err(_) if refusals > 1 => return true,
-                    Err(_) => refusals += 1,
+                    Err(_) if lost.get_or_insert_with(Instant::now).elapsed() >= limits::LOST_DEVICE => return true,
+                    Ok(false) | Err(_) => thread::sleep(limits::EVENT_POLL),
                 }
             }
         })
@@ -179,7 +184,8 @@ impl Lane {
     /// # Safety
     /// As [`Queue::submit`]; the context is current.
     unsafe fn cut(&mut self, context: &Arc<Context>, src: *const u8, bytes: usize, copies: &[RawCopy]) -> Result<()> {
-        let base = self.scratch(context, bytes)?;
+        assert!(bytes <= SCRATCH, "bug in shardlift: a cut larger than a slot");
+        let base = self.scratch(context)?;
         // SAFETY: the scratch memory is large enough, the stream's order keeps others from it; the caller's duties.
         unsafe {
             driver::copy_to_device(base, src, bytes, self.stream).map_err(|failure| context.error(failure))?;
@@ -191,15 +197,12 @@ impl Lane {
         Ok(())
     }
 
-    /// The address of scratch memory of at least this size.
-    fn scratch(&mut self, context: &Arc<Context>, bytes: usize) -> Result<u64> {
-        if self.scratch.is_none() || self.scratch_bytes < bytes {
-            // Freed by the driver when what was queued has run: it waits for that, so it should happen once.
-            self.scratch = None;
-            self.scratch_bytes = bytes.max(limits::SLOT + limits::KERNEL_ACCESS);
-            let memory = Memory::plain(context, self.scratch_bytes)?;
-            return Ok(self.scratch.insert(memory).address());
-        }
-        Ok(self.scratch.as_ref().map_or(0, Memory::address))
+    /// The address of the scratch memory.
+    fn scratch(&mut self, context: &Arc<Context>) -> Result<u64> {
+        let memory = match self.scratch.take() {
+            Some(memory) => memory,
+            None => Memory::plain(context, SCRATCH)?,
+        };
+        Ok(self.scratch.insert(memory).address())
     }
 }

@@ -48,9 +48,12 @@ mod with_cuda {
             if let Some(link) = &device.pcie {
                 let (width, speed) = (link.width, &link.speed);
                 output.line(format_args!("cuda:{ordinal}: link of {width} lanes at {speed}"));
+            } else {
+                output.line(format_args!("cuda:{ordinal}: link: the system does not say"));
             }
-            if let Some(node) = device.numa_node {
-                output.line(format_args!("cuda:{ordinal}: near NUMA node {node}"));
+            match device.numa_node {
+                Some(node) => output.line(format_args!("cuda:{ordinal}: near NUMA node {node}")),
+                None => output.line(format_args!("cuda:{ordinal}: NUMA node: one for all, or the system does not say")),
             }
             match rate {
                 Ok(rate) => output.line(format_args!("cuda:{ordinal}: {rate:.1} GB/s from pinned memory")),

@@ -27,10 +27,9 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     let auto = auto(path);
     let memcpy = ceilings::memcpy_gb_per_s(moving);
     let pread = ceilings::pread_gb_per_s(moving);
-    let storage = match largest_file(path) {
-        Some(file) => ceilings::storage_gb_per_s(&file, moving),
-        None => Err("no file there".into()),
-    };
+    let largest = largest_file(path).ok_or_else(|| "no file there".to_owned());
+    let direct = largest.as_ref().map_err(Clone::clone).and_then(|file| direct(file));
+    let storage = largest.and_then(|file| ceilings::storage_gb_per_s(&file, moving));
     let gpus = gpus::look();
 
     output.line(format_args!("cpus: {cpus}"));
@@ -55,6 +54,10 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     if let Some(pread) = pread {
         output.line(format_args!("pread from the page cache: {pread:.1} GB/s with {threads}"));
     }
+    match &direct {
+        Ok(()) => output.line(format_args!("O_DIRECT: usable")),
+        Err(why) => output.line(format_args!("O_DIRECT: not usable: {why}")),
+    }
     match &storage {
         Ok(rate) => output.line(format_args!("storage, past the page cache: {rate:.1} GB/s with {threads}")),
         Err(why) => output.line(format_args!("storage, past the page cache: not measured: {why}")),
@@ -78,6 +81,7 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
         },
         "memcpy_gb_per_s": memcpy,
         "page_cache_gb_per_s": pread,
+        "o_direct": usable(direct.as_ref().err()),
         "storage_gb_per_s": storage.as_ref().ok(),
         "storage_why": storage.as_ref().err(),
         "cuda": gpus::object(&gpus),
@@ -88,6 +92,13 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
 
 /// What later builds of this program use.
 const LATER: [&str; 2] = ["cufile", "nccl"];
+
+/// Whether a file can be read past the page cache as the loader would.
+fn direct(path: &Path) -> Result<(), String> {
+    let file = SourceFile::open(path).map_err(|error| error.to_string())?;
+    let aligned = file.direct(limits::DIRECT_ALIGNMENT).map(|_| ());
+    aligned.ok_or_else(|| "the file system refuses it, or wants a larger alignment".into())
+}
 
 /// The largest file at PATH, or in it.
 fn largest_file(path: &Path) -> Option<PathBuf> {
