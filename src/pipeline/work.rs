@@ -39,10 +39,8 @@ impl Work for Job {
                 Ok(Taken::Skipped) => {}
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
                 Ok(Taken::NoSlot) if asked.elapsed() > self.setup.stall_error => {
-                    self.fail(Error::new(
-                        ErrorKind::Stalled,
-                        format!("no staging slot became free for {:?}", self.setup.stall_error),
-                    ));
+                    let message = format!("no staging slot became free for {:?}", self.setup.stall_error);
+                    self.fail(self.locate_next(Error::new(ErrorKind::Stalled, message)));
                     return Next::Finished;
                 }
                 Ok(Taken::NoSlot) => {
