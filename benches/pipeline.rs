@@ -20,13 +20,13 @@ use rustix::time::ClockId;
 use serde_json::{Value, json};
 use shardlift::read::{Engine, Next, Pread, Request, Work};
 use shardlift::{Checkpoint, Loader, Plan, Result, Rules, World};
-use support::{ledger, load_again, median, memory_of, seconds, twin, write_model};
+use support::{ledger, median, seconds, twin, write_model};
 
 /// What the pipeline may take for this many bytes, and what small tensors must keep of the speed of large ones.
 const PER_BYTES: f64 = (16 << 20) as f64;
 const TARGET_SECONDS: f64 = 50e-6;
 const TARGET_RATIO: f64 = 0.5;
-const RUNS: usize = 7;
+const RUNS: usize = 15;
 
 /// Layers and experts of the mixture: 48 x (128 x 3 + 9) + 3 tensors.
 const LAYERS: u64 = 48;
@@ -65,13 +65,14 @@ fn main() -> io::Result<()> {
         let ([few, few_bytes, fast], [many, many_bytes, _]) = (of("large", &large)?, of("larger", &larger)?);
         let [_, _, slow] = of("mixture", &small)?;
         let own = (many - few) / (many_bytes - few_bytes) * PER_BYTES;
+        // Less than nothing is what a busy machine makes of it.
         let verdict = |met| if met { "met" } else { "missed" };
         writeln!(
             out,
             "{devices} devices: {:.1} us per 16 MiB, target {:.0}: {}; small tensors at {:.2} of large ones, target {}: {}",
             own * 1e6,
             TARGET_SECONDS * 1e6,
-            verdict(own <= TARGET_SECONDS),
+            verdict((0.0..=TARGET_SECONDS).contains(&own)),
             slow / fast,
             TARGET_RATIO,
             verdict(slow / fast >= TARGET_RATIO),
@@ -134,13 +135,14 @@ fn one(folder: &Path, devices: u32, runs: usize) -> io::Result<()> {
     }
     let mut figures: [Vec<f64>; 7] = Default::default();
     let (mut calls, mut read_bytes) = (0, 0);
-    let memory = memory_of(&weights);
+    drop(weights);
     for _ in 0..runs {
         twin::reset_counts();
         engine.nanoseconds.store(0, Ordering::Relaxed);
         let (began, cpu) = (Instant::now(), seconds(ClockId::ProcessCPUTime));
-        let report = load_again(&loader, &weights, &memory)?;
+        let (weights, report) = loader.load(&plan).map_err(io::Error::other)?;
         let (wall, cpu) = (began.elapsed().as_secs_f64(), seconds(ClockId::ProcessCPUTime) - cpu);
+        drop(weights);
         let ledger = ledger(folder)?;
         let of_twin = |name: &str| ledger[name].as_f64().expect("a number");
         let reads = engine.nanoseconds.load(Ordering::Relaxed) as f64 / 1e9;

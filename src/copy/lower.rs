@@ -12,7 +12,7 @@ use crate::stride::{Loop, Loops, bytes_moved, for_each_run, source_span};
 pub(crate) struct Part {
     pub(crate) copy: RawCopy,
     /// Equal for copies into one allocation.
-    pub(crate) allocation: usize,
+    pub(crate) allocation: u64,
 }
 
 /// What a device has to do for the copies that it takes from one filled slot.
@@ -250,7 +250,7 @@ mod tests {
             // SAFETY: the pieces of the tests lie in a megabyte.
             unsafe { copy_now(&copy) };
         }
-        let part = |copy: RawCopy| Part { allocation: (copy.dst - found_at) as usize / ALLOCATION, copy };
+        let part = |copy: RawCopy| Part { allocation: (copy.dst - found_at) / ALLOCATION as u64, copy };
         let parts = make(source.as_mut_ptr(), found.as_mut_ptr()).into_iter().map(part).collect();
         // SAFETY: as above; nobody else uses the source.
         let ops = unsafe { lower(parts, packable, costs) };

@@ -19,6 +19,9 @@ pub(crate) struct Allocation {
 
 /// Memory that the host cannot reach by pointers.
 pub(crate) trait DeviceMemory: Debug + Send + Sync {
+    /// The address of the allocation that it is, or lies in.
+    fn base(&self) -> u64;
+
     /// Copies bytes at `address` of the device to host memory.
     ///
     /// # Safety
@@ -84,6 +87,12 @@ impl Allocation {
     /// The address of the first byte; a pointer unless this is [memory of a device](Allocation::device).
     pub(crate) fn address(&self) -> u64 {
         self.address
+    }
+
+    /// The address of the whole allocation that this is, or lies in as far as is known: no copy may reach from one into
+    /// another.
+    pub(crate) fn base(&self) -> u64 {
+        self.device().map_or(self.address, DeviceMemory::base)
     }
 
     /// How to reach it, if the host cannot by pointers.

@@ -29,9 +29,9 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// A number that places in one allocation have in common, and no others.
-    pub(crate) fn allocation(&self) -> usize {
-        self.owner.as_ref().map_or(0, |owner| Arc::as_ptr(owner).addr())
+    /// The address of the allocation that it lies in.
+    pub(crate) fn allocation(&self) -> u64 {
+        self.owner.as_ref().map_or(0, |owner| owner.base())
     }
 
     /// All of an allocation.

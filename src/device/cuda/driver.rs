@@ -194,6 +194,13 @@ pub(super) unsafe fn free(address: u64) -> Status<()> {
     unsafe { call!(cuMemFree_v2(address)) }
 }
 
+/// The start of the allocation that an address of a device lies in.
+pub(super) unsafe fn allocation_of(address: u64) -> Status<u64> {
+    let which = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR;
+    let mut start = 0u64;
+    unsafe { call!(cuPointerGetAttribute((&raw mut start).cast(), which, address)) }.map(|()| start)
+}
+
 /// Memory of the device's pool, there once `stream` comes to it.
 pub(super) unsafe fn allocate_async(bytes: usize, stream: RawStream) -> Status<u64> {
     unsafe { get!(cuMemAllocAsync(bytes, stream)) }

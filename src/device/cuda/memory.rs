@@ -24,8 +24,12 @@ enum Kind {
     Plain,
     /// Of the device's pool, as a `CudaSlice` of cudarc has it: `cuMemAllocAsync`.
     Pooled,
-    /// The caller's, kept alive by this.
-    Lent(#[expect(dead_code, reason = "held for its Drop")] Arc<dyn Any + Send + Sync>),
+    /// The caller's, in an allocation that starts at `base`.
+    Lent {
+        base: u64,
+        #[expect(dead_code, reason = "held for its Drop")]
+        keep: Arc<dyn Any + Send + Sync>,
+    },
 }
 
 impl fmt::Debug for Memory {
@@ -112,7 +116,10 @@ impl Memory {
 
     /// Memory of the caller's at this address, which `keep` keeps alive.
     pub(super) fn lent(context: &Arc<Context>, address: u64, keep: Arc<dyn Any + Send + Sync>) -> Memory {
-        Memory { context: Arc::clone(context), address, kind: Kind::Lent(keep) }
+        // Of memory that the driver does not know nothing is assumed.
+        // SAFETY: the context is current.
+        let base = context.with(|| unsafe { driver::allocation_of(address) }).unwrap_or(address);
+        Memory { context: Arc::clone(context), address, kind: Kind::Lent { base, keep } }
     }
 
     pub(super) fn address(&self) -> u64 {
@@ -121,6 +128,10 @@ impl Memory {
 }
 
 impl DeviceMemory for Memory {
+    fn base(&self) -> u64 {
+        if let Kind::Lent { base, .. } = self.kind { base } else { self.address }
+    }
+
     unsafe fn read(&self, address: u64, into: &mut [u8]) -> Result<()> {
         // SAFETY: the context is current; the caller answers for the range.
         self.context.with(|| unsafe { driver::copy_to_host(into.as_mut_ptr(), address, into.len()) })
@@ -157,7 +168,7 @@ impl Drop for Memory {
                 }
                 Err(error) => tracing::warn!("{error}"),
             },
-            Kind::Lent(_) => {}
+            Kind::Lent { .. } => {}
         }
     }
 }
