@@ -74,8 +74,15 @@ pub const STALL_WARNING: Duration = Duration::from_secs(5);
 /// A read without progress for this long fails the load. Network file systems recover within a minute or not at all.
 pub const STALL_ERROR: Duration = Duration::from_secs(60);
 
-/// Largest staging slot. A slot is what one read fills and one event guards.
+/// Largest staging slot of loads into host memory. A slot is what one read fills.
 pub const SLOT: usize = 4 << 20;
+
+/// Largest staging slot of loads into GPUs. A slot is what one read fills and one event guards: waking a thread for it
+/// takes longer than submitting it, so it should be worth that (`benches/pipeline.rs`).
+pub const DEVICE_SLOT: usize = 16 << 20;
+
+/// How many of these a staging budget should make, so that reads, copies and what waits between them overlap.
+pub const DEVICE_SLOTS: usize = 16;
 
 /// Most bytes of a read that lands straight in host memory.
 pub const DIRECT_CHUNK: u64 = 2 << 20;
@@ -175,8 +182,8 @@ pub const LOST_DEVICE: Duration = Duration::from_millis(20);
 /// Oldest driver that takes our kernels' PTX 8.0, as `cuDriverGetVersion` has it: CUDA 12.0.
 pub const DRIVER_MIN: i32 = 12_000;
 
-/// Slots that are pinned before the first read: enough that every thread has one to fill while others are pinned.
-pub const FIRST_SLOTS: usize = 4;
+/// Slots that are pinned before the first read: enough to begin with while others are pinned.
+pub const FIRST_SLOTS: usize = 2;
 
 /// Widest pitch of a 2-D copy: what drivers report as the attribute MAX_PITCH.
 pub const PITCH_MAX: u64 = i32::MAX as u64;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::host::ThreadQueue;
-use super::{Allocation, Device, Queue, RawCopy, copy_now};
+use super::{Allocation, Device, Feed, Queue, RawCopy, copy_now};
 use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
@@ -51,7 +51,7 @@ impl Device for FileDevice {
         unsafe { Allocation::lent(address, keep) }
     }
 
-    fn queue(&self, _: bool) -> Result<Option<Box<dyn Queue>>> {
+    fn queue(&self, _: Feed) -> Result<Option<Box<dyn Queue>>> {
         let mut writer = Writer::new(self.path.clone(), Arc::clone(&self.file));
         Ok(Some(Box::new(ThreadQueue::new("shardlift-write", move |copy| writer.write(copy))?)))
     }

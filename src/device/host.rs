@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::elements::{copy_elements, element};
-use super::{Allocation, Device, Op, Queue, RawCopy};
+use super::{Allocation, Device, Feed, Op, Queue, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::stride::for_each_run;
@@ -130,7 +130,7 @@ impl Device for Host {
         "host".into()
     }
 
-    fn queue(&self, _: bool) -> Result<Option<Box<dyn Queue>>> {
+    fn queue(&self, _: Feed) -> Result<Option<Box<dyn Queue>>> {
         Ok(None)
     }
 
@@ -170,7 +170,7 @@ impl Device for HostStaged {
         unsafe { Host.lent(address, keep) }
     }
 
-    fn queue(&self, _: bool) -> Result<Option<Box<dyn Queue>>> {
+    fn queue(&self, _: Feed) -> Result<Option<Box<dyn Queue>>> {
         // SAFETY: `Queue::submit`'s caller answers for the copies until they are done.
         Ok(Some(Box::new(ThreadQueue::new("shardlift-host", |copy| unsafe {
             copy_now(copy);

@@ -65,6 +65,16 @@ pub(crate) enum Op {
 // SAFETY: as for `RawCopy`.
 unsafe impl Send for Op {}
 
+/// What a queue will be fed with.
+#[derive(Debug, Clone, Copy)]
+#[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by GPUs only"))]
+pub(crate) struct Feed {
+    /// Most bytes that one operation takes from.
+    pub(crate) slot_bytes: usize,
+    /// Whether there are sure to be [cuts](Op::Cut), so that it takes early what those need.
+    pub(crate) cuts: bool,
+}
+
 /// A kind of memory that destinations can live in.
 pub(crate) trait Device: Debug + Send + Sync {
     /// As reports name it, for instance `cuda:0`.
@@ -72,8 +82,7 @@ pub(crate) trait Device: Debug + Send + Sync {
 
     /// A queue of copies into this device's memory, or `None` if its memory is the host's own: then reads may land
     /// in it directly, and copies are made at once by whoever has the bytes in cache ([`copy_now`]).
-    /// `cuts` says that there will be [cuts](Op::Cut), so that it takes early what those need.
-    fn queue(&self, cuts: bool) -> Result<Option<Box<dyn Queue>>>;
+    fn queue(&self, feed: Feed) -> Result<Option<Box<dyn Queue>>>;
 
     /// Whether its queue makes every copy itself, however many loops it has and with a cast.
     fn copies_any(&self) -> bool {
@@ -104,7 +113,7 @@ pub(crate) trait Device: Debug + Send + Sync {
     }
 
     /// Bytes that a queue takes.
-    fn taken_besides(&self, _cuts: bool) -> u64 {
+    fn taken_besides(&self, _feed: Feed) -> u64 {
         0
     }
 

@@ -35,7 +35,10 @@ pub struct Loader {
     drop_page_cache: bool,
     stall_warning: Duration,
     stall_error: Duration,
+    /// Slots for loads into host memory, which stay in a processor's cache.
     ring: Ring,
+    /// Larger ones, pinned, for loads into GPUs, whose copies cost by the piece.
+    device_ring: Ring,
     /// GPUs that were used, whose contexts are kept: making one takes longer than many a load.
     gpus: Mutex<Gpus>,
 }
@@ -89,6 +92,7 @@ impl Loader {
             stall_warning: limits::STALL_WARNING,
             stall_error: limits::STALL_ERROR,
             ring: Ring::new(limits::STAGING, limits::SLOT),
+            device_ring: Ring::new(limits::STAGING, limits::DEVICE_SLOT),
             gpus: Mutex::default(),
         }
     }
@@ -108,9 +112,14 @@ impl Loader {
     /// Bounds the staging memory in bytes; at least [`limits::STAGING_MIN`].
     pub fn staging(mut self, bytes: usize) -> Loader {
         self.staging = bytes.max(limits::STAGING_MIN);
-        // Whole blocks, so that O_DIRECT reads fill a slot and no more.
-        let slot = limits::SLOT.min(self.staging / 2) as u64 / limits::DIRECT_ALIGNMENT * limits::DIRECT_ALIGNMENT;
-        self.ring = Ring::new(self.staging, slot as usize);
+        let ring = |slot: usize| {
+            // Whole blocks, so that O_DIRECT reads fill a slot and no more.
+            let slot = slot as u64 / limits::DIRECT_ALIGNMENT * limits::DIRECT_ALIGNMENT;
+            Ring::new(self.staging, slot as usize)
+        };
+        let slot = limits::SLOT.min(self.staging / 2);
+        (self.ring, self.device_ring) =
+            (ring(slot), ring((self.staging / limits::DEVICE_SLOTS).clamp(slot, limits::DEVICE_SLOT)));
         self
     }
 
@@ -184,9 +193,10 @@ impl Loader {
         let callers = lend::destinations_of(plan, memory)?;
         let lent = callers.iter().map(|&(_, rank, dest)| (rank, dest)).collect();
         let devices = devices(plan.world(), &self.gpus)?;
+        let slot_bytes = self.ring_for(&devices).slot_bytes();
         let mut destinations = match self.memory {
-            Memory::Blocks => Destinations::in_blocks(plan, &devices, &lent)?,
-            Memory::PerTensor => Destinations::per_tensor(plan, &devices, &lent)?,
+            Memory::Blocks => Destinations::in_blocks(plan, &devices, slot_bytes, &lent)?,
+            Memory::PerTensor => Destinations::per_tensor(plan, &devices, slot_bytes, &lent)?,
         };
         let mapped = match self.residency {
             Residency::Owned => Vec::new(),
@@ -218,25 +228,32 @@ impl Loader {
     /// GPUs.
     pub fn release(&self) {
         self.ring.release();
+        self.device_ring.release();
         lock(&self.gpus).clear();
     }
 
     /// What a load of this loader begins with.
     fn setup(&self, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>) -> Setup {
         let (engine, engine_reason) = self.choose_engine(plan);
+        let ring = self.ring_for(&devices).clone();
         Setup {
             plan: plan.clone(),
             destinations,
             devices,
             engine,
             engine_reason,
-            ring: self.ring.clone(),
+            ring,
             stall_warning: self.stall_warning,
             stall_error: self.stall_error,
             drop_page_cache: self.drop_page_cache,
             mapped: Vec::new(),
             started: Instant::now(),
         }
+    }
+
+    /// The slots for loads into these devices.
+    fn ring_for(&self, devices: &[Arc<dyn Device>]) -> &Ring {
+        if devices.iter().all(|device| device.copies_any()) { &self.ring } else { &self.device_ring }
     }
 
     fn choose_engine(&self, plan: &Plan) -> (Arc<dyn Engine>, String) {

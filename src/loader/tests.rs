@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::*;
-use crate::pipeline::{Allocation, HostDevice, Op, Queue};
+use crate::pipeline::{Allocation, Feed, HostDevice, Op, Queue};
 
 /// A device whose driver never comes back from a call.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ impl Device for Gone {
         "gone".into()
     }
 
-    fn queue(&self, _: bool) -> Result<Option<Box<dyn Queue>>> {
+    fn queue(&self, _: Feed) -> Result<Option<Box<dyn Queue>>> {
         Ok(Some(Box::new(GoneQueue)))
     }
 
@@ -65,7 +65,7 @@ fn a_driver_that_does_not_come_back_ends_the_load() {
     let bound = Duration::from_millis(100);
     let loader = Loader::new().stall(bound / 2, bound);
     let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Gone)];
-    let destinations = Destinations::in_blocks(&plan, &devices, &Default::default()).unwrap();
+    let destinations = Destinations::in_blocks(&plan, &devices, limits::SLOT, &Default::default()).unwrap();
     let mut running = Running::start(loader.setup(&plan, destinations, devices)).unwrap();
     let began = Instant::now();
     let monitor = Monitor::new(running.job());

@@ -23,7 +23,7 @@ use crate::sync::lock;
 
 pub(crate) use crate::device::Device;
 #[cfg(test)]
-pub(crate) use crate::device::{Allocation, Host as HostDevice, Op, Queue};
+pub(crate) use crate::device::{Allocation, Feed, Host as HostDevice, Op, Queue};
 pub(crate) use crate::stage::Ring;
 pub(crate) use job::Job;
 pub(crate) use run::Running;

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::prepare::{pin_slots, prepare_cuts};
 use super::{Device, Job, Setup};
 use crate::copy::{self, CopyError, Filled};
-use crate::device::Queue;
+use crate::device::{Feed, Queue};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
@@ -37,7 +37,8 @@ impl Running {
             let driven = setup.plan.world().driven().iter().zip(&setup.devices);
             let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
             let cuts = setup.plan.first_cut(ranks).is_some();
-            let queue = device.queue(cuts).map_err(|error| error.with_rank(rank))?;
+            let feed = Feed { slot_bytes: setup.ring.slot_bytes(), cuts };
+            let queue = device.queue(feed).map_err(|error| error.with_rank(rank))?;
             inboxes.push(queue.map(|queue| {
                 let (inbox, filled) = mpsc::channel();
                 copiers.push(Copier { index, rank, queue, filled });

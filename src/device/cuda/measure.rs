@@ -10,7 +10,7 @@ use super::context::Context;
 use super::memory::Memory;
 use super::pinned::CudaPinner;
 use super::queue::CudaQueue;
-use crate::device::{Op, Pages, Pinned, Pinner, Queue, RawCopy};
+use crate::device::{Feed, Op, Pages, Pinned, Pinner, Queue, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::stride::{Loop, Loops};
 
@@ -129,7 +129,12 @@ impl Bench {
         // SAFETY: the pages outlive what this returns: fields are dropped in order.
         let pinned = unsafe { CudaPinner::new(&context, None).pin(source.address(), BYTES) }?;
         let target = Memory::plain(&context, BYTES)?;
-        let buffers = Buffers { queue: CudaQueue::new(&context, false)?, target, _pinned: pinned, source };
+        let buffers = Buffers {
+            queue: CudaQueue::new(&context, Feed { slot_bytes: BYTES, cuts: false })?,
+            target,
+            _pinned: pinned,
+            source,
+        };
         Ok(Bench { buffers: ManuallyDrop::new(buffers), stuck: false })
     }
 

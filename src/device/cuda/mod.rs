@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use self::context::Context;
 use self::memory::Memory;
-use super::{Allocation, Device, Pinner, Queue};
+use super::{Allocation, Device, Feed, Pinner, Queue};
 use crate::error::Result;
 use crate::limits;
 
@@ -46,8 +46,8 @@ impl Device for Cuda {
         format!("cuda:{}", self.context.ordinal())
     }
 
-    fn queue(&self, cuts: bool) -> Result<Option<Box<dyn Queue>>> {
-        Ok(Some(Box::new(queue::CudaQueue::new(&self.context, cuts)?)))
+    fn queue(&self, feed: Feed) -> Result<Option<Box<dyn Queue>>> {
+        Ok(Some(Box::new(queue::CudaQueue::new(&self.context, feed)?)))
     }
 
     fn block(&self, bytes: usize) -> Result<Allocation> {
@@ -66,8 +66,8 @@ impl Device for Cuda {
         bytes.next_multiple_of(limits::DEVICE_GRANULARITY)
     }
 
-    fn taken_besides(&self, cuts: bool) -> u64 {
-        if cuts { (limits::STREAMS * queue::SCRATCH) as u64 } else { 0 }
+    fn taken_besides(&self, feed: Feed) -> u64 {
+        if feed.cuts { (limits::STREAMS * queue::scratch_bytes(feed)) as u64 } else { 0 }
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {

@@ -10,12 +10,14 @@ use super::context::Context;
 use super::driver::{self, RawEvent, RawStream, Rect, Status};
 use super::kernels;
 use super::memory::Memory;
-use crate::device::{Op, Queue, RawCopy};
+use crate::device::{Feed, Op, Queue, RawCopy};
 use crate::error::Result;
 use crate::limits;
 
 /// Bytes of scratch memory of a lane: what a cut may need, which may begin before its slot's first needed byte.
-pub(super) const SCRATCH: usize = limits::SLOT + limits::KERNEL_ACCESS;
+pub(super) fn scratch_bytes(feed: Feed) -> usize {
+    feed.slot_bytes + limits::KERNEL_ACCESS
+}
 
 /// The copies of one device, spread over a few streams.
 #[derive(Debug)]
@@ -34,14 +36,15 @@ pub(super) struct CudaQueue {
 struct Lane {
     stream: RawStream,
     scratch: Option<Memory>,
+    scratch_bytes: usize,
 }
 
 // SAFETY: handles of the driver, which may be used from every thread; each method enters the context.
 unsafe impl Send for CudaQueue {}
 
 impl CudaQueue {
-    /// A queue for slots of at most [`limits::SLOT`] bytes; with scratch memory from the start if there will be cuts.
-    pub(super) fn new(context: &Arc<Context>, cuts: bool) -> Result<CudaQueue> {
+    /// A queue; with scratch memory from the start if there will be cuts.
+    pub(super) fn new(context: &Arc<Context>, feed: Feed) -> Result<CudaQueue> {
         let mut queue = CudaQueue {
             context: Arc::clone(context),
             lanes: Vec::new(),
@@ -52,8 +55,8 @@ impl CudaQueue {
         for _ in 0..limits::STREAMS {
             // SAFETY: the context is current.
             let stream = context.with(|| unsafe { driver::create_stream() })?;
-            queue.lanes.push(Lane { stream, scratch: None });
-            if cuts {
+            queue.lanes.push(Lane { stream, scratch: None, scratch_bytes: scratch_bytes(feed) });
+            if feed.cuts {
                 queue.lanes.last_mut().map_or(Ok(0), |lane| lane.scratch(context))?;
             }
         }
@@ -184,7 +187,7 @@ impl Lane {
     /// # Safety
     /// As [`Queue::submit`]; the context is current.
     unsafe fn cut(&mut self, context: &Arc<Context>, src: *const u8, bytes: usize, copies: &[RawCopy]) -> Result<()> {
-        assert!(bytes <= SCRATCH, "bug in shardlift: a cut larger than a slot");
+        assert!(bytes <= self.scratch_bytes, "bug in shardlift: a cut larger than a slot");
         let base = self.scratch(context)?;
         // SAFETY: the scratch memory is large enough, the stream's order keeps others from it; the caller's duties.
         unsafe {
@@ -201,7 +204,7 @@ impl Lane {
     fn scratch(&mut self, context: &Arc<Context>) -> Result<u64> {
         let memory = match self.scratch.take() {
             Some(memory) => memory,
-            None => Memory::plain(context, SCRATCH)?,
+            None => Memory::plain(context, self.scratch_bytes)?,
         };
         Ok(self.scratch.insert(memory).address())
     }
