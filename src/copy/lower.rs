@@ -27,11 +27,14 @@ pub(crate) unsafe fn lower(parts: Vec<Part>, packable: bool, costs: &CopyCosts) 
     let packable = packable && parts.windows(2).all(|pair| pair[0].allocation == pair[1].allocation);
     for Part { mut copy, allocation } in parts {
         copy.loops.retain(|inner| inner.count != 1);
-        match rows(&copy) {
-            _ if copy.cast.is_some() => kernel.push(copy),
-            _ if copy.loops.is_empty() => straight.push(Part { copy, allocation }),
-            Some(_) => strided.push(copy),
-            None => kernel.push(copy),
+        if copy.cast.is_some() {
+            kernel.push(copy);
+        } else if copy.loops.is_empty() {
+            straight.push(Part { copy, allocation });
+        } else if is_rows(&copy) {
+            strided.push(copy);
+        } else {
+            kernel.push(copy);
         }
     }
     let by_rows: f64 = strided.iter().map(|copy| rows_cost(copy, costs)).sum();
@@ -47,7 +50,7 @@ pub(crate) unsafe fn lower(parts: Vec<Part>, packable: bool, costs: &CopyCosts) 
     if cut_all < by_rows {
         kernel.append(&mut strided);
     }
-    ops.extend(strided.iter().flat_map(|copy| rows(copy).into_iter().flatten()).map(Op::Copy));
+    ops.extend(strided.iter().flat_map(rows).map(Op::Copy));
     ops.extend(raw(kernel));
     ops
 }
@@ -98,21 +101,24 @@ fn in_rows(parts: Vec<Part>) -> Vec<RawCopy> {
     all.into_iter().map(|part| part.copy).collect()
 }
 
-/// The copies of rows (at most one loop each) that a strided copy is, if it is few enough of them.
-fn rows(copy: &RawCopy) -> Option<SmallVec<[RawCopy; 1]>> {
-    let Some((inner, outer)) = copy.loops.split_last() else { return Some(SmallVec::new()) };
+/// Whether a strided copy is few enough copies of rows.
+fn is_rows(copy: &RawCopy) -> bool {
+    let Some((inner, outer)) = copy.loops.split_last() else { return false };
     let pitches = [inner.src_stride, inner.dst_stride];
-    let is_rect = pitches.iter().all(|pitch| (copy.run..=limits::PITCH_MAX).contains(pitch));
     let rects: u64 = outer.iter().map(|outer| outer.count).product();
-    if !is_rect || rects > limits::RECTS_MAX {
-        return None;
-    }
+    pitches.iter().all(|pitch| (copy.run..=limits::PITCH_MAX).contains(pitch)) && rects <= limits::RECTS_MAX
+}
+
+/// The copies of rows, one loop each, that a strided copy [is](is_rows).
+fn rows(copy: &RawCopy) -> SmallVec<[RawCopy; 1]> {
     let mut all = SmallVec::new();
-    for_each_run(outer, 0, copy.dst, &mut |src, dst| {
-        let src = copy.src.wrapping_add(src as usize);
-        all.push(RawCopy { src, dst, loops: Loops::from_slice(&[*inner]), run: copy.run, cast: None });
-    });
-    Some(all)
+    if let Some((inner, outer)) = copy.loops.split_last() {
+        for_each_run(outer, 0, copy.dst, &mut |src, dst| {
+            let src = copy.src.wrapping_add(src as usize);
+            all.push(RawCopy { src, dst, loops: Loops::from_slice(&[*inner]), run: copy.run, cast: None });
+        });
+    }
+    all
 }
 
 /// All copies as one that lands their sources' whole span in the device's scratch memory.

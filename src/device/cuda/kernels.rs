@@ -1,6 +1,8 @@
 //! The kernels of `kernels/*.cu`: their committed PTX, and how they are launched.
 
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
+use std::sync::Mutex;
 
 use super::context::Context;
 use super::driver::{self, RawFunction, RawModule, RawStream, Status};
@@ -8,6 +10,7 @@ use crate::device::RawCopy;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::LOOPS_MAX;
 use crate::stride::{Loop, bytes_moved};
+use crate::sync::lock;
 
 /// Threads of a block, of every kernel.
 const THREADS: u32 = 256;
@@ -23,9 +26,13 @@ const PTX: &str = concat!(include_str!("../../../kernels/shardlift.ptx"), "\0");
 
 /// The loaded kernels.
 #[derive(Debug)]
-pub(super) struct Module(RawModule);
+pub(super) struct Module {
+    raw: RawModule,
+    /// Those that were asked for: launches come by the thousand.
+    functions: Mutex<HashMap<CString, RawFunction, foldhash::fast::FixedState>>,
+}
 
-// SAFETY: a handle of the driver, which may be used from every thread.
+// SAFETY: handles of the driver, which may be used from every thread.
 unsafe impl Send for Module {}
 // SAFETY: as above.
 unsafe impl Sync for Module {}
@@ -35,18 +42,24 @@ impl Module {
     pub(super) fn load() -> Status<Module> {
         let ptx = CStr::from_bytes_with_nul(PTX.as_bytes()).expect("bug in shardlift: a zero in the PTX");
         // SAFETY: the context is current, the text is PTX that ends with a zero.
-        unsafe { driver::load_module(ptx) }.map(Module)
+        unsafe { driver::load_module(ptx) }.map(|raw| Module { raw, functions: Mutex::default() })
     }
 
     /// Unloads them; the context is current.
     pub(super) fn unload(&self) -> Status<()> {
         // SAFETY: loaded in `load`, and no kernel of it is queued any more.
-        unsafe { driver::unload_module(self.0) }
+        unsafe { driver::unload_module(self.raw) }
     }
 
     fn function(&self, name: &CStr) -> Status<RawFunction> {
+        let mut functions = lock(&self.functions);
+        if let Some(&known) = functions.get(name) {
+            return Ok(known);
+        }
         // SAFETY: the module is loaded, the context is current.
-        unsafe { driver::function(self.0, name) }
+        let function = unsafe { driver::function(self.raw, name) }?;
+        functions.insert(name.to_owned(), function);
+        Ok(function)
     }
 }
 

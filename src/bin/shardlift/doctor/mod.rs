@@ -102,13 +102,17 @@ fn direct(path: &Path) -> Result<(), String> {
 
 /// The largest file at PATH, or in it.
 fn largest_file(path: &Path) -> Option<PathBuf> {
-    let candidates = if path.is_dir() {
-        fs::read_dir(path).ok()?.flatten().map(|entry| entry.path()).collect()
-    } else {
-        vec![path.to_owned()]
-    };
-    let sized = candidates.into_iter().filter(|path| path.is_file()).map(|path| (fs::metadata(&path), path));
+    let sized = files(path).map(|path| (fs::metadata(&path), path));
     sized.filter_map(|(meta, path)| Some((meta.ok()?.len(), path))).max().map(|(_, path)| path)
+}
+
+/// The file at PATH, or those in it.
+fn files(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let all = match fs::read_dir(path) {
+        Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
+        Err(_) => vec![path.to_owned()],
+    };
+    all.into_iter().filter(|path| path.is_file())
 }
 
 /// All of this machine's memory, and what can still be had, in bytes.
@@ -123,12 +127,7 @@ fn memory() -> [Option<u64>; 2] {
 /// Kind and name of the file system that PATH lies on.
 fn file_system(path: &Path) -> Option<(&'static str, String)> {
     // A folder is asked through one of its files, which may lie elsewhere by a link.
-    let files = if path.is_dir() {
-        fs::read_dir(path).ok()?.flatten().map(|entry| entry.path()).collect()
-    } else {
-        vec![path.to_owned()]
-    };
-    let file = files.into_iter().filter(|file| file.is_file()).find_map(|file| SourceFile::open(file).ok())?;
+    let file = files(path).find_map(|file| SourceFile::open(file).ok())?;
     let file_system = file.file_system().ok()?;
     Some(match file_system {
         FileSystem::Local(name) => ("local", name.into()),
