@@ -113,6 +113,7 @@ fn measure(folder: &Path, devices: u32, runs: usize) -> io::Result<Value> {
         .args([devices.to_string(), runs.to_string()])
         .env("SIMCUDA_DEVICES", devices.to_string())
         .envs([("SIMCUDA_JITTER", "0"), ("SIMCUDA_CHECK", "0"), ("SIMCUDA_POISON", "0"), ("SIMCUDA_MEMORY", "2G")])
+        .env("SIMCUDA_POPULATE", "1")
         .output()?;
     if !output.status.success() {
         return Err(io::Error::other(String::from_utf8_lossy(&output.stderr).into_owned()));
@@ -133,7 +134,7 @@ fn one(folder: &Path, devices: u32, runs: usize) -> io::Result<()> {
     if runs == 1 {
         weights.check().map_err(io::Error::other)?;
     }
-    let mut figures: [Vec<f64>; 7] = Default::default();
+    let mut figures: [Vec<f64>; 8] = Default::default();
     let (mut calls, mut read_bytes) = (0, 0);
     drop(weights);
     for _ in 0..runs {
@@ -142,23 +143,24 @@ fn one(folder: &Path, devices: u32, runs: usize) -> io::Result<()> {
         let (began, cpu) = (Instant::now(), seconds(ClockId::ProcessCPUTime));
         let (weights, report) = loader.load(&plan).map_err(io::Error::other)?;
         let (wall, cpu) = (began.elapsed().as_secs_f64(), seconds(ClockId::ProcessCPUTime) - cpu);
-        drop(weights);
         let ledger = ledger(folder)?;
+        drop(weights);
         let of_twin = |name: &str| ledger[name].as_f64().expect("a number");
         let reads = engine.nanoseconds.load(Ordering::Relaxed) as f64 / 1e9;
         let (copies, twin) = (of_twin("copy_cpu_seconds"), of_twin("other_cpu_seconds"));
         let bytes = report.storage_bytes_read as f64;
         let per = |seconds: f64| seconds / bytes * PER_BYTES * 1e6;
-        let own = cpu - copies - twin - reads;
-        let all = [own, per(own), per(reads), per(copies), per(twin), bytes / wall / 1e9, wall];
+        let in_calls = of_twin("call_cpu_seconds");
+        let own = cpu - copies - twin - in_calls - reads;
+        let all = [own, per(own), per(reads), per(copies), per(twin), per(in_calls), bytes / wall / 1e9, wall];
         read_bytes = report.storage_bytes_read;
         figures.iter_mut().zip(all).for_each(|(figures, figure)| figures.push(figure));
         calls = ledger["calls"].as_u64().expect("a number");
     }
-    let [own, own_each, reads, copies, twin, speed, wall] = figures.map(|figures| median(&figures));
+    let [own, own_each, reads, copies, twin, in_calls, speed, wall] = figures.map(|figures| median(&figures));
     let object = json!({
         "bytes": read_bytes, "own_seconds": own, "own_us_per_16_mib": own_each, "reads_us_per_16_mib": reads, "copies_us_per_16_mib": copies,
-        "twin_us_per_16_mib": twin, "gb_per_s": speed, "seconds": wall, "driver_calls": calls,
+        "twin_us_per_16_mib": twin, "calls_us_per_16_mib": in_calls, "gb_per_s": speed, "seconds": wall, "driver_calls": calls,
     });
     writeln!(io::stdout(), "{object}")
 }

@@ -129,6 +129,15 @@ impl Error {
         Error::new(kind, format!("{}: {source}", what.into())).with_file(file).with_source(source)
     }
 
+    /// What a panic of one of the load's threads becomes.
+    pub(crate) fn panicked(payload: Box<dyn std::any::Any + Send>) -> Error {
+        let message = match payload.downcast::<String>() {
+            Ok(message) => *message,
+            Err(payload) => payload.downcast_ref::<&str>().map_or("no message", |message| *message).into(),
+        };
+        Error::new(ErrorKind::Panicked, format!("a thread of the load panicked: {message}"))
+    }
+
     /// What kind of failure this is.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind

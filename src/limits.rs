@@ -127,12 +127,12 @@ pub const SUPERVISE_EVERY: Duration = Duration::from_millis(25);
 /// How long a thread that waits for a slot, or for work, sleeps before it looks again: a lost wake-up costs this much.
 pub const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// Soonest that a copier wakes to ask how the copies in flight are: slots are needed back in time, not at once, and each
-/// wake costs as much as submitting one.
+/// Soonest that a thread wakes to ask which of the copies in flight are done, while there are more to come: slots are
+/// needed back in time, not at once, and each wake costs as much as all else that is done for one.
 pub const COPY_POLL: Duration = Duration::from_millis(1);
 
 /// Latest that it does, on slow links: what a tensor may be handed out later than it lands.
-pub const COPY_POLL_MAX: Duration = Duration::from_millis(5);
+pub const COPY_POLL_MAX: Duration = Duration::from_millis(10);
 
 /// How soon a throttled read notices that its load was stopped.
 pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
@@ -171,8 +171,7 @@ pub const NARROW_ROW: u64 = 512;
 /// Streams of one device: while a kernel of one puts bytes in place, the other copies.
 pub const STREAMS: usize = 2;
 
-/// How long a thread that has nothing but a device to wait for sleeps before it asks again: about what a slot takes on a
-/// link.
+/// Soonest that a thread which has nothing but a device to wait for asks again: less than what a slot takes on a link.
 pub const EVENT_POLL: Duration = Duration::from_micros(200);
 
 /// How long a device that answers nothing but errors is given to stop copying before its slots are used again: its

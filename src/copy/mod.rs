@@ -3,8 +3,10 @@
 mod lower;
 
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock, TryLockError};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use crate::device::{Op, Queue};
@@ -12,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
 use crate::stage::Staged;
+use crate::sync::lock;
 
 pub(crate) use lower::{Part, lower};
 
@@ -34,15 +37,17 @@ pub(crate) struct Landing {
     pub(crate) bytes: u64,
 }
 
-/// What a copier reports to.
+/// What copies are reported to.
 pub(crate) trait Landed {
     /// The bytes have landed and are visible.
     fn landed(&self, landing: Landing);
-    /// Time spent with copies under way, and waiting for filled slots.
+    /// Time that a device spent with copies under way, and without.
     fn spent(&self, busy: Duration, waiting: Duration);
-    /// Whether new copies are no longer wanted.
-    fn stopped(&self) -> bool;
-    /// The device stalled: this many slots are kept for ever, and so must be the destinations of their copies.
+    /// Whether everything was submitted.
+    fn fed(&self) -> bool;
+    /// A device failed.
+    fn failed(&self, device: usize, error: CopyError);
+    /// A device stalled: this many slots are kept for ever, and so must be the destinations of their copies.
     fn abandoned(&self, slots: usize);
 }
 
@@ -53,27 +58,179 @@ pub(crate) struct CopyError {
     pub(crate) landing: Option<Landing>,
 }
 
-/// Feeds filled slots to a device's queue until the inbox closes, then drains it.
-///
-/// # Errors
-/// A copy failed, or none completed for `stall`. If copies are still under way then, and do not end within `stall`
-/// either, queue and slots are kept for ever (see [`Landed::abandoned`]): the device may still use them.
-pub(crate) fn run(
-    queue: Box<dyn Queue>,
-    inbox: &Receiver<Filled>,
+/// The queues of a load's devices and the slots that their copies read from. Whoever has filled a slot submits it to
+/// every device that takes from it. Which copies are done is looked at by [one thread](Copies::run), now and then, and by
+/// [whoever needs a slot](Copies::reap): waking a thread for each slot would cost more than all else that is done for it.
+#[derive(Debug)]
+pub(crate) struct Copies {
+    /// For each device its copier, which is gone when everything has landed; no such where bytes land at once.
+    copiers: Vec<Option<Mutex<Option<Copier>>>>,
+    /// The thread that looks, once it does.
+    looking: OnceLock<Thread>,
+    /// It finds nothing under way.
+    idle: AtomicBool,
+}
+
+impl Copies {
+    /// Copies to devices that have these queues; `None` where bytes land at once.
+    pub(crate) fn new(queues: Vec<Option<Box<dyn Queue>>>) -> Copies {
+        let copiers = queues.into_iter().map(|queue| queue.map(|queue| Mutex::new(Some(Copier::new(queue))))).collect();
+        Copies { copiers, looking: OnceLock::new(), idle: AtomicBool::new(false) }
+    }
+
+    /// Whether the bytes of this device pass through a queue.
+    pub(crate) fn has_queue(&self, device: usize) -> bool {
+        self.copiers[device].is_some()
+    }
+
+    /// Whether those of any device do.
+    pub(crate) fn has_queues(&self) -> bool {
+        self.copiers.iter().any(Option::is_some)
+    }
+
+    /// Queues what a device takes from a slot; drops it if copies to the device have failed or ended.
+    ///
+    /// # Errors
+    /// The device refused; what is under way there ends before its slots are used again.
+    pub(crate) fn submit(&self, device: usize, filled: Filled) -> Result<(), CopyError> {
+        let copier = self.copiers[device].as_ref().expect("bug in shardlift: a device without a queue");
+        let outcome = match &mut *lock(copier) {
+            Some(copier) if !copier.failed => copier.guarded(|copier| copier.submit(filled)),
+            _ => return Ok(()),
+        };
+        if self.idle.swap(false, Ordering::SeqCst) {
+            self.wake();
+        }
+        outcome
+    }
+
+    /// Reports the copies that are done; whether there were any. Devices that somebody else is busy with are left out.
+    pub(crate) fn reap(&self, landed: &dyn Landed) -> bool {
+        let mut any = false;
+        for (device, copier) in self.copiers.iter().enumerate() {
+            let Some(Ok(mut guard)) = copier.as_ref().map(Mutex::try_lock) else { continue };
+            let Some(copier) = &mut *guard else { continue };
+            let done = copier.reap();
+            drop(guard);
+            any |= report(device, done, landed);
+        }
+        any
+    }
+
+    /// Makes the thread that looks do so now.
+    pub(crate) fn wake(&self) {
+        if let Some(thread) = self.looking.get() {
+            thread.unpark();
+        }
+    }
+
+    /// Looks which copies are done until everything was submitted and has landed. Slots are needed back in time and not
+    /// one by one, so while copies are under way it sleeps until about half of them should be done.
+    ///
+    /// A device that fails, or completes no copy for `stall`, is reported. If what is under way there does not end within
+    /// `stall` then, its queue and slots are kept for ever (see [`Landed::abandoned`]): the device may still use them.
+    pub(crate) fn run(&self, landed: &dyn Landed, stall: Duration) {
+        let _ = self.looking.set(thread::current());
+        // Since when somebody has been in a call of each device's driver.
+        let mut taken: Vec<Option<Instant>> = vec![None; self.copiers.len()];
+        loop {
+            // Set first: who submits what is not seen here will wake this thread.
+            self.idle.store(true, Ordering::SeqCst);
+            let fed = landed.fed();
+            let (mut open, mut sleep) = (false, None);
+            for (device, copier) in self.copiers.iter().enumerate() {
+                let Some(copier) = copier else { continue };
+                let outlook = look(device, copier, &mut taken[device], landed, fed, stall);
+                open |= outlook != Outlook::Closed;
+                if let Outlook::Busy(patience) = outlook {
+                    sleep = Some(sleep.unwrap_or(patience).min(patience));
+                }
+            }
+            if !open {
+                return;
+            }
+            if sleep.is_some() {
+                self.idle.store(false, Ordering::SeqCst);
+            }
+            thread::park_timeout(sleep.unwrap_or(limits::LOOK_AGAIN));
+        }
+    }
+}
+
+/// What is to be expected of a device.
+#[derive(PartialEq)]
+enum Outlook {
+    /// Copies; about half of them should be done after this time.
+    Busy(Duration),
+    /// Nothing before something is submitted.
+    Idle,
+    /// Nothing ever.
+    Closed,
+}
+
+/// Reports what is done of a device's copies, and ends the copier of one that has done everything, or fails, or stalls.
+fn look(
+    device: usize,
+    copier: &Mutex<Option<Copier>>,
+    taken: &mut Option<Instant>,
     landed: &dyn Landed,
+    fed: bool,
     stall: Duration,
-) -> Result<(), CopyError> {
-    let mut copier = Copier { queue, in_flight: VecDeque::new(), progress: Instant::now(), pace: limits::COPY_POLL };
-    let outcome = catch_unwind(AssertUnwindSafe(|| copier.feed(inbox, landed, stall)));
-    let first = copier.in_flight.front().and_then(|(_, filled)| filled.landing.first().copied());
-    let stalled = matches!(&outcome, Ok(Err(error)) if error.kind() == ErrorKind::Stalled);
-    if !matches!(outcome, Ok(Ok(()))) && (stalled || !copier.queue.settle(stall)) {
+) -> Outlook {
+    let mut guard = match copier.try_lock() {
+        Ok(guard) => guard,
+        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+        Err(TryLockError::WouldBlock) if taken.get_or_insert_with(Instant::now).elapsed() <= stall => {
+            return Outlook::Busy(limits::COPY_POLL);
+        }
+        Err(TryLockError::WouldBlock) => {
+            // Its driver does not come back from a call, of which its caller knows.
+            landed.abandoned(0);
+            return Outlook::Closed;
+        }
+    };
+    *taken = None;
+    let Some(copier) = &mut *guard else { return Outlook::Closed };
+    let done = copier.reap();
+    let stalled = !copier.failed && copier.stalls(stall);
+    let ends = copier.failed || stalled || fed && copier.in_flight.is_empty();
+    let outlook = copier.outlook(fed);
+    let ending = if ends { guard.take() } else { None };
+    drop(guard);
+    report(device, done, landed);
+    let Some(mut copier) = ending else { return outlook };
+    if stalled {
+        let error = Error::new(ErrorKind::Stalled, format!("no copy completed for {stall:?}"));
+        landed.failed(device, CopyError { error, landing: copier.first() });
+    }
+    if stalled || copier.failed && !copier.queue.settle(stall) {
         landed.abandoned(copier.in_flight.len());
         copier.abandon();
     }
-    let outcome = outcome.unwrap_or_else(|payload| resume_unwind(payload));
-    outcome.map_err(|error| CopyError { error, landing: first })
+    Outlook::Closed
+}
+
+/// Tells who waits for it what has come of a device's copies; whether some are done.
+fn report(device: usize, done: Result<Done, CopyError>, landed: &dyn Landed) -> bool {
+    match done {
+        Ok(Done { filled, busy, waiting }) => {
+            landed.spent(busy, waiting);
+            filled.iter().flat_map(|filled| &filled.landing).for_each(|&landing| landed.landed(landing));
+            !filled.is_empty()
+        }
+        Err(error) => {
+            landed.failed(device, error);
+            false
+        }
+    }
+}
+
+/// What is done since somebody last looked.
+#[derive(Default)]
+struct Done {
+    filled: Vec<Filled>,
+    busy: Duration,
+    waiting: Duration,
 }
 
 /// A queue and the slots that its copies read from. A slot is in the list before its copies are submitted, and leaves
@@ -86,50 +243,37 @@ struct Copier {
     progress: Instant,
     /// How long after each other slots complete, about.
     pace: Duration,
+    /// The queue refused something, or panicked.
+    failed: bool,
+    /// Up to when time is counted.
+    counted: Instant,
+    busy: Duration,
+    waiting: Duration,
 }
 
 impl Copier {
-    fn feed(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed, stall: Duration) -> Result<()> {
-        loop {
-            match self.next(inbox, landed) {
-                Inbox::Filled(filled) if landed.stopped() => drop(filled),
-                Inbox::Filled(filled) => self.submit(filled)?,
-                Inbox::Closed if self.in_flight.is_empty() => return Ok(()),
-                Inbox::Empty => {}
-                // There is nothing else to wait for.
-                Inbox::Closed => self.reap(landed, limits::COPY_POLL, stall)?,
-            }
-            // Whoever is awake looks: it costs less than to wake for it.
-            if !self.in_flight.is_empty() {
-                self.reap(landed, Duration::ZERO, stall)?;
-            }
-        }
+    fn new(queue: Box<dyn Queue>) -> Copier {
+        let (now, none) = (Instant::now(), Duration::ZERO);
+        let (in_flight, pace) = (VecDeque::new(), limits::COPY_POLL);
+        Copier { queue, in_flight, progress: now, pace, failed: false, counted: now, busy: none, waiting: none }
     }
 
-    /// The next filled slot, waiting for one: while there are copies, only until about half of them should be done, for
-    /// slots are needed back in time and not one by one.
-    fn next(&mut self, inbox: &Receiver<Filled>, landed: &dyn Landed) -> Inbox {
-        let began = Instant::now();
-        let in_flight = self.in_flight.len() as u32;
-        let patience = match in_flight {
-            0 => limits::LOOK_AGAIN,
-            _ => (self.pace * in_flight.div_ceil(2)).clamp(limits::COPY_POLL, limits::COPY_POLL_MAX),
-        };
-        let received = inbox.recv_timeout(patience);
-        if in_flight == 0 {
-            landed.spent(Duration::ZERO, began.elapsed());
-            self.progress = Instant::now();
-        } else {
-            landed.spent(began.elapsed(), Duration::ZERO);
-        }
-        match received {
-            Ok(filled) => Inbox::Filled(filled),
-            Err(RecvTimeoutError::Timeout) => Inbox::Empty,
-            Err(RecvTimeoutError::Disconnected) => Inbox::Closed,
-        }
+    /// What was under way first.
+    fn first(&self) -> Option<Landing> {
+        self.in_flight.front().and_then(|(_, filled)| filled.landing.first().copied())
+    }
+
+    /// Remembers a failure, which a panic is too, and what was under way first.
+    fn guarded<T>(&mut self, body: impl FnOnce(&mut Copier) -> Result<T>) -> Result<T, CopyError> {
+        let outcome = catch_unwind(AssertUnwindSafe(|| body(self))).unwrap_or_else(|payload| Err(Error::panicked(payload)));
+        outcome.map_err(|error| {
+            self.failed = true;
+            CopyError { error, landing: self.first() }
+        })
     }
 
     fn submit(&mut self, mut filled: Filled) -> Result<()> {
+        self.count();
         let ops = std::mem::take(&mut filled.ops);
         let was_idle = self.in_flight.is_empty();
         self.in_flight.push_back((u64::MAX, filled));
@@ -144,25 +288,48 @@ impl Copier {
         Ok(())
     }
 
-    /// Reports the copies that are done, waiting for some for at most `bound`.
-    fn reap(&mut self, landed: &dyn Landed, bound: Duration, stall: Duration) -> Result<()> {
-        let began = Instant::now();
-        let done = self.queue.wait(bound)?;
-        let mut count = 0;
-        while let Some((_, filled)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= done) {
-            filled.landing.iter().for_each(|&landing| landed.landed(landing));
-            count += 1;
+    /// Takes out what is done.
+    fn reap(&mut self) -> Result<Done, CopyError> {
+        if self.failed {
+            return Ok(Done::default());
         }
+        self.count();
+        let (busy, waiting) = (std::mem::take(&mut self.busy), std::mem::take(&mut self.waiting));
+        let mut filled = Vec::new();
+        if !self.in_flight.is_empty() {
+            let finished = self.guarded(|copier| copier.queue.finished())?;
+            while let Some((_, done)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= finished) {
+                filled.push(done);
+            }
+        }
+        if !filled.is_empty() {
+            let each = (self.counted - self.progress) / filled.len() as u32;
+            self.pace = (self.pace * 3 + each) / 4;
+            self.progress = self.counted;
+        }
+        Ok(Done { filled, busy, waiting })
+    }
+
+    /// Counts the time until now.
+    fn count(&mut self) {
         let now = Instant::now();
-        if count > 0 {
-            self.pace = (self.pace * 3 + (now - self.progress) / count) / 4;
-            self.progress = now;
+        let spent = if self.in_flight.is_empty() { &mut self.waiting } else { &mut self.busy };
+        *spent += now - self.counted;
+        self.counted = now;
+    }
+
+    fn stalls(&self, stall: Duration) -> bool {
+        !self.in_flight.is_empty() && self.progress.elapsed() > stall
+    }
+
+    fn outlook(&self, fed: bool) -> Outlook {
+        if self.in_flight.is_empty() {
+            return Outlook::Idle;
         }
-        landed.spent(now - began, Duration::ZERO);
-        if !self.in_flight.is_empty() && self.progress.elapsed() > stall {
-            return Err(Error::new(ErrorKind::Stalled, format!("no copy completed for {stall:?}")));
-        }
-        Ok(())
+        let half = self.pace * self.in_flight.len() as u32 / 2;
+        // Nothing comes after the last ones: their end is the load's.
+        let soonest = if fed { limits::EVENT_POLL } else { limits::COPY_POLL };
+        Outlook::Busy(half.clamp(soonest, limits::COPY_POLL_MAX))
     }
 
     /// Keeps what the device may still use for ever.
@@ -172,17 +339,17 @@ impl Copier {
     }
 }
 
-enum Inbox {
-    Filled(Filled),
-    Empty,
-    Closed,
+impl std::fmt::Debug for Copier {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Copier").field("in_flight", &self.in_flight).field("failed", &self.failed).finish_non_exhaustive()
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::sync::mpsc::{self, Sender};
-    use std::sync::{Arc, Mutex};
+    use std::sync::Arc;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::mpsc::{self, Receiver, Sender};
 
     use super::*;
     use crate::stage::{Lend, Ring};
@@ -190,7 +357,6 @@ mod tests {
     /// A device under the test's control: copies are done when the test says so.
     struct Slow {
         submitted: u64,
-        tell: Sender<u64>,
         done: Receiver<Result<u64>>,
         finished: u64,
         settles: bool,
@@ -200,12 +366,11 @@ mod tests {
     impl Queue for Slow {
         unsafe fn submit(&mut self, _: Vec<Op>) -> Result<u64> {
             self.submitted += 1;
-            let _ = self.tell.send(self.submitted);
             Ok(self.submitted)
         }
 
-        fn wait(&mut self, bound: Duration) -> Result<u64> {
-            if let Ok(done) = self.done.recv_timeout(bound) {
+        fn finished(&mut self) -> Result<u64> {
+            if let Ok(done) = self.done.try_recv() {
                 self.finished = done?;
             }
             Ok(self.finished)
@@ -226,6 +391,8 @@ mod tests {
     struct Seen {
         landed: Mutex<Vec<u32>>,
         abandoned: AtomicUsize,
+        fed: AtomicBool,
+        errors: Mutex<Vec<ErrorKind>>,
     }
 
     impl Landed for Seen {
@@ -233,8 +400,12 @@ mod tests {
             self.landed.lock().unwrap().push(landing.dest);
         }
         fn spent(&self, _: Duration, _: Duration) {}
-        fn stopped(&self) -> bool {
-            false
+        fn fed(&self) -> bool {
+            self.fed.load(Ordering::Acquire)
+        }
+        fn failed(&self, device: usize, error: CopyError) {
+            assert_eq!(device, 0);
+            self.errors.lock().unwrap().push(error.error.kind());
         }
         fn abandoned(&self, slots: usize) {
             self.abandoned.store(slots, Ordering::Relaxed);
@@ -243,31 +414,50 @@ mod tests {
 
     struct Rig {
         ring: Ring,
-        inbox: Option<Sender<Filled>>,
-        submitted: Receiver<u64>,
+        copies: Arc<Copies>,
         done: Sender<Result<u64>>,
         seen: Arc<Seen>,
         dropped: Arc<Mutex<Vec<&'static str>>>,
-        thread: std::thread::JoinHandle<Result<(), CopyError>>,
+        thread: std::thread::JoinHandle<()>,
     }
 
-    /// A copier on a thread of its own, and a ring of two slots.
+    /// Copies to one device, whose thread runs, and a ring of two slots.
     fn rig(stall: Duration, settles: bool) -> Rig {
-        let (inbox, filled) = mpsc::channel();
-        let (tell, submitted) = mpsc::channel();
         let (done, told) = mpsc::channel();
         let (seen, dropped) = (Arc::new(Seen::default()), Arc::default());
-        let queue = Slow { submitted: 0, tell, done: told, finished: 0, settles, dropped: Arc::clone(&dropped) };
-        let landed = Arc::clone(&seen);
-        let thread = std::thread::spawn(move || run(Box::new(queue), &filled, &*landed, stall));
-        Rig { ring: Ring::new(8192, 4096), inbox: Some(inbox), submitted, done, seen, dropped, thread }
+        let queue = Slow { submitted: 0, done: told, finished: 0, settles, dropped: Arc::clone(&dropped) };
+        let copies = Arc::new(Copies::new(vec![Some(Box::new(queue) as Box<dyn Queue>)]));
+        let (landed, looked_at) = (Arc::clone(&seen), Arc::clone(&copies));
+        let thread = std::thread::spawn(move || looked_at.run(&*landed, stall));
+        Rig { ring: Ring::new(8192, 4096), copies, done, seen, dropped, thread }
     }
 
     impl Rig {
-        fn send(&self, dest: u32) {
+        fn submit(&self, dest: u32) {
             let staged = self.ring.try_lend(Lend::Any).unwrap().unwrap().stage();
             let landing = vec![Landing { rank: Rank(0), dest, bytes: 1 }];
-            self.inbox.as_ref().unwrap().send(Filled { staged, ops: Vec::new(), landing }).unwrap();
+            self.copies.submit(0, Filled { staged, ops: Vec::new(), landing }).unwrap();
+        }
+
+        fn end(self) -> Arc<Seen> {
+            self.seen.fed.store(true, Ordering::Release);
+            self.copies.wake();
+            self.thread.join().unwrap();
+            self.seen
+        }
+
+        fn free_slots(&self) -> usize {
+            let slots: Vec<_> = std::iter::from_fn(|| self.ring.try_lend(Lend::Any).unwrap()).collect();
+            slots.len()
+        }
+
+        /// Waits until the thread that looks has seen to it.
+        fn until(&self, condition: impl Fn(&Rig) -> bool) {
+            let began = Instant::now();
+            while !condition(self) {
+                assert!(began.elapsed() < LONG);
+                thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 
@@ -275,60 +465,76 @@ mod tests {
 
     #[test]
     fn a_slot_is_free_only_after_its_copies() {
-        let mut rig = rig(LONG, true);
-        rig.send(1);
-        rig.send(2);
-        assert_eq!((rig.submitted.recv().unwrap(), rig.submitted.recv().unwrap()), (1, 2));
-        assert!(rig.ring.try_lend(Lend::Any).unwrap().is_none(), "both are in flight");
+        let rig = rig(LONG, true);
+        rig.submit(1);
+        rig.submit(2);
+        thread::sleep(limits::COPY_POLL_MAX * 2);
+        assert_eq!(rig.free_slots(), 0, "both are in flight");
         assert!(rig.seen.landed.lock().unwrap().is_empty());
         rig.done.send(Ok(1)).unwrap();
+        rig.until(|rig| *rig.seen.landed.lock().unwrap() == [1]);
         rig.ring.wait(Lend::Any, LONG, || false);
-        assert_eq!(*rig.seen.landed.lock().unwrap(), [1]);
-        let again = rig.ring.try_lend(Lend::Any).unwrap().expect("the first slot is back");
-        assert!(rig.ring.try_lend(Lend::Any).unwrap().is_none(), "the second is not");
-        drop(again);
-        rig.inbox = None;
+        assert_eq!(rig.free_slots(), 1, "the second is not back");
         rig.done.send(Ok(2)).unwrap();
-        rig.thread.join().unwrap().unwrap();
-        assert_eq!(*rig.seen.landed.lock().unwrap(), [1, 2]);
+        assert_eq!(*rig.end().landed.lock().unwrap(), [1, 2]);
+    }
+
+    #[test]
+    fn who_needs_a_slot_can_look_for_it() {
+        let rig = rig(LONG, true);
+        rig.seen.fed.store(true, Ordering::Release);
+        rig.copies.wake();
+        rig.until(|rig| lock(rig.copies.copiers[0].as_ref().unwrap()).is_none());
+        // The thread has ended. Nothing is taken any more, and nothing kept.
+        rig.submit(1);
+        assert!(!rig.copies.reap(&*rig.seen));
+        assert_eq!(rig.free_slots(), 2);
+
+        let (done, told) = mpsc::channel();
+        let queue = Slow { submitted: 0, done: told, finished: 0, settles: true, dropped: Arc::default() };
+        let rig = Rig { copies: Arc::new(Copies::new(vec![None, Some(Box::new(queue))])), ..rig };
+        let staged = rig.ring.try_lend(Lend::Any).unwrap().unwrap().stage();
+        let landing = vec![Landing { rank: Rank(0), dest: 5, bytes: 1 }];
+        rig.copies.submit(1, Filled { staged, ops: Vec::new(), landing }).unwrap();
+        assert!(!rig.copies.reap(&*rig.seen));
+        done.send(Ok(1)).unwrap();
+        assert!(rig.copies.reap(&*rig.seen));
+        assert_eq!((rig.free_slots(), &rig.seen.landed.lock().unwrap()[..]), (2, &[5][..]));
     }
 
     #[test]
     fn a_failed_copy_ends_the_queue_before_its_slots_go_back() {
         let rig = rig(LONG, true);
-        rig.send(1);
-        rig.submitted.recv().unwrap();
+        rig.submit(1);
         rig.done.send(Err(Error::new(ErrorKind::Device, "of the test"))).unwrap();
-        assert_eq!(rig.thread.join().unwrap().unwrap_err().error.kind(), ErrorKind::Device);
-        assert_eq!(*rig.dropped.lock().unwrap(), ["queue"]);
-        assert!(rig.seen.landed.lock().unwrap().is_empty());
-        assert_eq!([(); 2].map(|()| rig.ring.try_lend(Lend::Any).unwrap().unwrap()).len(), 2);
+        rig.until(|rig| *rig.dropped.lock().unwrap() == ["queue"]);
+        rig.until(|rig| rig.free_slots() == 2);
+        rig.submit(2); // dropped
+        assert_eq!(rig.free_slots(), 2);
+        let seen = rig.end();
+        assert_eq!(*seen.errors.lock().unwrap(), [ErrorKind::Device]);
+        assert!(seen.landed.lock().unwrap().is_empty());
     }
 
     #[test]
     fn what_a_stalled_device_may_still_use_is_kept() {
         let rig = rig(Duration::from_millis(20), true);
-        rig.send(1);
-        assert_eq!(rig.thread.join().unwrap().unwrap_err().error.kind(), ErrorKind::Stalled);
+        rig.submit(1);
+        rig.until(|rig| rig.seen.abandoned.load(Ordering::Relaxed) == 1);
         assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
-        assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 1);
-        let free = rig.ring.try_lend(Lend::Any).unwrap();
-        assert!(
-            free.is_some() && rig.ring.try_lend(Lend::Any).unwrap().is_none(),
-            "the slot in flight is gone for ever"
-        );
+        assert_eq!(rig.free_slots(), 1, "the slot in flight is gone for ever");
+        assert_eq!(*rig.end().errors.lock().unwrap(), [ErrorKind::Stalled]);
     }
 
     #[test]
     fn a_failed_copy_does_not_wait_for_ever_for_the_others() {
         let rig = rig(LONG, false);
-        rig.send(1);
-        rig.send(2);
-        assert_eq!((rig.submitted.recv().unwrap(), rig.submitted.recv().unwrap()), (1, 2));
+        rig.submit(1);
+        rig.submit(2);
         rig.done.send(Err(Error::new(ErrorKind::Device, "of the test"))).unwrap();
-        assert_eq!(rig.thread.join().unwrap().unwrap_err().error.kind(), ErrorKind::Device);
+        rig.until(|rig| rig.seen.abandoned.load(Ordering::Relaxed) == 2);
         assert!(rig.dropped.lock().unwrap().is_empty(), "the queue lives");
-        assert_eq!(rig.seen.abandoned.load(Ordering::Relaxed), 2);
-        assert!(rig.ring.try_lend(Lend::Any).unwrap().is_none());
+        assert_eq!(rig.free_slots(), 0);
+        assert_eq!(*rig.end().errors.lock().unwrap(), [ErrorKind::Device]);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -228,16 +228,13 @@ impl Queue for ThreadQueue {
         Ok(self.submitted)
     }
 
-    fn wait(&mut self, bound: Duration) -> Result<u64> {
-        if self.finished < self.submitted {
-            match self.done.recv_timeout(bound) {
+    fn finished(&mut self) -> Result<u64> {
+        while self.finished < self.submitted {
+            match self.done.try_recv() {
                 Ok(outcome) => self.finished = outcome?,
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Err(ThreadQueue::lost()),
+                Err(TryRecvError::Empty) => break,
+                Err(TryRecvError::Disconnected) => return Err(ThreadQueue::lost()),
             }
-        }
-        while let Ok(outcome) = self.done.try_recv() {
-            self.finished = outcome?;
         }
         Ok(self.finished)
     }

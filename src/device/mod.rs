@@ -134,13 +134,13 @@ pub(crate) trait Queue: Send {
     /// under way (see [`settle`](Queue::settle)).
     ///
     /// # Safety
-    /// Until [`wait`](Queue::wait) returned this ticket or a higher one, or the queue was dropped:
+    /// Until [`finished`](Queue::finished) returned this ticket or a higher one, or the queue was dropped:
     /// - every source byte that they name is readable and not written;
     /// - every destination byte is writable memory of this device, and nobody else reads or writes it.
     unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64>;
 
-    /// The highest ticket that is done, waiting for at most `bound` if the last submitted one is not.
-    fn wait(&mut self, bound: Duration) -> Result<u64>;
+    /// The highest ticket that is done, as far as is known without waiting.
+    fn finished(&mut self) -> Result<u64>;
 
     /// Whether no copy is under way any more, failed ones included, waiting for at most `bound`. Until it says so,
     /// dropping the queue may take for ever.

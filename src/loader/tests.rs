@@ -44,7 +44,7 @@ impl Queue for GoneQueue {
         }
     }
 
-    fn wait(&mut self, _: Duration) -> Result<u64> {
+    fn finished(&mut self) -> Result<u64> {
         Ok(0)
     }
 

@@ -2,7 +2,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -12,7 +11,7 @@ use super::prepare::pinner;
 use super::run::distinct;
 use super::windows::Windows;
 use super::{Device, Setup};
-use crate::copy::{CopyError, Filled, Landed, Landing};
+use crate::copy::{Copies, CopyError, Landed, Landing};
 use crate::device::Pinner;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
@@ -23,12 +22,11 @@ use crate::read::Request;
 use crate::stage::{Hold, Lend};
 use crate::sync::lock;
 
-/// Where the filled slots of one device go until the last was sent, if it has a queue.
-pub(super) type Inbox = Option<Mutex<Option<Sender<Filled>>>>;
-
 /// One load in progress.
 #[derive(Debug)]
 pub(crate) struct Job {
+    // First: a queue that is dropped ends its copies, and only then may slots and destinations go.
+    pub(super) copies: Copies,
     pub(super) setup: Setup,
     pub(super) reads: Reads,
     /// What offsets and lengths of requests are a multiple of.
@@ -38,16 +36,14 @@ pub(crate) struct Job {
     pub(super) again: Mutex<VecDeque<Request>>,
     /// After `setup`, whose engine may have them mapped: pages in use would not be forgotten.
     pub(super) files: Files,
-    /// The devices, each once.
-    pub(super) devices: Vec<Arc<dyn Device>>,
+    /// The devices, each once, with the first rank on it.
+    pub(super) devices: Vec<(Arc<dyn Device>, Rank)>,
     /// What pins slots for the devices that copy only from pinned ones.
     pub(super) pinner: Option<Arc<dyn Pinner>>,
     /// Windows of mapped files that devices copy from, where they can and the engine lends them.
     pub(super) windows: Option<Arc<Windows>>,
     /// Pinned slots stay while the load runs.
     _hold: Hold,
-    /// For each device, where its filled slots go; `None` where bytes land at once.
-    pub(super) inboxes: Vec<Inbox>,
     /// For each rank of the world, the position of its device; those of other processes have none that is used.
     pub(super) device_of: Vec<usize>,
     /// Bytes that each destination still waits for.
@@ -73,9 +69,11 @@ pub(crate) struct Job {
     last_landing: OnceLock<Instant>,
 }
 
-/// A read that an engine has.
+/// A read that an engine has, or whose bytes go to the queues of devices.
 #[derive(Debug, Clone)]
 pub(super) struct InFlight {
+    /// They do: then what makes no progress is a driver.
+    pub(super) copying: bool,
     pub(super) extent: Extent,
     pub(super) bytes: u64,
     pub(super) in_slot: bool,
@@ -85,11 +83,11 @@ pub(super) struct InFlight {
 }
 
 impl Job {
-    /// The shared state of a load that has not begun; `inboxes` has one entry for each of its [`distinct`] devices.
+    /// The shared state of a load that has not begun; `copies` has a place for each of its [`distinct`] devices.
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] if the engine asks for an alignment that slots do not have.
-    pub(super) fn new(setup: Setup, inboxes: Vec<Inbox>) -> Result<Job> {
+    pub(super) fn new(setup: Setup, copies: Copies) -> Result<Job> {
         let plan = setup.plan.clone();
         let world = plan.world();
         // Asked once: the reads are cut for this answer.
@@ -105,11 +103,10 @@ impl Job {
             let known = devices.iter().position(|(known, _)| Arc::ptr_eq(known, device));
             device_of[rank.index()] = known.expect("bug in shardlift: a device that no rank has");
         }
-        let devices: Vec<_> = devices.into_iter().map(|(device, _)| device).collect();
         let pinner = pinner(&devices);
         let windows = windows(&setup, pinner.as_ref());
         let hold = setup.ring.hold();
-        let in_place = inboxes.iter().all(Option::is_none);
+        let in_place = !copies.has_queues();
         let slot = setup.ring.slot_bytes() as u64;
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
         // What is lent from one window is one read.
@@ -143,6 +140,7 @@ impl Job {
             }
         }
         let job = Job {
+            copies,
             files: Files::new(&plan, &setup.mapped, setup.drop_page_cache),
             setup,
             alignment,
@@ -153,7 +151,6 @@ impl Job {
             pinner,
             windows,
             _hold: hold,
-            inboxes,
             device_of,
             remaining,
             aliases,
@@ -214,15 +211,16 @@ impl Job {
 
     /// Enters a read in the list of those in flight, from which only its end removes it.
     pub(super) fn begin(&self, id: u64, extent: Extent, bytes: usize, in_slot: bool, since: Instant) {
-        let entry = InFlight {
-            extent,
-            bytes: bytes as u64,
-            in_slot,
-            since,
-            thread: std::thread::current().id(),
-            warned: false,
-        };
-        lock(&self.in_flight).insert(id, entry);
+        let (bytes, thread) = (bytes as u64, std::thread::current().id());
+        let read = InFlight { copying: false, extent, bytes, in_slot, since, thread, warned: false };
+        lock(&self.in_flight).insert(id, read);
+    }
+
+    /// The same for copies of what a read brought, while its thread is in the driver of a device.
+    pub(super) fn begin_copies(&self, id: u64, extent: Extent, in_slot: bool) {
+        let (since, thread) = (Instant::now(), std::thread::current().id());
+        let copies = InFlight { copying: true, extent, bytes: 0, in_slot, since, thread, warned: false };
+        lock(&self.in_flight).insert(id, copies);
     }
 
     /// A fresh number for a request.
@@ -388,8 +386,12 @@ impl Landed for Job {
         self.counters.copy_waiting(waiting);
     }
 
-    fn stopped(&self) -> bool {
-        self.is_stopped()
+    fn fed(&self) -> bool {
+        self.readers_ended.load(Ordering::Acquire)
+    }
+
+    fn failed(&self, device: usize, error: CopyError) {
+        self.fail(self.locate_copy(error, self.devices[device].1));
     }
 
     fn abandoned(&self, slots: usize) {

@@ -6,16 +6,17 @@ use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use super::run::{panicked, spawn};
+use super::run::spawn;
 use super::{Device, Job};
 use crate::copy::{CopyError, Landing};
 use crate::device::{Pinned, Pinner};
 use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
 use crate::limits;
 
 /// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
-pub(super) fn pinner(devices: &[Arc<dyn Device>]) -> Option<Arc<dyn Pinner>> {
-    let mut all: Vec<Arc<dyn Pinner>> = devices.iter().filter_map(|device| device.pinner()).collect();
+pub(super) fn pinner(devices: &[(Arc<dyn Device>, Rank)]) -> Option<Arc<dyn Pinner>> {
+    let mut all: Vec<Arc<dyn Pinner>> = devices.iter().filter_map(|(device, _)| device.pinner()).collect();
     if all.len() > 1 { Some(Arc::new(ForAll(all))) } else { all.pop() }
 }
 
@@ -65,7 +66,7 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
             while shared.setup.ring.grow(&*pinner, wanted, || shared.wants_no_slots())? {}
             Ok(())
         }));
-        if let Err(error) = grown.unwrap_or_else(|payload| Err(panicked(payload))) {
+        if let Err(error) = grown.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
             shared.fail(shared.locate_next(error));
         }
         drop(alive);
@@ -76,7 +77,7 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
 /// Starts a thread for each device that makes its kernels ready, if the plan is sure to need them there.
 pub(super) fn prepare_cuts(job: &Arc<Job>, alive: &Sender<()>) -> Result<Vec<JoinHandle<()>>> {
     let mut threads = Vec::new();
-    for (index, device) in job.devices.iter().enumerate().filter(|(_, device)| !device.copies_any()) {
+    for (index, (device, _)) in job.devices.iter().enumerate().filter(|(_, (device, _))| !device.copies_any()) {
         let plan = &job.setup.plan;
         let ranks = plan.world().driven().iter().filter(|rank| job.device_of[rank.index()] == index);
         let Some((rank, dest)) = plan.first_cut(ranks.copied()) else { continue };
@@ -84,7 +85,7 @@ pub(super) fn prepare_cuts(job: &Arc<Job>, alive: &Sender<()>) -> Result<Vec<Joi
         let (job, device, alive) = (Arc::clone(job), Arc::clone(device), alive.clone());
         let prepare = move || {
             let ready = catch_unwind(AssertUnwindSafe(|| device.prepare_cuts()));
-            if let Err(error) = ready.unwrap_or_else(|payload| Err(panicked(payload))) {
+            if let Err(error) = ready.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
                 job.fail(job.locate_copy(CopyError { error, landing: Some(first) }, rank));
             }
             drop(alive);

@@ -1,17 +1,16 @@
 //! The threads of a load, and the supervisor that starts them, watches them, and ends the load.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::prepare::{pin_slots, prepare_cuts};
 use super::{Device, Job, Setup};
-use crate::copy::{self, CopyError, Filled};
-use crate::device::{Feed, Queue};
+use crate::copy::Copies;
+use crate::device::Feed;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
@@ -31,25 +30,19 @@ impl Running {
     /// # Errors
     /// A device refused a queue, or the system a thread.
     pub(crate) fn start(setup: Setup) -> Result<Running> {
-        let mut inboxes = Vec::new();
-        let mut copiers = Vec::new();
-        for (index, (device, rank)) in distinct(&setup).into_iter().enumerate() {
+        let mut queues = Vec::new();
+        for (device, rank) in distinct(&setup) {
             let driven = setup.plan.world().driven().iter().zip(&setup.devices);
             let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
             let cuts = setup.plan.first_cut(ranks).is_some();
             let feed = Feed { slot_bytes: setup.ring.slot_bytes(), cuts };
-            let queue = device.queue(feed).map_err(|error| error.with_rank(rank))?;
-            inboxes.push(queue.map(|queue| {
-                let (inbox, filled) = mpsc::channel();
-                copiers.push(Copier { index, rank, queue, filled });
-                Mutex::new(Some(inbox))
-            }));
+            queues.push(device.queue(feed).map_err(|error| error.with_rank(rank))?);
         }
-        let job = Arc::new(Job::new(setup, inboxes)?);
+        let job = Arc::new(Job::new(setup, Copies::new(queues))?);
         let shared = Arc::clone(&job);
         let supervisor = spawn("shardlift-load", move || {
-            let report = catch_unwind(AssertUnwindSafe(|| supervise(&shared, copiers))).unwrap_or_else(|payload| {
-                shared.fail(panicked(payload));
+            let report = catch_unwind(AssertUnwindSafe(|| supervise(&shared))).unwrap_or_else(|payload| {
+                shared.fail(Error::panicked(payload));
                 shared.abandon(0); // its threads may still run
                 Report::default()
             });
@@ -68,7 +61,7 @@ impl Running {
     /// Waits for the end of the load.
     pub(crate) fn finish(&mut self) -> Result<Report> {
         let supervisor = self.supervisor.take().expect("bug in shardlift: a load finishes once");
-        let report = supervisor.join().map_err(panicked)?;
+        let report = supervisor.join().map_err(Error::panicked)?;
         match self.job.take_failure() {
             Some(error) => Err(error),
             None => Ok(report),
@@ -96,16 +89,6 @@ pub(super) fn distinct(setup: &Setup) -> Vec<(Arc<dyn Device>, Rank)> {
     devices
 }
 
-/// What feeds one device.
-struct Copier {
-    /// Position among the load's devices.
-    index: usize,
-    /// The first rank on it.
-    rank: Rank,
-    queue: Box<dyn Queue>,
-    filled: Receiver<Filled>,
-}
-
 /// The threads of a load.
 #[derive(Default)]
 struct Workers {
@@ -121,7 +104,7 @@ struct Alive {
     of_devices: Sender<()>,
 }
 
-fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
+fn supervise(job: &Arc<Job>) -> Report {
     let _span = tracing::info_span!("load", engine = job.setup.engine.name(), bytes = job.totals.bytes).entered();
     let mut memory = MemoryWatch::new(job.setup.destinations.in_memory());
     let cpu_before = cpu_seconds();
@@ -129,7 +112,7 @@ fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
     let (readers_alive, readers) = mpsc::channel();
     let (devices_alive, of_devices) = mpsc::channel();
     let alive = Alive { readers: readers_alive, of_devices: devices_alive };
-    if let Err(error) = start_workers(job, copiers, &alive, &mut workers) {
+    if let Err(error) = start_workers(job, &alive, &mut workers) {
         job.fail(error);
     }
     drop(alive);
@@ -140,10 +123,7 @@ fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
     }
     job.readers_ended.store(true, Ordering::Release);
     job.setup.ring.wake(); // for whoever pins slots
-    // No reader is left (or it is stuck): closing the inboxes lets the copiers drain and end.
-    for inbox in job.inboxes.iter().flatten() {
-        lock(inbox).take();
-    }
+    job.copies.wake();
     let lost = !devices_end(job, &of_devices);
     let readers = workers.readers.into_iter().filter(|_| !abandoned);
     for thread in readers.chain(workers.of_devices.into_iter().filter(|_| !lost)) {
@@ -158,8 +138,8 @@ fn supervise(job: &Arc<Job>, copiers: Vec<Copier>) -> Report {
     report(job, &memory, cpu_before)
 }
 
-/// Waits until the threads that call drivers have ended; false if one of them does not come back from its driver: copiers
-/// themselves end when copies make no progress for the stall bound, and drain for as long again.
+/// Waits until the threads that call drivers have ended; false if one of them does not come back from its driver: copies
+/// fail when they make no progress for the stall bound, and are given as long again to end.
 fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
     let bound = job.setup.stall_error * 3;
     let mut progress = (job.counters.bytes_landed.load(Ordering::Relaxed), Instant::now());
@@ -193,20 +173,19 @@ fn verify_files(job: &Arc<Job>) -> Result<()> {
         return Err(Error::new(ErrorKind::Stalled, "the files' identities could not be had again in time"));
     }
     // Joined, so that it does not hold the load's memory any longer.
-    thread.join().unwrap_or_else(|payload| Err(panicked(payload)))
+    thread.join().unwrap_or_else(|payload| Err(Error::panicked(payload)))
 }
 
-fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: &Alive, workers: &mut Workers) -> Result<()> {
-    for Copier { index, rank, queue, filled } in copiers {
+fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result<()> {
+    if job.copies.has_queues() {
         let (job, alive) = (Arc::clone(job), alive.of_devices.clone());
-        let thread = spawn(&format!("shardlift-copy-{index}"), move || {
-            let outcome = catch_unwind(AssertUnwindSafe(|| copy::run(queue, &filled, &*job, job.setup.stall_error)));
-            let outcome = outcome.unwrap_or_else(|payload| Err(CopyError { error: panicked(payload), landing: None }));
-            if let Err(error) = outcome {
-                if job.copies_abandoned.load(Ordering::Acquire) {
-                    keep_for_ever(&job);
-                }
-                job.fail(job.locate_copy(error, rank));
+        let thread = spawn("shardlift-copy", move || {
+            let run = AssertUnwindSafe(|| job.copies.run(&*job, job.setup.stall_error));
+            if let Err(payload) = catch_unwind(run) {
+                job.fail(Error::panicked(payload));
+            }
+            if job.copies_abandoned.load(Ordering::Acquire) {
+                keep_for_ever(&job);
             }
             drop(alive);
         })?;
@@ -218,7 +197,7 @@ fn start_workers(job: &Arc<Job>, copiers: Vec<Copier>, alive: &Alive, workers: &
         let (job, alive) = (Arc::clone(job), alive.readers.clone());
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
             let outcome = catch_unwind(AssertUnwindSafe(|| job.setup.engine.run(&*job)));
-            if let Err(error) = outcome.unwrap_or_else(|payload| Err(panicked(payload))) {
+            if let Err(error) = outcome.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
                 fail_with_reads_of_this_thread(&job, error);
             }
             drop(alive);
@@ -248,7 +227,7 @@ fn fail_with_reads_of_this_thread(job: &Job, error: Error) {
 }
 
 /// Warns of reads that make no progress, and fails the load past the bound; then what they may still write to is
-/// counted as abandoned, and true is returned.
+/// counted as abandoned, and true is returned. The same for drivers that do not take what a read brought.
 fn watch_reads(job: &Job) -> bool {
     let (warning, bound) = (job.setup.stall_warning, job.setup.stall_error);
     let mut slow = Vec::new();
@@ -258,22 +237,25 @@ fn watch_reads(job: &Job) -> bool {
         let waited = read.since.elapsed();
         if waited >= bound {
             slots += usize::from(read.in_slot);
-            stalled = Some(read.extent);
+            stalled = Some((read.copying, read.extent));
         } else if waited >= warning && !read.warned {
             read.warned = true;
-            slow.push(read.extent.file);
+            slow.push((read.copying, read.extent.file));
         }
     }
-    for file in slow {
+    for (copying, file) in slow {
         let file = job.setup.plan.file(file).path.display();
-        let message = format!("a read of {file} has made no progress for {warning:?}");
+        let message = match copying {
+            false => format!("a read of {file} has made no progress for {warning:?}"),
+            true => format!("a driver has not taken copies of what was read of {file} for {warning:?}"),
+        };
         tracing::warn!("{message}");
         job.counters.warn(message);
     }
-    let Some(extent) = stalled else { return false };
+    let Some((copying, extent)) = stalled else { return false };
     job.abandon(slots);
-    let error = Error::new(ErrorKind::Stalled, format!("a read made no progress for {bound:?}"));
-    job.fail(job.locate(error, extent));
+    let message = if copying { "a driver did not take copies" } else { "a read made no progress" };
+    job.fail(job.locate(Error::new(ErrorKind::Stalled, format!("{message} for {bound:?}")), extent));
     true
 }
 
@@ -331,15 +313,6 @@ pub(super) fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Se
         .name(name.into())
         .spawn(body)
         .map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a thread: {error}")).with_source(error))
-}
-
-pub(super) fn panicked(payload: Box<dyn Any + Send>) -> Error {
-    let message = payload
-        .downcast_ref::<&str>()
-        .map(ToString::to_string)
-        .or_else(|| payload.downcast_ref::<String>().cloned())
-        .unwrap_or_else(|| "no message".into());
-    Error::new(ErrorKind::Panicked, format!("a thread of the load panicked: {message}"))
 }
 
 /// The longest that a cancel may take on a healthy disk is one read; the supervisor adds at most this.

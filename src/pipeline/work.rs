@@ -37,6 +37,8 @@ impl Work for Job {
                 Ok(Taken::Request(request)) => return Next::Request(request),
                 Ok(Taken::Nothing) => return Next::Finished,
                 Ok(Taken::Skipped) => {}
+                // Copies that are done have slots.
+                Ok(Taken::NoSlot) if self.copies.reap(self) => {}
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
                 Ok(Taken::NoSlot) if asked.elapsed() > self.setup.stall_error => {
                     let message = format!("no staging slot became free for {:?}", self.setup.stall_error);
@@ -105,7 +107,10 @@ impl Work for Job {
                 }
                 Some(Error::new(ErrorKind::Truncated, "file ended early"))
             }
-            Ok(_) => self.arrived(request).err(),
+            Ok(_) => {
+                self.arrived(request);
+                None
+            }
         };
         if let Some(error) = failed {
             self.fail(self.locate(error, extent));
@@ -181,15 +186,12 @@ impl Job {
     }
 
     /// All bytes of a read are in its buffer: sends them on to every destination.
-    fn arrived(&self, request: Request) -> Result<()> {
-        let Request { slot, pending, .. } = request;
+    fn arrived(&self, request: Request) {
+        let Request { id, slot, pending, .. } = request;
         let Pending { op, base, pieces, .. } = *pending;
         match slot {
-            None => {
-                self.fan_out(&pieces);
-                Ok(())
-            }
-            Some(slot) => self.land(&op, base, slot.stage(), true),
+            None => self.fan_out(&pieces),
+            Some(slot) => self.land(id, &op, base, slot.stage(), true),
         }
     }
 
@@ -198,13 +200,13 @@ impl Job {
     /// # Safety
     /// As [`Work::lent`].
     unsafe fn lease(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) -> Result<()> {
-        let Request { file, permit, pending, .. } = request;
+        let Request { id, file, permit, pending, .. } = request;
         let permit = permit.and_then(|permit| permit.downcast::<Permit>().ok());
         let (Some(windows), Some(permit)) = (&self.windows, permit) else {
             return Err(Error::new(ErrorKind::Usage, "engine lends what it was not asked to"));
         };
         let op = &pending.op;
-        let Extent { file: id, start, end } = op.extent;
+        let Extent { file: of_file, start, end } = op.extent;
         let size = file.identity().size;
         if end > size {
             return Err(Error::new(ErrorKind::Truncated, "file ended early"));
@@ -212,7 +214,7 @@ impl Job {
         let first = mapping.wrapping_add(start as usize);
         let staged = if windows.has(start, end) {
             // SAFETY: the same duties.
-            let lease = unsafe { windows.lease(*permit, id, start, mapping, size, keep)? };
+            let lease = unsafe { windows.lease(*permit, of_file, start, mapping, size, keep)? };
             // SAFETY: the lease keeps the mapping, which is readable.
             unsafe { Staged::lent(first, Arc::new(lease)) }
         } else {
@@ -224,7 +226,8 @@ impl Job {
             // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
             unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new(bytes)) }
         };
-        self.land(op, start, staged, false)
+        self.land(id, op, start, staged, false);
+        Ok(())
     }
 
     /// Takes a read out of the list of those in flight, and counts it.
@@ -251,8 +254,8 @@ impl Job {
     }
 
     /// The bytes of a file from `base` on are staged, in memory that may be written if they are `ours`: copies them at
-    /// once, or hands them to the queues of their devices.
-    fn land(&self, op: &ReadOp, base: u64, staged: Staged, ours: bool) -> Result<()> {
+    /// once, or submits them to the queues of their devices. `id` is the read's number.
+    fn land(&self, id: u64, op: &ReadOp, base: u64, staged: Staged, ours: bool) {
         let first = staged.address().wrapping_add((op.extent.start - base) as usize);
         let mut pieces = Vec::new();
         self.reads.pieces(op, &mut pieces);
@@ -262,34 +265,43 @@ impl Job {
         pieces.sort_by_key(|piece| (device(piece), piece.rank));
         let shared = pieces.windows(2).any(|pair| device(&pair[0]) != device(&pair[1]));
         for of_device in pieces.chunk_by(|a, b| device(a) == device(b)) {
-            let Some(inbox) = &self.inboxes[device(&of_device[0])] else {
-                for piece in of_device {
-                    // SAFETY: the slot is staged, so nobody writes it; the audit proved that no other copy names the
-                    // destination bytes; the job keeps them alive.
-                    unsafe { copy_now(&self.raw_copy(piece, first)) };
-                    self.landed(landing(piece));
-                }
-                continue;
-            };
-            let rank = of_device[0].rank;
-            let ops = if self.devices[device(&of_device[0])].copies_any() {
-                of_device.iter().map(|piece| Op::Copy(self.raw_copy(piece, first))).collect()
-            } else {
-                let part =
-                    |piece| Part { copy: self.raw_copy(piece, first), allocation: self.place(piece).allocation() };
-                let parts = of_device.iter().map(part).collect();
+            let device = device(&of_device[0]);
+            if self.copies.has_queue(device) {
+                self.begin_copies(id, op.extent, ours);
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
-                unsafe { lower(parts, ours && !shared, &limits::COPY_COSTS) }
-            };
-            let landing = of_device.iter().map(landing).collect();
-            let filled = Filled { staged: staged.clone(), ops, landing };
-            let sent = lock(inbox).as_ref().is_some_and(|inbox| inbox.send(filled).is_ok());
-            if !sent && !self.is_stopped() {
-                return Err(Error::new(ErrorKind::Device, "the copier is gone").with_rank(rank));
+                unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared) };
+                lock(&self.in_flight).remove(&id);
+                continue;
+            }
+            for piece in of_device {
+                // SAFETY: the slot is staged, so nobody writes it; the audit proved that no other copy names the
+                // destination bytes; the job keeps them alive.
+                unsafe { copy_now(&self.raw_copy(piece, first)) };
+                self.landed(landing(piece));
             }
         }
         self.spent(began.elapsed(), Duration::ZERO);
-        Ok(())
+    }
+
+    /// Submits what a device takes from a slot, whose needed bytes begin at `first`.
+    ///
+    /// # Safety
+    /// If `writable`, the slot is written by nobody else.
+    unsafe fn submit(&self, device: usize, pieces: &[Piece], first: *const u8, staged: Staged, writable: bool) {
+        if self.is_stopped() {
+            return;
+        }
+        let ops = if self.devices[device].0.copies_any() {
+            pieces.iter().map(|piece| Op::Copy(self.raw_copy(piece, first))).collect()
+        } else {
+            let part = |piece| Part { copy: self.raw_copy(piece, first), allocation: self.place(piece).allocation() };
+            // SAFETY: the same duty.
+            unsafe { lower(pieces.iter().map(part).collect(), writable, &limits::COPY_COSTS) }
+        };
+        let landing = pieces.iter().map(landing).collect();
+        if let Err(error) = self.copies.submit(device, Filled { staged, ops, landing }) {
+            self.failed(device, error);
+        }
     }
 
     fn raw_copy(&self, piece: &Piece, src: *const u8) -> RawCopy {

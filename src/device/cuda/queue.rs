@@ -62,25 +62,6 @@ impl CudaQueue {
         }
         Ok(queue)
     }
-
-    /// Forgets the oldest tickets that are done; whether there were any.
-    fn reap(&mut self) -> Result<bool> {
-        let _entered = self.context.enter()?;
-        let mut any = false;
-        while let Some(&event) = self.in_flight.front() {
-            // SAFETY: the event is live, the context current.
-            if !unsafe { driver::event_is_done(event) }.map_err(|failure| self.context.error(failure))? {
-                break;
-            }
-            self.spare_events.extend(self.in_flight.pop_front());
-            any = true;
-        }
-        Ok(any)
-    }
-
-    fn finished(&self) -> u64 {
-        self.submitted - self.in_flight.len() as u64
-    }
 }
 
 impl Queue for CudaQueue {
@@ -112,12 +93,16 @@ impl Queue for CudaQueue {
         Ok(self.submitted)
     }
 
-    fn wait(&mut self, bound: Duration) -> Result<u64> {
-        let began = Instant::now();
-        while !self.in_flight.is_empty() && !self.reap()? && began.elapsed() < bound {
-            thread::sleep(limits::EVENT_POLL);
+    fn finished(&mut self) -> Result<u64> {
+        let _entered = self.context.enter()?;
+        while let Some(&event) = self.in_flight.front() {
+            // SAFETY: the event is live, the context current.
+            if !unsafe { driver::event_is_done(event) }.map_err(|failure| self.context.error(failure))? {
+                break;
+            }
+            self.spare_events.extend(self.in_flight.pop_front());
         }
-        Ok(self.finished())
+        Ok(self.submitted - self.in_flight.len() as u64)
     }
 
     fn settle(&mut self, bound: Duration) -> bool {

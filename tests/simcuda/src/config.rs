@@ -18,6 +18,7 @@ pub(crate) struct Config {
     pub(crate) fault: String,
     pub(crate) check: u8,
     pub(crate) poison: bool,
+    pub(crate) populate: bool,
     pub(crate) strict: bool,
     pub(crate) ledger: Option<String>,
     pub(crate) leaks: Leaks,
@@ -50,6 +51,7 @@ impl Config {
             fault: setting("FAULT").unwrap_or_default(),
             check: number("CHECK", 1) as u8,
             poison: number("POISON", 1) != 0,
+            populate: number("POPULATE", 0) != 0,
             strict: number("STRICT", 1) != 0,
             ledger: setting("LEDGER"),
             leaks: match setting("LEAKS").as_deref() {

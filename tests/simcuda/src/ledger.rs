@@ -25,6 +25,7 @@ pub(crate) struct Ledger {
     pub(crate) foreign_copies: u64,
     copy_cpu_ns: u64,
     worker_cpu_ns: u64,
+    call_cpu_ns: u64,
     first_start: u64,
     last_end: u64,
     pub(crate) violations: Vec<String>,
@@ -54,6 +55,7 @@ impl Ledger {
             foreign_copies: 0,
             copy_cpu_ns: 0,
             worker_cpu_ns: 0,
+            call_cpu_ns: 0,
             first_start: 0,
             last_end: 0,
             violations: Vec::new(),
@@ -129,6 +131,11 @@ impl Ledger {
         self.worker_cpu_ns += all_ns;
     }
 
+    /// CPU time of a call, on its caller's thread.
+    pub(crate) fn called(&mut self, ns: u64) {
+        self.call_cpu_ns += ns;
+    }
+
     pub(crate) fn abandoned(&mut self, kind: &'static str, made: u64) {
         self.abandoned.push((kind, made));
     }
@@ -193,6 +200,7 @@ impl Sim {
         field("foreign_copies", ledger.foreign_copies.to_string());
         field("copy_cpu_seconds", seconds(ledger.copy_cpu_ns).to_string());
         field("other_cpu_seconds", seconds(ledger.worker_cpu_ns.saturating_sub(ledger.copy_cpu_ns)).to_string());
+        field("call_cpu_seconds", seconds(ledger.call_cpu_ns).to_string());
         field("first_copy_start_ns", ledger.first_start.to_string());
         field("last_copy_end_ns", ledger.last_end.to_string());
         field("peak_pinned_bytes", ledger.peak_pinned_bytes.to_string());

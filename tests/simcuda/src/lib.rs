@@ -18,6 +18,7 @@
 //! | `SIMCUDA_FAULT` | `call@n=code[!]`, comma-separated; `*` is any call, `run:copy` a copy that runs, `!` loses the device |
 //! | `SIMCUDA_CHECK` | 0: sources are not compared; 1: samples of them (default); 2: all of them |
 //! | `SIMCUDA_POISON=0` | fresh memory is not filled with 0xCD |
+//! | `SIMCUDA_POPULATE=1` | memory has all its pages from the start, as a device's has: copies cost no page faults |
 //! | `SIMCUDA_STRICT=0` | violations are counted, and do not abort |
 //! | `SIMCUDA_LEDGER` | a file that gets everything counted, as JSON, at exit; `%p` in its name is the process |
 //! | `SIMCUDA_LEAKS` | `ignore`, or `abort` instead of a line on stderr |

@@ -14,7 +14,7 @@ use crate::host_memory::HostMemory;
 use crate::kernels::{Function, Module};
 use crate::ledger::Ledger;
 use crate::link::Links;
-use crate::stream::Queue;
+use crate::stream::{Queue, thread_cpu_ns};
 
 /// Everything there is.
 pub(crate) struct Sim {
@@ -187,8 +187,16 @@ pub(crate) fn release(name: &'static str, body: impl FnOnce(&mut Guard) -> Resul
 }
 
 fn enter(name: &'static str, releasing: bool, body: impl FnOnce(&mut Guard) -> Result) -> Code {
+    let began = thread_cpu_ns();
     let mut guard = Guard { sim: Some(lock()), call: name, number: 0, releasing };
     guard.number = guard.ledger.count(name);
+    let code = run(&mut guard, body);
+    guard.ledger.called(thread_cpu_ns() - began);
+    code
+}
+
+fn run(guard: &mut Guard, body: impl FnOnce(&mut Guard) -> Result) -> Code {
+    let (name, releasing) = (guard.call, guard.releasing);
     let due = guard.faults.due(name);
     if let Some(due) = due.filter(|due| due.sticky) {
         guard.lose(top(), due.code);
@@ -199,7 +207,7 @@ fn enter(name: &'static str, releasing: bool, body: impl FnOnce(&mut Guard) -> R
         None if !guard.initialised && !matches!(name, "cuInit" | "cuDriverGetVersion") => return NOT_INITIALIZED,
         _ => {}
     }
-    let result = body(&mut guard);
+    let result = body(guard);
     let reported = due.map(|due| due.code).or(lost.filter(|_| releasing));
     reported.unwrap_or(result.err().unwrap_or(SUCCESS))
 }

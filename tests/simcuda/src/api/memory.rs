@@ -2,7 +2,7 @@
 
 use crate::abi::{In, Out};
 use crate::code::{Code, HOST_MEMORY_NOT_REGISTERED, INVALID_VALUE, NOT_SUPPORTED, OUT_OF_MEMORY, Result};
-use crate::device_memory::{DeviceMemory, Kind, Range, poison};
+use crate::device_memory::{DeviceMemory, Kind, Range, poison, populate};
 use crate::handle::{self, Handle};
 use crate::host_memory::flags as known_flags;
 use crate::sim::{Guard, call, release};
@@ -43,7 +43,13 @@ fn allocate(sim: &mut Guard, bytes: u64, kind: Kind) -> Result<u64> {
     sim.take(device, quota)?;
     let start = sim.memory.allocate(bytes).inspect_err(|_| sim.devices[device].used -= quota)?;
     let whole = sim.config.poison;
-    sim.outside(|| poison(start, bytes, whole));
+    let populated = sim.config.populate;
+    sim.outside(|| {
+        if populated {
+            populate(start, bytes);
+        }
+        poison(start, bytes, whole);
+    });
     let (id, made) = (sim.memory.id(), sim.number());
     sim.memory.insert(start, Range { bytes, kind, device, context, id, made, uses: 0, access: u64::MAX, freed: false });
     Ok(start)

@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use crate::abi::{AccessDesc, AllocationProp, In, Out};
 use crate::code::{Code, INVALID_DEVICE, INVALID_VALUE, NOT_SUPPORTED, OUT_OF_MEMORY, Result};
 use crate::context::top;
-use crate::device_memory::{FRESH, GRANULARITY, Kind, Physical, Range, Reservation, allow, map_file};
+use crate::device_memory::{FRESH, GRANULARITY, Kind, Physical, Range, Reservation, allow, map_file, populate};
 use crate::handle::{self, Handle};
 use crate::sim::{Guard, call, release};
 
@@ -143,7 +143,11 @@ pub extern "C" fn cuMemSetAccess(address: u64, bytes: usize, access: In<AccessDe
                 let range = sim.memory.get_mut(*start).expect("found above");
                 let bit = 1 << device;
                 range.access = if access.flags == 0 { range.access & !bit } else { range.access | bit };
-                allow(*start, range.bytes, range.access != 0)?;
+                let (bytes, access) = (range.bytes, range.access != 0);
+                allow(*start, bytes, access)?;
+                if access && sim.config.populate {
+                    populate(*start, bytes);
+                }
             }
         }
         Ok(())
