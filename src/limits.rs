@@ -122,17 +122,21 @@ pub const READ_THREADS_MIN: usize = 2;
 pub const READ_THREADS_MAX: usize = 16;
 
 /// How often the supervisor of a load looks for stalled reads and samples memory.
-pub const SUPERVISE_EVERY: Duration = Duration::from_millis(25);
+pub const SUPERVISE_EVERY: Duration = Duration::from_millis(50);
 
 /// How long a thread that waits for a slot, or for work, sleeps before it looks again: a lost wake-up costs this much.
 pub const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
-/// Soonest that a thread wakes to ask which of the copies in flight are done, while there are more to come: slots are
-/// needed back in time, not at once, and each wake costs as much as all else that is done for one.
+/// Soonest that a thread wakes to ask which of the copies in flight are done, while somebody waits for slots: they are
+/// needed back in time, not one by one, and each wake costs as much as all else that is done for one.
 pub const COPY_POLL: Duration = Duration::from_millis(1);
 
-/// Latest that it does, on slow links: what a tensor may be handed out later than it lands.
-pub const COPY_POLL_MAX: Duration = Duration::from_millis(10);
+/// Latest that it does then.
+pub const COPY_POLL_MAX: Duration = Duration::from_millis(20);
+
+/// How often it asks while there are slots, and whoever submits asks too: what a tensor may be handed out later than it
+/// lands.
+pub const COPY_TICK: Duration = Duration::from_millis(50);
 
 /// How soon a throttled read notices that its load was stopped.
 pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);

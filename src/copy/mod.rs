@@ -67,15 +67,18 @@ pub(crate) struct Copies {
     copiers: Vec<Option<Mutex<Option<Copier>>>>,
     /// The thread that looks, once it does.
     looking: OnceLock<Thread>,
-    /// It finds nothing under way.
-    idle: AtomicBool,
+    /// It has no reason to hurry.
+    resting: AtomicBool,
+    /// It has: somebody waits for a slot.
+    starved: AtomicBool,
 }
 
 impl Copies {
     /// Copies to devices that have these queues; `None` where bytes land at once.
     pub(crate) fn new(queues: Vec<Option<Box<dyn Queue>>>) -> Copies {
         let copiers = queues.into_iter().map(|queue| queue.map(|queue| Mutex::new(Some(Copier::new(queue))))).collect();
-        Copies { copiers, looking: OnceLock::new(), idle: AtomicBool::new(false) }
+        let (resting, starved) = (AtomicBool::new(false), AtomicBool::new(false));
+        Copies { copiers, looking: OnceLock::new(), resting, starved }
     }
 
     /// Whether the bytes of this device pass through a queue.
@@ -88,20 +91,16 @@ impl Copies {
         self.copiers.iter().any(Option::is_some)
     }
 
-    /// Queues what a device takes from a slot; drops it if copies to the device have failed or ended.
-    ///
-    /// # Errors
-    /// The device refused; what is under way there ends before its slots are used again.
-    pub(crate) fn submit(&self, device: usize, filled: Filled) -> Result<(), CopyError> {
+    /// Queues what a device takes from a slot, and reports which copies before it are done. The slot is dropped if copies
+    /// to the device have failed, which is reported too, or ended.
+    pub(crate) fn submit(&self, device: usize, filled: Filled, landed: &dyn Landed) {
         let copier = self.copiers[device].as_ref().expect("bug in shardlift: a device without a queue");
-        let outcome = match &mut *lock(copier) {
-            Some(copier) if !copier.failed => copier.guarded(|copier| copier.submit(filled)),
-            _ => return Ok(()),
-        };
-        if self.idle.swap(false, Ordering::SeqCst) {
-            self.wake();
-        }
-        outcome
+        let mut guard = lock(copier);
+        let Some(copier) = guard.as_mut().filter(|copier| !copier.failed) else { return };
+        let submitted = copier.guarded(|copier| copier.submit(filled));
+        let done = submitted.and_then(|()| copier.reap());
+        drop(guard);
+        report(device, done, landed);
     }
 
     /// Reports the copies that are done; whether there were any. Devices that somebody else is busy with are left out.
@@ -117,6 +116,14 @@ impl Copies {
         any
     }
 
+    /// Tells that somebody found no slot: they are needed as soon as some are done.
+    pub(crate) fn hurry(&self) {
+        self.starved.store(true, Ordering::SeqCst);
+        if self.resting.swap(false, Ordering::SeqCst) {
+            self.wake();
+        }
+    }
+
     /// Makes the thread that looks do so now.
     pub(crate) fn wake(&self) {
         if let Some(thread) = self.looking.get() {
@@ -124,8 +131,8 @@ impl Copies {
         }
     }
 
-    /// Looks which copies are done until everything was submitted and has landed. Slots are needed back in time and not
-    /// one by one, so while copies are under way it sleeps until about half of them should be done.
+    /// Looks which copies are done until everything was submitted and has landed: seldom while there are slots, and
+    /// when somebody waits for them whenever about half of the copies should be done, for waking costs more than looking.
     ///
     /// A device that fails, or completes no copy for `stall`, is reported. If what is under way there does not end within
     /// `stall` then, its queue and slots are kept for ever (see [`Landed::abandoned`]): the device may still use them.
@@ -134,25 +141,32 @@ impl Copies {
         // Since when somebody has been in a call of each device's driver.
         let mut taken: Vec<Option<Instant>> = vec![None; self.copiers.len()];
         loop {
-            // Set first: who submits what is not seen here will wake this thread.
-            self.idle.store(true, Ordering::SeqCst);
-            let fed = landed.fed();
-            let (mut open, mut sleep) = (false, None);
+            let (fed, starved) = (landed.fed(), self.starved.swap(false, Ordering::SeqCst));
+            let (mut open, mut half) = (false, None);
             for (device, copier) in self.copiers.iter().enumerate() {
                 let Some(copier) = copier else { continue };
                 let outlook = look(device, copier, &mut taken[device], landed, fed, stall);
                 open |= outlook != Outlook::Closed;
-                if let Outlook::Busy(patience) = outlook {
-                    sleep = Some(sleep.unwrap_or(patience).min(patience));
+                if let Outlook::Busy(of_device) = outlook {
+                    half = Some(half.unwrap_or(of_device).min(of_device));
                 }
             }
             if !open {
                 return;
             }
-            if sleep.is_some() {
-                self.idle.store(false, Ordering::SeqCst);
-            }
-            thread::park_timeout(sleep.unwrap_or(limits::LOOK_AGAIN));
+            let sleep = match half {
+                // Nothing comes after the last copies: their end is the load's.
+                Some(half) if fed => half.clamp(limits::EVENT_POLL, limits::COPY_POLL_MAX),
+                Some(half) if starved => half.clamp(limits::COPY_POLL, limits::COPY_POLL_MAX),
+                _ => {
+                    self.resting.store(true, Ordering::SeqCst);
+                    // Who waits since before that did not wake this thread.
+                    let missed = half.is_some() && self.starved.load(Ordering::SeqCst);
+                    if missed { limits::COPY_POLL } else { limits::COPY_TICK }
+                }
+            };
+            thread::park_timeout(sleep);
+            self.resting.store(false, Ordering::SeqCst);
         }
     }
 }
@@ -181,7 +195,7 @@ fn look(
         Ok(guard) => guard,
         Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
         Err(TryLockError::WouldBlock) if taken.get_or_insert_with(Instant::now).elapsed() <= stall => {
-            return Outlook::Busy(limits::COPY_POLL);
+            return Outlook::Busy(limits::COPY_TICK);
         }
         Err(TryLockError::WouldBlock) => {
             // Its driver does not come back from a call, of which its caller knows.
@@ -194,7 +208,7 @@ fn look(
     let done = copier.reap();
     let stalled = !copier.failed && copier.stalls(stall);
     let ends = copier.failed || stalled || fed && copier.in_flight.is_empty();
-    let outlook = copier.outlook(fed);
+    let outlook = copier.outlook();
     let ending = if ends { guard.take() } else { None };
     drop(guard);
     report(device, done, landed);
@@ -265,7 +279,8 @@ impl Copier {
 
     /// Remembers a failure, which a panic is too, and what was under way first.
     fn guarded<T>(&mut self, body: impl FnOnce(&mut Copier) -> Result<T>) -> Result<T, CopyError> {
-        let outcome = catch_unwind(AssertUnwindSafe(|| body(self))).unwrap_or_else(|payload| Err(Error::panicked(payload)));
+        let outcome =
+            catch_unwind(AssertUnwindSafe(|| body(self))).unwrap_or_else(|payload| Err(Error::panicked(payload)));
         outcome.map_err(|error| {
             self.failed = true;
             CopyError { error, landing: self.first() }
@@ -322,14 +337,11 @@ impl Copier {
         !self.in_flight.is_empty() && self.progress.elapsed() > stall
     }
 
-    fn outlook(&self, fed: bool) -> Outlook {
-        if self.in_flight.is_empty() {
-            return Outlook::Idle;
+    fn outlook(&self) -> Outlook {
+        match self.in_flight.len() as u32 {
+            0 => Outlook::Idle,
+            copies => Outlook::Busy(self.pace * copies / 2),
         }
-        let half = self.pace * self.in_flight.len() as u32 / 2;
-        // Nothing comes after the last ones: their end is the load's.
-        let soonest = if fed { limits::EVENT_POLL } else { limits::COPY_POLL };
-        Outlook::Busy(half.clamp(soonest, limits::COPY_POLL_MAX))
     }
 
     /// Keeps what the device may still use for ever.
@@ -341,7 +353,10 @@ impl Copier {
 
 impl std::fmt::Debug for Copier {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Copier").field("in_flight", &self.in_flight).field("failed", &self.failed).finish_non_exhaustive()
+        f.debug_struct("Copier")
+            .field("in_flight", &self.in_flight)
+            .field("failed", &self.failed)
+            .finish_non_exhaustive()
     }
 }
 
@@ -436,7 +451,7 @@ mod tests {
         fn submit(&self, dest: u32) {
             let staged = self.ring.try_lend(Lend::Any).unwrap().unwrap().stage();
             let landing = vec![Landing { rank: Rank(0), dest, bytes: 1 }];
-            self.copies.submit(0, Filled { staged, ops: Vec::new(), landing }).unwrap();
+            self.copies.submit(0, Filled { staged, ops: Vec::new(), landing }, &*self.seen);
         }
 
         fn end(self) -> Arc<Seen> {
@@ -495,7 +510,7 @@ mod tests {
         let rig = Rig { copies: Arc::new(Copies::new(vec![None, Some(Box::new(queue))])), ..rig };
         let staged = rig.ring.try_lend(Lend::Any).unwrap().unwrap().stage();
         let landing = vec![Landing { rank: Rank(0), dest: 5, bytes: 1 }];
-        rig.copies.submit(1, Filled { staged, ops: Vec::new(), landing }).unwrap();
+        rig.copies.submit(1, Filled { staged, ops: Vec::new(), landing }, &*rig.seen);
         assert!(!rig.copies.reap(&*rig.seen));
         done.send(Ok(1)).unwrap();
         assert!(rig.copies.reap(&*rig.seen));

@@ -356,6 +356,8 @@ impl Job {
     fn complete(&self, rank: Rank, dest: u32) {
         let param = self.setup.plan.rank(rank).dests[dest as usize].param;
         let mut completed = lock(&self.completed);
+        // Nobody waits while there are some.
+        let awaited = completed.is_empty();
         completed.push_back((rank, dest));
         let mut count = 1;
         for &(_, alias) in self.aliases[rank.index()].iter().filter(|(original, _)| *original == param) {
@@ -366,7 +368,9 @@ impl Job {
         if done == self.totals.tensors {
             let _ = self.last_landing.set(Instant::now());
         }
-        self.changed.notify_all();
+        if awaited {
+            self.changed.notify_all();
+        }
     }
 }
 

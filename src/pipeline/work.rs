@@ -47,6 +47,7 @@ impl Work for Job {
                 }
                 Ok(Taken::NoSlot) => {
                     let began = Instant::now();
+                    self.copies.hurry();
                     match &self.windows {
                         Some(windows) => windows.wait(limits::LOOK_AGAIN),
                         None => self.setup.ring.wait(self.lend(), limits::LOOK_AGAIN, || self.is_stopped()),
@@ -299,9 +300,7 @@ impl Job {
             unsafe { lower(pieces.iter().map(part).collect(), writable, &limits::COPY_COSTS) }
         };
         let landing = pieces.iter().map(landing).collect();
-        if let Err(error) = self.copies.submit(device, Filled { staged, ops, landing }) {
-            self.failed(device, error);
-        }
+        self.copies.submit(device, Filled { staged, ops, landing }, self);
     }
 
     fn raw_copy(&self, piece: &Piece, src: *const u8) -> RawCopy {

@@ -62,6 +62,15 @@ struct State {
     made: u64,
     /// How many want pinned slots to stay.
     holds: usize,
+    waiting: Waiting,
+}
+
+/// How many wait for each of the signals: giving one that nobody waits for is a call to the system all the same.
+#[derive(Debug, Default)]
+struct Waiting {
+    freed: usize,
+    freed_pinned: usize,
+    growable: usize,
 }
 
 impl Ring {
@@ -106,15 +115,18 @@ impl Ring {
     /// once `stopped`, which is asked where no later wake is missed.
     pub(crate) fn wait(&self, lend: Lend, bound: Duration, stopped: impl FnOnce() -> bool) {
         let state = self.shared.state();
-        let (nothing, signal) = match lend {
+        match lend {
             Lend::Any => {
                 let none_free = state.plain.is_empty() && state.pinned.is_empty();
-                (none_free && state.slots == self.shared.slots_max, &self.shared.freed)
+                if none_free && state.slots == self.shared.slots_max && !stopped() {
+                    self.shared.wait(state, &self.shared.freed, |waiting| &mut waiting.freed, bound);
+                }
             }
-            Lend::Pinned => (state.pinned.is_empty(), &self.shared.freed_pinned),
-        };
-        if nothing && !stopped() {
-            let _ = signal.wait_timeout(state, bound);
+            Lend::Pinned => {
+                if state.pinned.is_empty() && !stopped() {
+                    self.shared.wait(state, &self.shared.freed_pinned, |waiting| &mut waiting.freed_pinned, bound);
+                }
+            }
         }
     }
 
@@ -139,7 +151,7 @@ impl Ring {
             }
         };
         let Some(memory) = memory else {
-            let _ = self.shared.growable.wait_timeout(state, limits::LOOK_AGAIN);
+            self.shared.wait(state, &self.shared.growable, |waiting| &mut waiting.growable, limits::LOOK_AGAIN);
             return Ok(true);
         };
         state.slots_pinning += 1;
@@ -214,16 +226,33 @@ impl Shared {
             state.slots_pinning -= 1;
             state.slots_pinned += usize::from(memory.is_pinned());
         }
-        if pinning || !memory.is_pinned() {
+        if (pinning || !memory.is_pinned()) && state.waiting.growable > 0 {
             self.growable.notify_all();
         }
         if memory.is_pinned() {
             state.pinned.push(memory);
-            self.freed_pinned.notify_one();
+            if state.waiting.freed_pinned > 0 {
+                self.freed_pinned.notify_one();
+            }
         } else {
             state.plain.push(memory);
         }
-        self.freed.notify_one();
+        if state.waiting.freed > 0 {
+            self.freed.notify_one();
+        }
+    }
+
+    /// Waits for a signal, for at most `bound`.
+    fn wait<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        signal: &Condvar,
+        count: impl Fn(&mut Waiting) -> &mut usize,
+        bound: Duration,
+    ) {
+        *count(&mut state.waiting) += 1;
+        let (mut state, _) = signal.wait_timeout(state, bound).unwrap_or_else(PoisonError::into_inner);
+        *count(&mut state.waiting) -= 1;
     }
 
     /// Wakes everyone who waits for anything.

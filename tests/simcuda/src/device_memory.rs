@@ -3,9 +3,12 @@
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::ptr;
+use std::sync::atomic::Ordering;
 
 use crate::code::{Code, INVALID_VALUE, OUT_OF_MEMORY, Result};
 use crate::handle::Handle;
+use crate::ledger::POPULATE_NS;
+use crate::stream::monotonic_ns;
 
 /// Smallest unit of an allocation's quota, as devices have it.
 const UNIT: u64 = 512;
@@ -241,8 +244,10 @@ pub(crate) fn map_file(start: u64, bytes: u64, file: &OwnedFd) -> Result {
 
 /// Gives memory that may be written all its pages. Where the system cannot, they come when they are first touched.
 pub(crate) fn populate(start: u64, bytes: u64) {
+    let began = monotonic_ns();
     // SAFETY: addresses of the twin's own arena; contents stay as they are.
     unsafe { libc::madvise(start as *mut _, bytes as usize, libc::MADV_POPULATE_WRITE) };
+    POPULATE_NS.fetch_add(monotonic_ns() - began, Ordering::Relaxed);
 }
 
 /// Makes mapped memory readable and writable, or neither.
