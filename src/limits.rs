@@ -77,8 +77,8 @@ pub const STALL_ERROR: Duration = Duration::from_secs(60);
 /// Largest staging slot of loads into host memory. A slot is what one read fills.
 pub const SLOT: usize = 4 << 20;
 
-/// Largest staging slot of loads into GPUs. A slot is what one read fills and one event guards: waking a thread for it
-/// takes longer than submitting it, so it should be worth that (`benches/pipeline.rs`).
+/// Largest staging slot of loads into GPUs. A slot is what one read fills and one event guards: calls of the driver for
+/// each of them should be few (`benches/pipeline.rs`).
 pub const DEVICE_SLOT: usize = 16 << 20;
 
 /// How many of these a staging budget should make, so that reads, copies and what waits between them overlap.
