@@ -67,12 +67,13 @@ impl Work for Job {
     }
 
     unsafe fn lent(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
-        let (id, extent) = (request.id, request.pending.op.extent);
+        let Request { id, file, permit, pending, .. } = request;
         // SAFETY: the same duties.
-        let outcome = unsafe { self.lease(request, mapping, keep) };
+        let staged = unsafe { self.lease(&pending.op, file.identity().size, permit, mapping, keep) };
         self.count_read(id);
-        if let Err(error) = outcome {
-            self.fail(self.locate(error, extent));
+        match staged {
+            Ok(staged) => self.land(id, &pending.op, pending.op.extent.start, staged, false),
+            Err(error) => self.fail(self.locate(error, pending.op.extent)),
         }
     }
 
@@ -196,39 +197,40 @@ impl Job {
         }
     }
 
-    /// Pins the window of a mapping that has a read's bytes, and sends them on from there.
+    /// Pins the window that has a read's bytes, of the mapping of a file of `size` bytes.
     ///
     /// # Safety
     /// As [`Work::lent`].
-    unsafe fn lease(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) -> Result<()> {
-        let Request { id, file, permit, pending, .. } = request;
+    unsafe fn lease(
+        &self,
+        op: &ReadOp,
+        size: u64,
+        permit: Option<Box<dyn Any + Send>>,
+        mapping: *const u8,
+        keep: Arc<dyn Any + Send + Sync>,
+    ) -> Result<Staged> {
         let permit = permit.and_then(|permit| permit.downcast::<Permit>().ok());
         let (Some(windows), Some(permit)) = (&self.windows, permit) else {
             return Err(Error::new(ErrorKind::Usage, "engine lends what it was not asked to"));
         };
-        let op = &pending.op;
         let Extent { file: of_file, start, end } = op.extent;
-        let size = file.identity().size;
         if end > size {
             return Err(Error::new(ErrorKind::Truncated, "file ended early"));
         }
         let first = mapping.wrapping_add(start as usize);
-        let staged = if windows.has(start, end) {
+        if windows.has(start, end) {
             // SAFETY: the same duties.
             let lease = unsafe { windows.lease(*permit, of_file, start, mapping, size, keep)? };
             // SAFETY: the lease keeps the mapping, which is readable.
-            unsafe { Staged::lent(first, Arc::new(lease)) }
-        } else {
-            // An element across two windows: few bytes, which the driver takes from memory that is not pinned.
-            let count = (end - start) as usize;
-            let mut bytes = vec![0u128; count.div_ceil(limits::KERNEL_ACCESS)];
-            // SAFETY: the range lies in the mapping, whose guard keeps it readable; the vector is as long.
-            unsafe { std::ptr::copy_nonoverlapping(first, bytes.as_mut_ptr().cast(), count) };
-            // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
-            unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new(bytes)) }
-        };
-        self.land(id, op, start, staged, false);
-        Ok(())
+            return Ok(unsafe { Staged::lent(first, Arc::new(lease)) });
+        }
+        // An element across two windows: few bytes, which the driver takes from memory that is not pinned.
+        let count = (end - start) as usize;
+        let mut bytes = vec![0u128; count.div_ceil(limits::KERNEL_ACCESS)];
+        // SAFETY: the range lies in the mapping, whose guard keeps it readable; the vector is as long.
+        unsafe { std::ptr::copy_nonoverlapping(first, bytes.as_mut_ptr().cast(), count) };
+        // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
+        Ok(unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new(bytes)) })
     }
 
     /// Takes a read out of the list of those in flight, and counts it.
