@@ -76,7 +76,7 @@ pub struct Report {
 pub struct Stages {
     /// Reading: busy in reads, waiting for a free slot.
     pub read: StageTime,
-    /// Copying: busy in copies, waiting for filled slots.
+    /// Cutting, and submitting to devices: busy in that, waiting for the queue of a device while others submit.
     pub copy: StageTime,
 }
 

@@ -4,7 +4,7 @@ mod lower;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, TryLockError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
@@ -41,8 +41,6 @@ pub(crate) struct Landing {
 pub(crate) trait Landed {
     /// The bytes have landed and are visible.
     fn landed(&self, landing: Landing);
-    /// Time that a device spent with copies under way, and without.
-    fn spent(&self, busy: Duration, waiting: Duration);
     /// Whether everything was submitted.
     fn fed(&self) -> bool;
     /// A device failed.
@@ -59,12 +57,12 @@ pub(crate) struct CopyError {
 }
 
 /// The queues of a load's devices and the slots that their copies read from. Whoever has filled a slot submits it to
-/// every device that takes from it. Which copies are done is looked at by [one thread](Copies::run), now and then, and by
-/// [whoever needs a slot](Copies::reap): waking a thread for each slot would cost more than all else that is done for it.
+/// every device that takes from it, and looks which copies before it are done. So does [one thread](Copies::run), now and
+/// then: waking a thread for each slot would cost more than all else that is done for it.
 #[derive(Debug)]
 pub(crate) struct Copies {
-    /// For each device its copier, which is gone when everything has landed; no such where bytes land at once.
-    copiers: Vec<Option<Mutex<Option<Copier>>>>,
+    /// For each device; `None` where bytes land at once.
+    devices: Vec<Option<Device>>,
     /// The thread that looks, once it does.
     looking: OnceLock<Thread>,
     /// It has no reason to hurry.
@@ -73,47 +71,55 @@ pub(crate) struct Copies {
     starved: AtomicBool,
 }
 
+/// What is under way to one device.
+#[derive(Debug)]
+struct Device {
+    /// Gone when everything has landed, or nothing will.
+    copier: Mutex<Option<Copier>>,
+    /// How often somebody has had the copier: who finds it taken knows whether that is the same one all the time.
+    turns: AtomicU64,
+    /// Slots of the copier, as far as those need to know who cannot have it.
+    slots: AtomicUsize,
+}
+
 impl Copies {
     /// Copies to devices that have these queues; `None` where bytes land at once.
     pub(crate) fn new(queues: Vec<Option<Box<dyn Queue>>>) -> Copies {
-        let copiers = queues.into_iter().map(|queue| queue.map(|queue| Mutex::new(Some(Copier::new(queue))))).collect();
+        let device = |queue| Device {
+            copier: Mutex::new(Some(Copier::new(queue))),
+            turns: AtomicU64::new(0),
+            slots: AtomicUsize::new(0),
+        };
+        let devices = queues.into_iter().map(|queue| queue.map(device)).collect();
         let (resting, starved) = (AtomicBool::new(false), AtomicBool::new(false));
-        Copies { copiers, looking: OnceLock::new(), resting, starved }
+        Copies { devices, looking: OnceLock::new(), resting, starved }
     }
 
     /// Whether the bytes of this device pass through a queue.
     pub(crate) fn has_queue(&self, device: usize) -> bool {
-        self.copiers[device].is_some()
+        self.devices[device].is_some()
     }
 
     /// Whether those of any device do.
     pub(crate) fn has_queues(&self) -> bool {
-        self.copiers.iter().any(Option::is_some)
+        self.devices.iter().any(Option::is_some)
     }
 
     /// Queues what a device takes from a slot, and reports which copies before it are done. The slot is dropped if copies
-    /// to the device have failed, which is reported too, or ended.
-    pub(crate) fn submit(&self, device: usize, filled: Filled, landed: &dyn Landed) {
-        let copier = self.copiers[device].as_ref().expect("bug in shardlift: a device without a queue");
-        let mut guard = lock(copier);
-        let Some(copier) = guard.as_mut().filter(|copier| !copier.failed) else { return };
+    /// to the device have failed, which is reported too, or ended. Returns how long others had the queue.
+    pub(crate) fn submit(&self, device: usize, filled: Filled, landed: &dyn Landed) -> Duration {
+        let of_device = self.devices[device].as_ref().expect("bug in shardlift: a device without a queue");
+        let asked = Instant::now();
+        let mut guard = lock(&of_device.copier);
+        let waited = asked.elapsed();
+        of_device.turns.fetch_add(1, Ordering::Relaxed);
+        let Some(copier) = guard.as_mut().filter(|copier| copier.failed.is_none()) else { return waited };
+        of_device.slots.store(copier.in_flight.len() + 1, Ordering::Relaxed);
         let submitted = copier.guarded(|copier| copier.submit(filled));
         let done = submitted.and_then(|()| copier.reap());
         drop(guard);
         report(device, done, landed);
-    }
-
-    /// Reports the copies that are done; whether there were any. Devices that somebody else is busy with are left out.
-    pub(crate) fn reap(&self, landed: &dyn Landed) -> bool {
-        let mut any = false;
-        for (device, copier) in self.copiers.iter().enumerate() {
-            let Some(Ok(mut guard)) = copier.as_ref().map(Mutex::try_lock) else { continue };
-            let Some(copier) = &mut *guard else { continue };
-            let done = copier.reap();
-            drop(guard);
-            any |= report(device, done, landed);
-        }
-        any
+        waited
     }
 
     /// Tells that somebody found no slot: they are needed as soon as some are done.
@@ -131,32 +137,40 @@ impl Copies {
         }
     }
 
-    /// Looks which copies are done until everything was submitted and has landed: seldom while there are slots, and
-    /// when somebody waits for them whenever about half of the copies should be done, for waking costs more than looking.
+    /// Looks which copies are done until everything was submitted and has landed: seldom while there are slots, and when
+    /// somebody waits for them whenever about half of the copies should be done, for waking costs more than looking.
     ///
     /// A device that fails, or completes no copy for `stall`, is reported. If what is under way there does not end within
     /// `stall` then, its queue and slots are kept for ever (see [`Landed::abandoned`]): the device may still use them.
     pub(crate) fn run(&self, landed: &dyn Landed, stall: Duration) {
         let _ = self.looking.set(thread::current());
-        // Since when somebody has been in a call of each device's driver.
-        let mut taken: Vec<Option<Instant>> = vec![None; self.copiers.len()];
+        let mut watches: Vec<Watch> =
+            self.devices.iter().map(|device| if device.is_some() { Watch::Open } else { Watch::Closed }).collect();
+        // Nothing comes after the last copies, and their end is the load's.
+        let mut at_the_end = limits::EVENT_POLL;
         loop {
             let (fed, starved) = (landed.fed(), self.starved.swap(false, Ordering::SeqCst));
-            let (mut open, mut half) = (false, None);
-            for (device, copier) in self.copiers.iter().enumerate() {
-                let Some(copier) = copier else { continue };
-                let outlook = look(device, copier, &mut taken[device], landed, fed, stall);
-                open |= outlook != Outlook::Closed;
-                if let Outlook::Busy(of_device) = outlook {
-                    half = Some(half.unwrap_or(of_device).min(of_device));
-                }
+            let (mut freed, mut half) = (false, None);
+            for (device, watch) in watches.iter_mut().enumerate() {
+                let Some(of_device) = self.devices[device].as_ref().filter(|_| *watch != Watch::Closed) else {
+                    continue;
+                };
+                let (any, next) = of_device.look(device, watch, landed, fed, stall);
+                freed |= any;
+                half = [half, next].into_iter().flatten().min();
             }
-            if !open {
+            if watches.iter().all(|watch| *watch == Watch::Closed) {
                 return;
             }
+            if starved && !freed {
+                self.starved.store(true, Ordering::SeqCst);
+            }
             let sleep = match half {
-                // Nothing comes after the last copies: their end is the load's.
-                Some(half) if fed => half.clamp(limits::EVENT_POLL, limits::COPY_POLL_MAX),
+                Some(half) if fed => {
+                    let sleep = half.min(at_the_end).clamp(limits::EVENT_POLL, limits::COPY_POLL_MAX);
+                    at_the_end *= 2;
+                    sleep
+                }
                 Some(half) if starved => half.clamp(limits::COPY_POLL, limits::COPY_POLL_MAX),
                 _ => {
                     self.resting.store(true, Ordering::SeqCst);
@@ -171,80 +185,94 @@ impl Copies {
     }
 }
 
-/// What is to be expected of a device.
-#[derive(PartialEq)]
-enum Outlook {
-    /// Copies; about half of them should be done after this time.
-    Busy(Duration),
-    /// Nothing before something is submitted.
-    Idle,
-    /// Nothing ever.
+/// What the thread that looks knows of a device.
+#[derive(Debug, PartialEq)]
+enum Watch {
+    Open,
+    /// Somebody has had the copier for so long, in this turn: its driver does not come back.
+    Taken(Instant, u64),
+    /// It has nothing more to do.
     Closed,
 }
 
-/// Reports what is done of a device's copies, and ends the copier of one that has done everything, or fails, or stalls.
-fn look(
-    device: usize,
-    copier: &Mutex<Option<Copier>>,
-    taken: &mut Option<Instant>,
-    landed: &dyn Landed,
-    fed: bool,
-    stall: Duration,
-) -> Outlook {
-    let mut guard = match copier.try_lock() {
-        Ok(guard) => guard,
-        Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-        Err(TryLockError::WouldBlock) if taken.get_or_insert_with(Instant::now).elapsed() <= stall => {
-            return Outlook::Busy(limits::COPY_TICK);
+impl Device {
+    /// Reports what is done of the copies, and ends the copier when it has done everything, fails or stalls. Whether
+    /// anything was done, and how soon about half of what is left should be.
+    fn look(
+        &self,
+        device: usize,
+        watch: &mut Watch,
+        landed: &dyn Landed,
+        fed: bool,
+        stall: Duration,
+    ) -> (bool, Option<Duration>) {
+        let mut guard = match self.copier.try_lock() {
+            Ok(guard) => guard,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                let turn = self.turns.load(Ordering::Relaxed);
+                match *watch {
+                    Watch::Taken(since, of) if of == turn && since.elapsed() > stall => {
+                        let message = format!("a driver did not come back for {stall:?}");
+                        let error = Error::new(ErrorKind::Stalled, message);
+                        landed.failed(device, CopyError { error, landing: None });
+                        landed.abandoned(self.slots.load(Ordering::Relaxed));
+                        *watch = Watch::Closed;
+                    }
+                    Watch::Taken(_, of) if of == turn => {}
+                    _ => *watch = Watch::Taken(Instant::now(), turn),
+                }
+                return (false, Some(limits::COPY_POLL_MAX));
+            }
+        };
+        self.turns.fetch_add(1, Ordering::Relaxed);
+        *watch = Watch::Open;
+        let Some(copier) = &mut *guard else {
+            *watch = Watch::Closed;
+            return (false, None);
+        };
+        let done = copier.reap();
+        let stalled = copier.failed.is_none() && copier.stalls(stall);
+        let (over, abandoned) = match copier.failed {
+            // A little at a time: other devices are waited for, too.
+            Some(since) => match copier.queue.settle(Duration::ZERO) {
+                true => (true, false),
+                false => (since.elapsed() > stall, since.elapsed() > stall),
+            },
+            None => (stalled || fed && copier.in_flight.is_empty(), stalled),
+        };
+        let half = copier.half();
+        let ending = if over { guard.take() } else { None };
+        drop(guard);
+        let freed = report(device, done, landed);
+        let Some(copier) = ending else { return (freed, half) };
+        *watch = Watch::Closed;
+        if stalled {
+            let error = Error::new(ErrorKind::Stalled, format!("no copy completed for {stall:?}"));
+            landed.failed(device, CopyError { error, landing: copier.first() });
         }
-        Err(TryLockError::WouldBlock) => {
-            // Its driver does not come back from a call, of which its caller knows.
-            landed.abandoned(0);
-            return Outlook::Closed;
+        if abandoned {
+            landed.abandoned(copier.in_flight.len());
+            copier.abandon();
         }
-    };
-    *taken = None;
-    let Some(copier) = &mut *guard else { return Outlook::Closed };
-    let done = copier.reap();
-    let stalled = !copier.failed && copier.stalls(stall);
-    let ends = copier.failed || stalled || fed && copier.in_flight.is_empty();
-    let outlook = copier.outlook();
-    let ending = if ends { guard.take() } else { None };
-    drop(guard);
-    report(device, done, landed);
-    let Some(mut copier) = ending else { return outlook };
-    if stalled {
-        let error = Error::new(ErrorKind::Stalled, format!("no copy completed for {stall:?}"));
-        landed.failed(device, CopyError { error, landing: copier.first() });
+        (freed, None)
     }
-    if stalled || copier.failed && !copier.queue.settle(stall) {
-        landed.abandoned(copier.in_flight.len());
-        copier.abandon();
-    }
-    Outlook::Closed
 }
 
 /// Tells who waits for it what has come of a device's copies; whether some are done.
-fn report(device: usize, done: Result<Done, CopyError>, landed: &dyn Landed) -> bool {
-    match done {
-        Ok(Done { filled, busy, waiting }) => {
-            landed.spent(busy, waiting);
-            filled.iter().flat_map(|filled| &filled.landing).for_each(|&landing| landed.landed(landing));
-            !filled.is_empty()
-        }
+fn report(device: usize, done: Result<Vec<Filled>, CopyError>, landed: &dyn Landed) -> bool {
+    let filled = match done {
+        Ok(filled) => filled,
         Err(error) => {
             landed.failed(device, error);
-            false
+            return false;
         }
+    };
+    let landings = || filled.iter().flat_map(|filled| &filled.landing).for_each(|&landing| landed.landed(landing));
+    if let Err(payload) = catch_unwind(AssertUnwindSafe(landings)) {
+        landed.failed(device, CopyError { error: Error::panicked(payload), landing: None });
     }
-}
-
-/// What is done since somebody last looked.
-#[derive(Default)]
-struct Done {
-    filled: Vec<Filled>,
-    busy: Duration,
-    waiting: Duration,
+    !filled.is_empty()
 }
 
 /// A queue and the slots that its copies read from. A slot is in the list before its copies are submitted, and leaves
@@ -257,19 +285,13 @@ struct Copier {
     progress: Instant,
     /// How long after each other slots complete, about.
     pace: Duration,
-    /// The queue refused something, or panicked.
-    failed: bool,
-    /// Up to when time is counted.
-    counted: Instant,
-    busy: Duration,
-    waiting: Duration,
+    /// Since when it is: the queue refused something, or panicked.
+    failed: Option<Instant>,
 }
 
 impl Copier {
     fn new(queue: Box<dyn Queue>) -> Copier {
-        let (now, none) = (Instant::now(), Duration::ZERO);
-        let (in_flight, pace) = (VecDeque::new(), limits::COPY_POLL);
-        Copier { queue, in_flight, progress: now, pace, failed: false, counted: now, busy: none, waiting: none }
+        Copier { queue, in_flight: VecDeque::new(), progress: Instant::now(), pace: limits::COPY_POLL, failed: None }
     }
 
     /// What was under way first.
@@ -282,13 +304,12 @@ impl Copier {
         let outcome =
             catch_unwind(AssertUnwindSafe(|| body(self))).unwrap_or_else(|payload| Err(Error::panicked(payload)));
         outcome.map_err(|error| {
-            self.failed = true;
+            self.failed.get_or_insert_with(Instant::now);
             CopyError { error, landing: self.first() }
         })
     }
 
     fn submit(&mut self, mut filled: Filled) -> Result<()> {
-        self.count();
         let ops = std::mem::take(&mut filled.ops);
         let was_idle = self.in_flight.is_empty();
         self.in_flight.push_back((u64::MAX, filled));
@@ -304,44 +325,30 @@ impl Copier {
     }
 
     /// Takes out what is done.
-    fn reap(&mut self) -> Result<Done, CopyError> {
-        if self.failed {
-            return Ok(Done::default());
-        }
-        self.count();
-        let (busy, waiting) = (std::mem::take(&mut self.busy), std::mem::take(&mut self.waiting));
+    fn reap(&mut self) -> Result<Vec<Filled>, CopyError> {
         let mut filled = Vec::new();
-        if !self.in_flight.is_empty() {
-            let finished = self.guarded(|copier| copier.queue.finished())?;
-            while let Some((_, done)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= finished) {
-                filled.push(done);
-            }
+        if self.failed.is_some() || self.in_flight.is_empty() {
+            return Ok(filled);
+        }
+        let finished = self.guarded(|copier| copier.queue.finished())?;
+        while let Some((_, done)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= finished) {
+            filled.push(done);
         }
         if !filled.is_empty() {
-            let each = (self.counted - self.progress) / filled.len() as u32;
+            let each = self.progress.elapsed() / filled.len() as u32;
             self.pace = (self.pace * 3 + each) / 4;
-            self.progress = self.counted;
+            self.progress = Instant::now();
         }
-        Ok(Done { filled, busy, waiting })
-    }
-
-    /// Counts the time until now.
-    fn count(&mut self) {
-        let now = Instant::now();
-        let spent = if self.in_flight.is_empty() { &mut self.waiting } else { &mut self.busy };
-        *spent += now - self.counted;
-        self.counted = now;
+        Ok(filled)
     }
 
     fn stalls(&self, stall: Duration) -> bool {
         !self.in_flight.is_empty() && self.progress.elapsed() > stall
     }
 
-    fn outlook(&self) -> Outlook {
-        match self.in_flight.len() as u32 {
-            0 => Outlook::Idle,
-            copies => Outlook::Busy(self.pace * copies / 2),
-        }
+    /// How soon about half of what is under way should be done, if anything is.
+    fn half(&self) -> Option<Duration> {
+        if self.in_flight.is_empty() { None } else { Some(self.pace * self.in_flight.len() as u32 / 2) }
     }
 
     /// Keeps what the device may still use for ever.
@@ -363,7 +370,6 @@ impl std::fmt::Debug for Copier {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-    use std::sync::atomic::AtomicUsize;
     use std::sync::mpsc::{self, Receiver, Sender};
 
     use super::*;
@@ -414,7 +420,6 @@ mod tests {
         fn landed(&self, landing: Landing) {
             self.landed.lock().unwrap().push(landing.dest);
         }
-        fn spent(&self, _: Duration, _: Duration) {}
         fn fed(&self) -> bool {
             self.fed.load(Ordering::Acquire)
         }
@@ -495,26 +500,39 @@ mod tests {
     }
 
     #[test]
-    fn who_needs_a_slot_can_look_for_it() {
+    fn whoever_submits_looks_and_nothing_is_taken_after_the_end() {
         let rig = rig(LONG, true);
         rig.seen.fed.store(true, Ordering::Release);
         rig.copies.wake();
-        rig.until(|rig| lock(rig.copies.copiers[0].as_ref().unwrap()).is_none());
-        // The thread has ended. Nothing is taken any more, and nothing kept.
+        rig.until(|rig| lock(&rig.copies.devices[0].as_ref().unwrap().copier).is_none());
         rig.submit(1);
-        assert!(!rig.copies.reap(&*rig.seen));
         assert_eq!(rig.free_slots(), 2);
 
         let (done, told) = mpsc::channel();
         let queue = Slow { submitted: 0, done: told, finished: 0, settles: true, dropped: Arc::default() };
-        let rig = Rig { copies: Arc::new(Copies::new(vec![None, Some(Box::new(queue))])), ..rig };
-        let staged = rig.ring.try_lend(Lend::Any).unwrap().unwrap().stage();
-        let landing = vec![Landing { rank: Rank(0), dest: 5, bytes: 1 }];
-        rig.copies.submit(1, Filled { staged, ops: Vec::new(), landing }, &*rig.seen);
-        assert!(!rig.copies.reap(&*rig.seen));
+        let rig = Rig { copies: Arc::new(Copies::new(vec![Some(Box::new(queue))])), ..rig };
+        rig.submit(5);
+        assert_eq!(rig.free_slots(), 1);
         done.send(Ok(1)).unwrap();
-        assert!(rig.copies.reap(&*rig.seen));
-        assert_eq!((rig.free_slots(), &rig.seen.landed.lock().unwrap()[..]), (2, &[5][..]));
+        rig.submit(6);
+        assert_eq!((rig.free_slots(), &rig.seen.landed.lock().unwrap()[..]), (1, &[5][..]));
+    }
+
+    #[test]
+    fn a_driver_that_does_not_come_back_is_told_from_many_who_call_it() {
+        let rig = rig(Duration::from_millis(40), true);
+        let device = rig.copies.devices[0].as_ref().unwrap();
+        for _ in 0..20 {
+            let _taken = lock(&device.copier);
+            device.turns.fetch_add(1, Ordering::Relaxed);
+            rig.copies.wake();
+            thread::sleep(Duration::from_millis(5));
+        }
+        assert!(rig.seen.errors.lock().unwrap().is_empty());
+        let taken = lock(&device.copier);
+        rig.until(|rig| *rig.seen.errors.lock().unwrap() == [ErrorKind::Stalled]);
+        drop(taken);
+        rig.end();
     }
 
     #[test]
@@ -543,7 +561,7 @@ mod tests {
 
     #[test]
     fn a_failed_copy_does_not_wait_for_ever_for_the_others() {
-        let rig = rig(LONG, false);
+        let rig = rig(Duration::from_millis(500), false);
         rig.submit(1);
         rig.submit(2);
         rig.done.send(Err(Error::new(ErrorKind::Device, "of the test"))).unwrap();

@@ -8,9 +8,11 @@ use safetensors::tensor::{Dtype, TensorView};
 use super::*;
 use crate::pipeline::{Allocation, Feed, HostDevice, Op, Queue};
 
-/// A device whose driver never comes back from a call.
+/// A device whose driver never comes back from submitting, or else from being asked what is done.
 #[derive(Debug)]
-struct Gone;
+struct Gone {
+    when_asked: bool,
+}
 
 impl Device for Gone {
     fn name(&self) -> String {
@@ -18,7 +20,7 @@ impl Device for Gone {
     }
 
     fn queue(&self, _: Feed) -> Result<Option<Box<dyn Queue>>> {
-        Ok(Some(Box::new(GoneQueue)))
+        Ok(Some(Box::new(GoneQueue { when_asked: self.when_asked })))
     }
 
     fn block(&self, bytes: usize) -> Result<Allocation> {
@@ -35,17 +37,25 @@ impl Device for Gone {
     }
 }
 
-struct GoneQueue;
+struct GoneQueue {
+    when_asked: bool,
+}
 
-impl Queue for GoneQueue {
-    unsafe fn submit(&mut self, _: Vec<Op>) -> Result<u64> {
+impl GoneQueue {
+    fn never(&self) -> u64 {
         loop {
             thread::park();
         }
     }
+}
+
+impl Queue for GoneQueue {
+    unsafe fn submit(&mut self, _: Vec<Op>) -> Result<u64> {
+        Ok(if self.when_asked { 1 } else { self.never() })
+    }
 
     fn finished(&mut self) -> Result<u64> {
-        Ok(0)
+        Ok(if self.when_asked { self.never() } else { 0 })
     }
 
     fn settle(&mut self, _: Duration) -> bool {
@@ -55,6 +65,10 @@ impl Queue for GoneQueue {
 
 #[test]
 fn a_driver_that_does_not_come_back_ends_the_load() {
+    [false, true].into_iter().for_each(ends_with);
+}
+
+fn ends_with(when_asked: bool) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.safetensors");
     let bytes = vec![1; 1 << 20];
@@ -64,7 +78,7 @@ fn a_driver_that_does_not_come_back_ends_the_load() {
     let plan = Plan::new(&checkpoint, &Rules::replicate_all(), &World::host(1)).unwrap();
     let bound = Duration::from_millis(100);
     let loader = Loader::new().stall(bound / 2, bound);
-    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Gone)];
+    let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Gone { when_asked })];
     let destinations = Destinations::in_blocks(&plan, &devices, limits::SLOT, &Default::default()).unwrap();
     let mut running = Running::start(loader.setup(&plan, destinations, devices)).unwrap();
     let began = Instant::now();

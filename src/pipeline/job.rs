@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::ThreadId;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::files::Files;
 use super::prepare::pinner;
@@ -72,8 +72,8 @@ pub(crate) struct Job {
 /// A read that an engine has, or whose bytes go to the queues of devices.
 #[derive(Debug, Clone)]
 pub(super) struct InFlight {
-    /// They do: then what makes no progress is a driver.
-    pub(super) copying: bool,
+    /// The device they go to: then what makes no progress is its driver.
+    pub(super) copying: Option<usize>,
     pub(super) extent: Extent,
     pub(super) bytes: u64,
     pub(super) in_slot: bool,
@@ -212,14 +212,14 @@ impl Job {
     /// Enters a read in the list of those in flight, from which only its end removes it.
     pub(super) fn begin(&self, id: u64, extent: Extent, bytes: usize, in_slot: bool, since: Instant) {
         let (bytes, thread) = (bytes as u64, std::thread::current().id());
-        let read = InFlight { copying: false, extent, bytes, in_slot, since, thread, warned: false };
+        let read = InFlight { copying: None, extent, bytes, in_slot, since, thread, warned: false };
         lock(&self.in_flight).insert(id, read);
     }
 
-    /// The same for copies of what a read brought, while its thread is in the driver of a device.
-    pub(super) fn begin_copies(&self, id: u64, extent: Extent, in_slot: bool) {
+    /// The same for copies of what a read brought, while its thread submits them to a device.
+    pub(super) fn begin_copies(&self, id: u64, device: usize, extent: Extent, in_slot: bool) {
         let (since, thread) = (Instant::now(), std::thread::current().id());
-        let copies = InFlight { copying: true, extent, bytes: 0, in_slot, since, thread, warned: false };
+        let copies = InFlight { copying: Some(device), extent, bytes: 0, in_slot, since, thread, warned: false };
         lock(&self.in_flight).insert(id, copies);
     }
 
@@ -383,11 +383,6 @@ impl Landed for Job {
         if before == bytes {
             self.complete(rank, dest);
         }
-    }
-
-    fn spent(&self, busy: Duration, waiting: Duration) {
-        self.counters.copy_busy(busy);
-        self.counters.copy_waiting(waiting);
     }
 
     fn fed(&self) -> bool {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::prepare::{pin_slots, prepare_cuts};
 use super::{Device, Job, Setup};
-use crate::copy::Copies;
+use crate::copy::{Copies, Landed};
 use crate::device::Feed;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -183,6 +183,8 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
             let run = AssertUnwindSafe(|| job.copies.run(&*job, job.setup.stall_error));
             if let Err(payload) = catch_unwind(run) {
                 job.fail(Error::panicked(payload));
+                // Nobody knows what is under way.
+                job.abandoned(0);
             }
             if job.copies_abandoned.load(Ordering::Acquire) {
                 keep_for_ever(&job);
@@ -243,19 +245,23 @@ fn watch_reads(job: &Job) -> bool {
             slow.push((read.copying, read.extent.file));
         }
     }
+    let name = |device: usize| job.devices[device].0.name();
     for (copying, file) in slow {
         let file = job.setup.plan.file(file).path.display();
         let message = match copying {
-            false => format!("a read of {file} has made no progress for {warning:?}"),
-            true => format!("a driver has not taken copies of what was read of {file} for {warning:?}"),
+            None => format!("a read of {file} has made no progress for {warning:?}"),
+            Some(device) => format!("{} has not taken what was read of {file} for {warning:?}", name(device)),
         };
         tracing::warn!("{message}");
         job.counters.warn(message);
     }
     let Some((copying, extent)) = stalled else { return false };
     job.abandon(slots);
-    let message = if copying { "a driver did not take copies" } else { "a read made no progress" };
-    job.fail(job.locate(Error::new(ErrorKind::Stalled, format!("{message} for {bound:?}")), extent));
+    let message = match copying {
+        None => format!("a read made no progress for {bound:?}"),
+        Some(device) => format!("{} did not take copies for {bound:?}", name(device)),
+    };
+    job.fail(job.locate(Error::new(ErrorKind::Stalled, message), extent));
     true
 }
 

@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
+
 use super::Job;
 use super::windows::Permit;
 use crate::copy::{Filled, Landed, Landing, Part, lower};
@@ -37,8 +39,6 @@ impl Work for Job {
                 Ok(Taken::Request(request)) => return Next::Request(request),
                 Ok(Taken::Nothing) => return Next::Finished,
                 Ok(Taken::Skipped) => {}
-                // Copies that are done have slots.
-                Ok(Taken::NoSlot) if self.copies.reap(self) => {}
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
                 Ok(Taken::NoSlot) if asked.elapsed() > self.setup.stall_error => {
                     let message = format!("no staging slot became free for {:?}", self.setup.stall_error);
@@ -252,7 +252,7 @@ impl Job {
             // other copy names the destination bytes; the job keeps both alive.
             unsafe { copy_now(&self.raw_copy(piece, src)) };
         }
-        self.spent(began.elapsed(), Duration::ZERO);
+        self.counters.copy_busy(began.elapsed());
         pieces.iter().for_each(|piece| self.landed(landing(piece)));
     }
 
@@ -267,12 +267,17 @@ impl Job {
         let device = |piece: &Piece| self.device_of[piece.rank.index()];
         pieces.sort_by_key(|piece| (device(piece), piece.rank));
         let shared = pieces.windows(2).any(|pair| device(&pair[0]) != device(&pair[1]));
-        for of_device in pieces.chunk_by(|a, b| device(a) == device(b)) {
+        let mut of_devices: SmallVec<[&[Piece]; 8]> = pieces.chunk_by(|a, b| device(a) == device(b)).collect();
+        // A call of one driver that takes long holds up all who come to it, and they to others.
+        let turn = id as usize % of_devices.len().max(1);
+        of_devices.rotate_left(turn);
+        let mut waited = Duration::ZERO;
+        for of_device in of_devices {
             let device = device(&of_device[0]);
             if self.copies.has_queue(device) {
-                self.begin_copies(id, op.extent, ours);
+                self.begin_copies(id, device, op.extent, ours);
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
-                unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared) };
+                waited += unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared) };
                 lock(&self.in_flight).remove(&id);
                 continue;
             }
@@ -283,16 +288,24 @@ impl Job {
                 self.landed(landing(piece));
             }
         }
-        self.spent(began.elapsed(), Duration::ZERO);
+        self.counters.copy_busy(began.elapsed().saturating_sub(waited));
+        self.counters.copy_waiting(waited);
     }
 
-    /// Submits what a device takes from a slot, whose needed bytes begin at `first`.
+    /// Submits what a device takes from a slot, whose needed bytes begin at `first`; how long others had its queue.
     ///
     /// # Safety
     /// If `writable`, the slot is written by nobody else.
-    unsafe fn submit(&self, device: usize, pieces: &[Piece], first: *const u8, staged: Staged, writable: bool) {
+    unsafe fn submit(
+        &self,
+        device: usize,
+        pieces: &[Piece],
+        first: *const u8,
+        staged: Staged,
+        writable: bool,
+    ) -> Duration {
         if self.is_stopped() {
-            return;
+            return Duration::ZERO;
         }
         let ops = if self.devices[device].0.copies_any() {
             pieces.iter().map(|piece| Op::Copy(self.raw_copy(piece, first))).collect()
@@ -302,7 +315,7 @@ impl Job {
             unsafe { lower(pieces.iter().map(part).collect(), writable, &limits::COPY_COSTS) }
         };
         let landing = pieces.iter().map(landing).collect();
-        self.copies.submit(device, Filled { staged, ops, landing }, self);
+        self.copies.submit(device, Filled { staged, ops, landing }, self)
     }
 
     fn raw_copy(&self, piece: &Piece, src: *const u8) -> RawCopy {

@@ -151,6 +151,7 @@ impl Bench {
         // SAFETY: all copies of this file lie in the two buffers, which outlive the queue.
         let ticket = unsafe { self.buffers.queue.submit(ops)? };
         while self.buffers.queue.finished()? < ticket {
+            // What a sleep takes would be measured, too.
             std::thread::yield_now();
             if began.elapsed() >= BOUND {
                 self.stuck = true;
