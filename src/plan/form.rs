@@ -1,0 +1,611 @@
+//! What an expression is for one rank: a destination made of boxes, each of which is a part of one tensor of the
+//! checkpoint or filled with one value. All operations are arithmetic on indices; nothing is proportional to rows.
+
+use smallvec::{SmallVec, smallvec};
+
+use super::BoxFill;
+use super::cut::Cut;
+use super::expr::{Expr, Fill};
+use super::leaf::Leaf;
+use super::world::{Coord, Mesh};
+use super::{BoxCopy, Loop, Loops};
+use crate::checkpoint::TensorMeta;
+use crate::dtype::Dtype;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+use crate::limits::UNROLL_MAX;
+use crate::shape::Shape;
+
+/// Indices, lengths or strides, one for each dimension of a destination.
+type Dims = SmallVec<[u64; 4]>;
+
+/// A destination: boxes that do not overlap and together are all of it.
+#[derive(Debug, Clone)]
+pub(super) struct Form {
+    /// The element type.
+    pub(super) dtype: Dtype,
+    dims: Dims,
+    pub(super) boxes: SmallVec<[Placed; 1]>,
+}
+
+/// A box and where in the destination it lies.
+#[derive(Debug, Clone)]
+pub(super) struct Placed {
+    spots: SmallVec<[Spot; 4]>,
+    what: What,
+}
+
+/// Where the indices of one dimension of a box lie in the destination: `first`, `first + step`...
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Spot {
+    first: u64,
+    step: u64,
+}
+
+/// What a box holds.
+#[derive(Debug, Clone)]
+enum What {
+    Leaf(Leaf),
+    /// One value; so many elements in each dimension.
+    Fill(Fill, Dims),
+}
+
+/// For whom a form is made.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum For {
+    /// One rank of a mesh.
+    Rank(Mesh, Rank),
+    /// All ranks together: every cut is all of its parts, and [`Leaf::parts`] says how many those are.
+    All(Mesh),
+}
+
+/// What the sources of an expression are.
+pub(super) struct Sources<'a> {
+    /// The checkpoint's tensors.
+    pub(super) tensors: &'a [TensorMeta],
+    /// The tensor that the rule matched.
+    pub(super) matched: u32,
+    /// The tensors that the expression names, in the order in which it does.
+    pub(super) named: &'a [u32],
+    /// What floats of 16 and 32 bits are cast to where the expression says nothing.
+    pub(super) casting: Option<Dtype>,
+}
+
+impl Form {
+    /// What `expr` is.
+    pub(super) fn of(expr: &Expr, sources: &Sources<'_>, whom: For) -> Result<Form> {
+        let casting = sources.casting.filter(|_| expr.cast_to().is_none());
+        let mut maker = Maker { sources, whom, casting, next: 0 };
+        let form = maker.make(expr)?;
+        form.boxes.iter().filter_map(Placed::leaf).try_for_each(Leaf::check_order)?;
+        Ok(form)
+    }
+
+    /// All of a tensor.
+    fn source(tensor: u32, meta: &TensorMeta, casting: Option<Dtype>) -> Result<Form> {
+        let mut leaf = Leaf::whole(tensor, meta);
+        let mut dtype = meta.dtype;
+        if let Some(to) = casting.filter(|_| matches!(dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32)) {
+            leaf = leaf.cast(to)?;
+            dtype = to;
+        }
+        let dims: Dims = meta.shape.iter().copied().collect();
+        let spots = dims.iter().map(|_| Spot::START).collect();
+        Ok(Form { dtype, dims, boxes: smallvec![Placed { spots, what: What::Leaf(leaf) }] })
+    }
+
+    /// One value in all places.
+    fn filled(dtype: Dtype, dims: Dims, fill: Fill) -> Form {
+        let spots = dims.iter().map(|_| Spot::START).collect();
+        let boxes = smallvec![Placed { spots, what: What::Fill(fill, dims.clone()) }];
+        Form { dtype, dims, boxes }
+    }
+
+    /// The shape of the destination.
+    pub(super) fn shape(&self) -> Shape {
+        Shape::new(&self.dims)
+    }
+
+    /// The parts of tensors that it is made of.
+    pub(super) fn leaves(&self) -> impl Iterator<Item = &Leaf> {
+        self.boxes.iter().filter_map(Placed::leaf)
+    }
+
+    /// The value of the places that no tensor fills, if there are any.
+    pub(super) fn prefill(&self) -> Option<&Fill> {
+        self.boxes.iter().find_map(|placed| match &placed.what {
+            What::Fill(fill, lens) if !lens.contains(&0) => Some(fill),
+            _ => None,
+        })
+    }
+
+    /// Bytes of the destination.
+    pub(super) fn bytes(&self) -> Result<u64> {
+        let elements = self.dims.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));
+        elements.and_then(|elements| self.dtype.bytes_of(elements)).ok_or_else(|| {
+            broken("cut-not-on-bytes", format!("destination of {} elements is no whole number of bytes", self.dtype))
+        })
+    }
+
+    /// Appends the strided copies and fills that make the destination.
+    pub(super) fn lower(
+        &self,
+        tensors: &[TensorMeta],
+        copies: &mut Vec<BoxCopy>,
+        fills: &mut Vec<BoxFill>,
+    ) -> Result<()> {
+        if self.dims.contains(&0) {
+            return Ok(());
+        }
+        let strides = self.strides();
+        for Placed { spots, what } in &self.boxes {
+            let offset = spots.iter().zip(&strides).map(|(spot, stride)| spot.first * stride).sum();
+            let strides: Dims = spots.iter().zip(&strides).map(|(spot, stride)| spot.step * stride).collect();
+            match what {
+                What::Leaf(leaf) => leaf.copies(tensors[leaf.tensor as usize].start, offset, &strides, copies)?,
+                What::Fill(fill, lens) => fills.extend(self.fill(fill, lens, offset, &strides)?),
+            }
+        }
+        Ok(())
+    }
+
+    /// Elements from one index of each dimension to the next.
+    fn strides(&self) -> Dims {
+        let mut strides: Dims = smallvec![1; self.dims.len()];
+        for dim in (1..self.dims.len()).rev() {
+            strides[dim - 1] = strides[dim] * self.dims[dim];
+        }
+        strides
+    }
+
+    fn fill(&self, fill: &Fill, lens: &Dims, offset: u64, strides: &Dims) -> Result<Option<BoxFill>> {
+        if lens.contains(&0) {
+            return Ok(None);
+        }
+        // Innermost first: dimensions that go on where the ones within them end are one with them.
+        let mut loops: SmallVec<[(u64, u64); 4]> = SmallVec::new();
+        let mut run = 1;
+        for (&count, &stride) in lens.iter().zip(strides).rev() {
+            match loops.last_mut() {
+                _ if count == 1 => {}
+                None if stride == run => run *= count,
+                Some((inner, of)) if stride == *inner * *of => *inner *= count,
+                _ => loops.push((count, stride)),
+            }
+        }
+        loops.reverse();
+        let bytes = |elements| {
+            let no_bytes = || broken("cut-not-on-bytes", format!("fill of {} elements does not fall on bytes", self.dtype));
+            self.dtype.bytes_of(elements).ok_or_else(no_bytes)
+        };
+        let loops = loops.into_iter().map(|(count, stride)| Ok((count, bytes(stride)?))).collect::<Result<_>>()?;
+        Ok(Some(BoxFill { dst: bytes(offset)?, loops, run: bytes(run)?, element: fill.element(self.dtype)? }))
+    }
+
+    fn dim(&self, dim: usize) -> Result<u64> {
+        self.dims.get(dim).copied().ok_or_else(|| {
+            broken("dimension", "there is no such dimension")
+                .with_expected(format!("a dimension below {}", self.dims.len()), dim)
+        })
+    }
+
+    fn slice(mut self, dim: usize, start: u64, len: u64, step: u64) -> Result<Form> {
+        let size = self.dim(dim)?;
+        let last = len.saturating_sub(1).checked_mul(step).and_then(|last| last.checked_add(start));
+        if step == 0 || start > size || (len > 0 && last.is_none_or(|last| last >= size)) {
+            return Err(broken("slice", format!("slice leaves dimension {dim}"))
+                .with_expected(format!("indices below {size}"), format!("{len} from {start} by {step}")));
+        }
+        self.dims[dim] = len;
+        let mut boxes = SmallVec::new();
+        for mut placed in self.boxes {
+            let count = placed.len(dim);
+            let taken = placed.spots[dim].meet(count, start, len, step).ok_or_else(|| {
+                broken("slice", "slice with a step of what is repeated").with_expected("a step of 1", step)
+            })?;
+            if let Some((from, every, count, spot)) = taken {
+                placed.narrow(dim, from, count, every);
+                placed.spots[dim] = spot;
+                boxes.push(placed);
+            }
+        }
+        Ok(Form { boxes, ..self })
+    }
+
+    fn view(self, dims: &[u64]) -> Result<Form> {
+        let not_a_view = |form: &Form| {
+            broken("view", "view does not split the dimensions it is given")
+                .with_expected(format!("a split of {}", form.shape()), Shape::new(dims))
+        };
+        // The new dimensions of each old one.
+        let mut groups: SmallVec<[&[u64]; 4]> = SmallVec::new();
+        let mut left = dims;
+        for &size in &self.dims {
+            let (mut taken, mut product) = (0, 1u64);
+            while taken == 0 || product < size {
+                let Some(&dim) = left.get(taken) else { return Err(not_a_view(&self)) };
+                product = product.saturating_mul(dim);
+                taken += 1;
+            }
+            if product != size {
+                return Err(not_a_view(&self));
+            }
+            let (group, rest) = left.split_at(taken);
+            groups.push(group);
+            left = rest;
+        }
+        if left.iter().any(|&dim| dim != 1) {
+            return Err(not_a_view(&self));
+        }
+        let mut boxes = SmallVec::new();
+        for placed in &self.boxes {
+            let mut lens = Dims::new();
+            let mut spots = SmallVec::new();
+            let split = groups.iter().enumerate().all(|(dim, group)| {
+                split(placed.spots[dim], placed.len(dim), self.dims[dim], group, &mut lens, &mut spots)
+            });
+            lens.extend(left.iter().copied());
+            spots.extend(left.iter().map(|_| Spot::START));
+            let what = match &placed.what {
+                _ if !split => None,
+                What::Leaf(leaf) => leaf.clone().view(&lens).map(What::Leaf),
+                What::Fill(fill, _) => Some(What::Fill(fill.clone(), lens)),
+            };
+            boxes.push(Placed { spots, what: what.ok_or_else(|| not_a_view(&self))? });
+        }
+        Ok(Form { dtype: self.dtype, dims: Dims::from_slice(dims), boxes })
+    }
+
+    fn permute(mut self, order: &[usize]) -> Result<Form> {
+        if order.len() != self.dims.len() {
+            return Err(broken("permute", "tensor has another number of dimensions")
+                .with_expected(format!("{} for {order:?}", order.len()), self.dims.len()));
+        }
+        for placed in &mut self.boxes {
+            placed.spots = order.iter().map(|&dim| placed.spots[dim]).collect();
+            match &mut placed.what {
+                What::Leaf(leaf) => leaf.permute(order),
+                What::Fill(_, lens) => *lens = order.iter().map(|&dim| lens[dim]).collect(),
+            }
+        }
+        self.dims = order.iter().map(|&dim| self.dims[dim]).collect();
+        Ok(self)
+    }
+
+    fn cast(mut self, to: Dtype) -> Result<Form> {
+        for placed in &mut self.boxes {
+            if let What::Leaf(leaf) = &mut placed.what {
+                *leaf = leaf.clone().cast(to)?;
+            }
+        }
+        self.dtype = to;
+        Ok(self)
+    }
+
+    /// The forms behind each other in a dimension.
+    fn concat(dim: usize, forms: Vec<Form>) -> Result<Form> {
+        let mut forms = forms.into_iter();
+        let Some(mut whole) = forms.next() else { return Err(broken("concat", "nothing is put together")) };
+        whole.dim(dim)?;
+        for form in forms {
+            let others = |form: &Form| form.dims.iter().enumerate().filter(|(at, _)| *at != dim).map(|(_, &len)| len).collect::<Dims>();
+            if form.dims.len() != whole.dims.len() || others(&form) != others(&whole) {
+                return Err(broken("concat", format!("parts differ in more than dimension {dim}"))
+                    .with_expected(whole.shape(), form.shape()));
+            }
+            whole.same_dtype(&form)?;
+            let end = whole.dims[dim];
+            whole.boxes.extend(form.boxes.into_iter().map(|mut placed| {
+                placed.spots[dim].first += end;
+                placed
+            }));
+            whole.dims[dim] += form.dims[dim];
+        }
+        Ok(whole)
+    }
+
+    /// The same with a new outermost dimension of 1.
+    fn in_a_stack(mut self) -> Form {
+        self.dims.insert(0, 1);
+        for placed in &mut self.boxes {
+            placed.spots.insert(0, Spot::START);
+            match &mut placed.what {
+                What::Leaf(leaf) => leaf.insert_outermost(),
+                What::Fill(_, lens) => lens.insert(0, 1),
+            }
+        }
+        self
+    }
+
+    fn same_dtype(&self, other: &Form) -> Result<()> {
+        if self.dtype == other.dtype {
+            return Ok(());
+        }
+        Err(broken("concat", "parts have different types").with_expected(self.dtype, other.dtype))
+    }
+
+    fn pad(self, dim: usize, to: u64, fill: &Fill) -> Result<Form> {
+        let size = self.dim(dim)?;
+        if to < size {
+            return Err(broken("pad", format!("dimension {dim} is larger than what it is padded to"))
+                .with_expected(format!("at most {to}"), size));
+        }
+        let mut dims = self.dims.clone();
+        dims[dim] = to - size;
+        let tail = Form::filled(self.dtype, dims, fill.clone());
+        Form::concat(dim, vec![self, tail])
+    }
+
+    /// Each index of a dimension `times` times, one after the other.
+    fn repeat(mut self, dim: usize, times: u64) -> Result<Form> {
+        let needed = times.saturating_mul(self.boxes.len() as u64);
+        if needed > UNROLL_MAX || times == 0 {
+            return Err(broken("repeat", "too many repetitions").with_expected(format!("1 to {UNROLL_MAX}"), needed));
+        }
+        let size = self.dim(dim)?;
+        self.dims[dim] = size.saturating_mul(times);
+        let nth = |placed: &Placed, nth: u64| {
+            let mut placed = placed.clone();
+            let Spot { first, step } = placed.spots[dim];
+            placed.spots[dim] = Spot { first: first * times + nth, step: step * times };
+            placed
+        };
+        self.boxes = self.boxes.iter().flat_map(|placed| (0..times).map(move |at| nth(placed, at))).collect();
+        Ok(self)
+    }
+
+    fn cut_into(&mut self, parts: u64) {
+        for placed in &mut self.boxes {
+            if let What::Leaf(leaf) = &mut placed.what {
+                leaf.parts *= parts;
+            }
+        }
+    }
+}
+
+impl Placed {
+    fn leaf(&self) -> Option<&Leaf> {
+        match &self.what {
+            What::Leaf(leaf) => Some(leaf),
+            What::Fill(..) => None,
+        }
+    }
+
+    /// Its indices in a dimension.
+    fn len(&self, dim: usize) -> u64 {
+        match &self.what {
+            What::Leaf(leaf) => leaf.len(dim),
+            What::Fill(_, lens) => lens[dim],
+        }
+    }
+
+    fn narrow(&mut self, dim: usize, start: u64, len: u64, step: u64) {
+        match &mut self.what {
+            What::Leaf(leaf) => leaf.narrow(dim, start, len, step),
+            What::Fill(_, lens) => lens[dim] = len,
+        }
+    }
+}
+
+impl Spot {
+    const START: Spot = Spot { first: 0, step: 1 };
+
+    /// Which of `count` indices that lie here are among `len` from `start` on, every `step`-th: the first one, from one
+    /// to the next, how many, and where they lie among those. `None` inside if there are none, outside if both have a
+    /// step.
+    #[expect(clippy::type_complexity, reason = "one caller")]
+    fn meet(self, count: u64, start: u64, len: u64, step: u64) -> Option<Option<(u64, u64, u64, Spot)>> {
+        if count == 0 || len == 0 {
+            // What has no elements stays, with its place.
+            return Some((count == 0 && len == 0).then_some((0, 1, 0, Spot::START)));
+        }
+        if step == 1 {
+            let from = start.saturating_sub(self.first).div_ceil(self.step);
+            let until = (start + len).saturating_sub(self.first).div_ceil(self.step).min(count);
+            let spot = |from: u64| Spot { first: self.first + from * self.step - start, step: self.step };
+            return Some((from < until).then(|| (from, 1, until - from, spot(from))));
+        }
+        if self.step != 1 {
+            return None;
+        }
+        let from = self.first.saturating_sub(start).div_ceil(step);
+        let until = (self.first + count).saturating_sub(start).div_ceil(step).min(len);
+        Some((from < until).then(|| {
+            (start + from * step - self.first, step, until - from, Spot { first: from, step: 1 })
+        }))
+    }
+}
+
+/// Splits what a box has of a dimension of `size` along the dimensions of `group`, whose product that is. False if it
+/// is no box then.
+fn split(spot: Spot, len: u64, size: u64, group: &[u64], lens: &mut Dims, spots: &mut SmallVec<[Spot; 4]>) -> bool {
+    if let [_] = group {
+        lens.push(len);
+        spots.push(spot);
+        return true;
+    }
+    let Spot { mut first, step } = spot;
+    if step != 1 {
+        return false;
+    }
+    let mut inner = size;
+    for (at, &dim) in group.iter().enumerate() {
+        if at + 1 == group.len() {
+            lens.push(len);
+            spots.push(Spot { first, step });
+            return true;
+        }
+        inner = if dim == 0 { 0 } else { inner / dim };
+        if inner > 0 && first.is_multiple_of(inner) && len.is_multiple_of(inner) {
+            lens.push(len / inner);
+            spots.push(Spot { first: first / inner, step });
+            lens.extend(group[at + 1..].iter().copied());
+            spots.extend(group[at + 1..].iter().map(|_| Spot::START));
+            return true;
+        }
+        if inner == 0 || len == 0 || first / inner != (first + len - 1) / inner {
+            return false;
+        }
+        lens.push(1);
+        spots.push(Spot { first: first / inner, step });
+        first %= inner;
+    }
+    false
+}
+
+/// Makes forms of an expression, naming its sources one after the other.
+struct Maker<'a> {
+    sources: &'a Sources<'a>,
+    whom: For,
+    casting: Option<Dtype>,
+    /// Position of the next named source.
+    next: usize,
+}
+
+impl Maker<'_> {
+    fn make(&mut self, expr: &Expr) -> Result<Form> {
+        match expr {
+            Expr::Source => self.source(self.sources.matched),
+            Expr::Tensor(_) => {
+                let named = self.sources.named[self.next];
+                self.next += 1;
+                self.source(named)
+            }
+            Expr::View { x, dims } => self.make(x)?.view(dims),
+            Expr::Slice { x, dim, start, len, step } => self.make(x)?.slice(*dim, *start, *len, *step),
+            Expr::Shard { x, dim, cut } => {
+                let form = self.make(x)?;
+                self.shard(form, *dim, cut)
+            }
+            Expr::Permute { x, order } => self.make(x)?.permute(order),
+            Expr::Cast { x, to } => self.make(x)?.cast(*to),
+            Expr::Concat { dim, parts } => Form::concat(*dim, self.parts(parts)?.0),
+            Expr::Stack { parts } => self.stack(parts),
+            Expr::Select { .. } => Err(broken("select", "a selection is no part of a concat or a stack")),
+            Expr::Pad { x, dim, to, fill } => self.make(x)?.pad(*dim, *to, fill),
+            Expr::Repeat { x, dim, times } => self.make(x)?.repeat(*dim, *times),
+            Expr::Const { dtype, dims, fill } => Ok(Form::filled(*dtype, Dims::from_slice(dims), fill.clone())),
+            Expr::On { x, by, part, fill } => {
+                let form = self.make(x)?;
+                self.only_on(form, by, *part, fill)
+            }
+        }
+    }
+
+    fn source(&self, tensor: u32) -> Result<Form> {
+        let meta = &self.sources.tensors[tensor as usize];
+        Form::source(tensor, meta, self.casting).map_err(|error| error.with_tensor(meta.name.as_str()))
+    }
+
+    fn shard(&self, mut form: Form, dim: usize, cut: &Cut) -> Result<Form> {
+        let size = form.dim(dim)?;
+        let (mesh, rank) = match self.whom {
+            For::Rank(mesh, rank) => (mesh, rank),
+            For::All(mesh) => {
+                let parts = cut.part(size, mesh, Rank(0))?.1;
+                form.cut_into(parts);
+                return match cut.table() {
+                    None => Ok(form),
+                    Some(table) => {
+                        let runs = table.iter().flatten().map(|run| {
+                            let (start, end) = (run.start * cut.unit, (run.end * cut.unit).min(size));
+                            form.clone().slice(dim, start, end.saturating_sub(start), 1)
+                        });
+                        Form::concat(dim, runs.collect::<Result<_>>()?)
+                    }
+                };
+            }
+        };
+        form.cut_into(cut.part(size, mesh, rank)?.1);
+        let taken = cut.take(size, mesh, rank)?;
+        match taken[..] {
+            [] => form.slice(dim, 0, 0, 1),
+            [run] => form.slice(dim, run.start, run.len, run.step),
+            _ => {
+                let runs = taken.iter().map(|run| form.clone().slice(dim, run.start, run.len, run.step));
+                Form::concat(dim, runs.collect::<Result<_>>()?)
+            }
+        }
+    }
+
+    /// The forms of parts, where selections are what they select, and one of a part if there are none.
+    fn parts(&mut self, parts: &[Expr]) -> Result<(Vec<Form>, Option<Form>)> {
+        let mut forms = Vec::with_capacity(parts.len());
+        let mut sample = None;
+        for part in parts {
+            let Expr::Select { by, of } = part else {
+                forms.push(self.make(part)?);
+                continue;
+            };
+            let first = self.next;
+            let count = of.len() as u64;
+            let (taken, parts) = match self.whom {
+                For::Rank(mesh, rank) => (by.take(count, mesh, rank)?, by.part(count, mesh, rank)?.1),
+                For::All(mesh) => (by.all(count), by.part(count, mesh, Rank(0))?.1),
+            };
+            // Where the named sources of each of them begin.
+            let mut starts = Vec::with_capacity(of.len() + 1);
+            starts.push(first);
+            for of in of {
+                starts.push(starts[starts.len() - 1] + of.names());
+            }
+            let mut nth = |maker: &mut Self, at: u64| {
+                maker.next = starts[at as usize];
+                maker.make(&of[at as usize])
+            };
+            for run in &taken {
+                for at in 0..run.len {
+                    let mut form = nth(self, run.start + at * run.step)?;
+                    form.cut_into(parts);
+                    forms.push(form);
+                }
+            }
+            if forms.is_empty() && count > 0 {
+                sample = Some(nth(self, 0)?);
+            }
+            self.next = starts[of.len()];
+        }
+        if forms.is_empty()
+            && let Some(sample) = &sample
+        {
+            return Ok((Vec::new(), Some(sample.clone())));
+        }
+        Ok((forms, sample))
+    }
+
+    fn stack(&mut self, parts: &[Expr]) -> Result<Form> {
+        let (forms, sample) = self.parts(parts)?;
+        match (forms.is_empty(), sample) {
+            (true, Some(sample)) => sample.in_a_stack().slice(0, 0, 0, 1),
+            (true, None) => Err(broken("stack", "nothing is put together")),
+            (false, _) => Form::concat(0, forms.into_iter().map(Form::in_a_stack).collect()),
+        }
+    }
+
+    fn only_on(&self, mut form: Form, by: &Coord, part: u32, fill: &Fill) -> Result<Form> {
+        let (mesh, rank) = match self.whom {
+            For::Rank(mesh, rank) => (mesh, rank),
+            For::All(mesh) => (mesh, Rank(0)),
+        };
+        let (i, n) = by.of(mesh, rank)?;
+        if part >= n {
+            return Err(broken("coordinate", "there is no such part").with_expected(format!("one below {n}"), part));
+        }
+        form.cut_into(n.into());
+        match self.whom {
+            For::Rank(..) if i != part => Ok(Form::filled(form.dtype, form.dims, fill.clone())),
+            _ => Ok(form),
+        }
+    }
+}
+
+fn broken(rule: &'static str, message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Rules, message).with_rule(rule)
+}
+
+/// The loops of a fill or of the destination of a copy, outermost first.
+pub(super) fn outermost_first(loops: &Loops) -> SmallVec<[Loop; 4]> {
+    let mut loops: SmallVec<[Loop; 4]> = loops.iter().copied().collect();
+    loops.sort_by_key(|inner| std::cmp::Reverse(inner.dst_stride));
+    loops
+}
