@@ -5,6 +5,7 @@
 mod audit;
 mod build;
 mod cover;
+mod cut;
 mod digest;
 mod expr;
 mod extents;
@@ -14,6 +15,7 @@ mod memory;
 mod reads;
 mod rules;
 mod show;
+mod stages;
 #[cfg(test)]
 mod tests;
 mod world;
@@ -32,12 +34,14 @@ use crate::extent::{FileId, Rank};
 use crate::shape::Shape;
 
 pub use crate::stride::{Loop, Loops};
-pub use expr::{Cut, Expr, Split};
+pub use cut::{Cut, Split};
+pub use expr::Expr;
 pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};
 pub use rules::{Rules, ShardRule};
-pub use world::{Ax, Coord, DeviceSpec, Mesh, Processes, World};
+pub use stages::StageSplit;
+pub use world::{Ax, Coord, DeviceSpec, Mesh, MeshOrder, Processes, World};
 
 /// What moves where, for all ranks at once. Immutable, cheap to clone, and valid: every plan has passed the audit.
 #[derive(Debug, Clone)]
