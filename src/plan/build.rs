@@ -5,13 +5,17 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::audit::{Declared, audit};
+use super::audit::{CHUNK, Wanted, audit};
+use super::cover::{Strided, Times};
 use super::digest::digest;
+use super::expr::Expr;
 use super::extents::extents;
+use super::form::{For, Form, Sources};
 use super::leaf::Leaf;
-use super::rules::{AliasRule, Owner, Placement, Rules, TENSORS_PER_TASK, Verdict};
+use super::rules::{AliasRule, Matches, Owner, Placement, Rules, TENSORS_PER_TASK, Verdict};
+use super::uses::Uses;
 use super::world::World;
-use super::{Dest, Inner, Param, Plan, RankPlan, ReadOrder};
+use super::{BoxCopy, Dest, Inner, Param, Plan, RankPlan, ReadOrder};
 use crate::cast::Cast;
 use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::dtype::Dtype;
@@ -32,13 +36,15 @@ impl Plan {
     /// [`Plan::new`] with another order of reads.
     pub fn with_order(checkpoint: &Checkpoint, rules: &Rules, world: &World, order: ReadOrder) -> Result<Plan> {
         world.check()?;
+        let matches = rules.matches(checkpoint).map_err(|error| rules.located(error))?;
         let builder = Builder { tensors: checkpoint.tensors(), rules, world };
-        let (params, declared) = builder.params()?;
+        let (params, declared) = builder.params(matches)?;
         let ranks: Vec<Result<RankPlan>> =
             (0..world.size()).into_par_iter().map(|rank| builder.rank(Rank(rank), &params, &declared)).collect();
         let ranks = ranks.into_iter().collect::<Result<Vec<_>>>()?;
-        audit(checkpoint, &ranks, &declared)?;
-        let (extents, consumers) = extents(checkpoint, world, &ranks, &declared, order)?;
+        let uses = Uses::new(checkpoint.tensors().len(), ranks.iter())?;
+        audit(checkpoint, &ranks, &uses, &builder.wanted_bytes(&declared)?)?;
+        let (extents, consumers) = extents(checkpoint, world, &ranks, &uses, order)?;
         let digest = digest(checkpoint, world, &params, &ranks);
         Ok(Plan {
             inner: Arc::new(Inner {
@@ -61,7 +67,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if the plan has no such rank, or the rank no such destination.
-    pub fn leaf(&self, rank: Rank, dest: usize) -> Result<Leaf> {
+    pub(crate) fn form(&self, rank: Rank, dest: usize) -> Result<Form> {
         let Inner { checkpoint, world, rules, params, declared, ranks, .. } = &*self.inner;
         let missing = |what: &str, count: usize, found: String| {
             Error::new(ErrorKind::NotFound, what).with_expected(format!("one below {count}"), found)
@@ -73,10 +79,32 @@ impl Plan {
             return Err(missing("no such destination", dests.len(), dest.to_string()).with_rank(rank));
         };
         let original = params[param as usize].alias_of.unwrap_or(param);
-        let entry = declared.binary_search_by_key(&original, |entry| entry.param).map(|found| declared[found]);
+        let entry = declared.binary_search_by_key(&original, |entry| entry.param).map(|found| &declared[found]);
         let Ok(entry) = entry else { unreachable!("bug in shardlift: parameter without a source") };
-        Builder { tensors: checkpoint.tensors(), rules, world }.leaf(entry, rank)
+        Builder { tensors: checkpoint.tensors(), rules, world }.form(entry, For::Rank(world.mesh(), rank))
     }
+
+    /// The parts of tensors that a rank's destination is made of: `dest` is a position in [`RankPlan::dests`]. An alias
+    /// has those of its original.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if the plan has no such rank, or the rank no such destination.
+    pub fn leaves(&self, rank: Rank, dest: usize) -> Result<Vec<Leaf>> {
+        Ok(self.form(rank, dest)?.leaves().cloned().collect())
+    }
+}
+
+/// What a parameter that is no alias is made of.
+#[derive(Debug, Clone)]
+pub(super) struct Declared {
+    /// Position of the parameter.
+    pub(super) param: u32,
+    /// Position of the tensor that the rule matched.
+    pub(super) tensor: u32,
+    /// Position of the rule.
+    pub(super) rule: u32,
+    /// The tensors that the rule's expression names.
+    pub(super) named: Box<[u32]>,
 }
 
 /// What a plan is made from.
@@ -100,8 +128,8 @@ enum Made<'a> {
 
 impl<'a> Builder<'a> {
     /// All parameters, sorted by name, and what those that are no alias are made of.
-    fn params(&self) -> Result<(Vec<Param>, Vec<Declared>)> {
-        let named = self.named().map_err(|error| self.rules.located(error))?;
+    fn params(&self, matches: Matches) -> Result<(Vec<Param>, Vec<Declared>)> {
+        let named = self.named(&matches.verdicts).map_err(|error| self.rules.located(error))?;
         let tensors = self.tensors.iter().map(|tensor| tensor.name.as_str());
         self.rules.check_filters(tensors.chain(named.iter().map(|entry| entry.name.as_str())))?;
         let named = self.wanted(named);
@@ -112,7 +140,9 @@ impl<'a> Builder<'a> {
         for (param, entry) in (0..).zip(&named) {
             let (tensor, rule, alias_of) = match entry.made {
                 Made::From { tensor, rule } => {
-                    declared.push(self.declare(param, tensor, rule, &scales)?);
+                    let sources = matches.named.binary_search_by_key(&tensor, |(matched, _)| *matched);
+                    let sources = sources.map(|found| matches.named[found].1.clone()).unwrap_or_default();
+                    declared.push(self.declare(Declared { param, tensor, rule, named: sources }, &scales)?);
                     (tensor, rule, None)
                 }
                 Made::AliasOf(of) => match find(&named, of).map(|original| (original, named[original].made)) {
@@ -121,7 +151,10 @@ impl<'a> Builder<'a> {
                 },
             };
             let from = self.tensors[tensor as usize].dtype;
-            let to = self.rules.cast_to(rule, from).unwrap_or(from);
+            let to = match self.rules.dtype(rule) {
+                Some(dtype) => dtype,
+                None => self.rules.cast_to(rule, from).unwrap_or(from),
+            };
             params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
         }
         let param = |(Named { name, .. }, (dtype, cast, alias_of))| Param { name, dtype, cast, alias_of };
@@ -129,9 +162,7 @@ impl<'a> Builder<'a> {
     }
 
     /// All destinations that the rules make, sorted by name; filters leave none out yet.
-    fn named(&self) -> Result<Vec<Named<'a>>> {
-        self.rules.check()?;
-        let verdicts = self.rules.verdicts(self.tensors)?;
+    fn named(&self, verdicts: &[Verdict]) -> Result<Vec<Named<'a>>> {
         let named: Vec<Result<Named<'a>>> = verdicts
             .par_iter()
             .enumerate()
@@ -142,7 +173,7 @@ impl<'a> Builder<'a> {
                     let name = self.rules.destination(rule, &self.tensors[tensor].name);
                     Some(name.map(|name| Named { name, made }))
                 }
-                Verdict::Skipped => None,
+                Verdict::Part | Verdict::Skipped => None,
             })
             .collect();
         let mut named = named.into_iter().collect::<Result<Vec<_>>>()?;
@@ -198,97 +229,137 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn declare(&self, param: u32, tensor: u32, rule: u32, scales: &Scales<'a>) -> Result<Declared> {
-        let Placement::Place { owner, expr } = &self.rules.rules[rule as usize].placement else {
-            unreachable!("bug in shardlift: a skipped tensor has no parameter")
-        };
-        let entry = Declared { param, tensor, rule, times: 1, partial: expr.is_partial() };
-        self.refuse_scaled(entry, scales)?;
-        match *owner {
-            Owner::All => {
-                let parts = self.leaf(entry, Rank(0)).map_err(|error| self.place(error, entry, Rank(0)))?.parts;
-                Ok(Declared { times: (u64::from(self.world.size()) / parts) as u32, ..entry })
-            }
-            Owner::Only(rank) if rank.0 < self.world.size() => Ok(entry),
-            Owner::Only(rank) => {
-                let what = format!("rule `{}`: no such rank", self.rules.pattern(rule));
-                let error = broken("rank", what).with_tensor(self.tensors[tensor as usize].name.as_str());
+    fn declare(&self, entry: Declared, scales: &Scales<'a>) -> Result<Declared> {
+        self.refuse_scaled(&entry, scales)?;
+        match self.owner(&entry) {
+            Owner::Only(rank) if rank.0 >= self.world.size() => {
+                let what = format!("rule `{}`: no such rank", self.rules.pattern(entry.rule));
+                let error = broken("rank", what).with_tensor(self.tensors[entry.tensor as usize].name.as_str());
                 Err(self.rules.located(error.with_expected(format!("a rank below {}", self.world.size()), rank)))
             }
+            Owner::All | Owner::Only(_) => Ok(entry),
         }
     }
 
+    /// What the rules declare of each tensor, sorted by tensor.
+    fn wanted_bytes(&self, declared: &[Declared]) -> Result<Vec<Wanted>> {
+        let wanted: Vec<Result<Vec<Wanted>>> = declared
+            .par_chunks(CHUNK)
+            .map(|chunk| {
+                let mut wanted = Vec::with_capacity(chunk.len());
+                chunk.iter().try_for_each(|entry| self.wanted_of(entry, &mut wanted))?;
+                Ok(wanted)
+            })
+            .collect();
+        let wanted = wanted.into_iter().collect::<Result<Vec<_>>>()?;
+        let mut wanted: Vec<Wanted> = wanted.into_iter().flatten().collect();
+        wanted.par_sort_unstable_by_key(|wanted| wanted.tensor);
+        Ok(wanted)
+    }
+
+    fn wanted_of(&self, entry: &Declared, into: &mut Vec<Wanted>) -> Result<()> {
+        let holders = match self.owner(entry) {
+            Owner::All => u64::from(self.world.size()),
+            Owner::Only(_) => 1,
+        };
+        let partial = self.expr(entry).is_partial();
+        let form = self.form(entry, For::All(self.world.mesh()))?;
+        let mut copies = Vec::new();
+        for leaf in form.leaves() {
+            let start = self.tensors[leaf.tensor as usize].start;
+            copies.clear();
+            leaf.source(start, &mut copies)?;
+            let times = Times { are: 0, should: (holders / leaf.parts).max(1) };
+            let wanted = |copy: &BoxCopy| Strided { times, ..copy.source(start) };
+            into.extend(copies.iter().map(|copy| Wanted { tensor: leaf.tensor, bytes: wanted(copy), partial }));
+        }
+        Ok(())
+    }
+
     /// Refuses the cast of an F8 that another tensor scales: without its scale it would be another number.
-    fn refuse_scaled(&self, Declared { tensor, rule, .. }: Declared, scales: &Scales<'a>) -> Result<()> {
+    fn refuse_scaled(&self, entry: &Declared, scales: &Scales<'a>) -> Result<()> {
+        let rule = entry.rule;
+        for &tensor in entry.named.iter().chain([&entry.tensor]) {
         let TensorMeta { name, dtype, .. } = &self.tensors[tensor as usize];
         let Some(to) = self.rules.cast_to(rule, *dtype).filter(|_| matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2))
         else {
-            return Ok(());
+            continue;
         };
-        let Some(scale) = scales.of(name, self.tensors) else { return Ok(()) };
+        let Some(scale) = scales.of(name, self.tensors) else { continue };
         let what = format!("rule `{}`: {dtype} that is scaled is not cast to {to}", self.rules.pattern(rule));
         let error = broken("cast", what).with_expected("no tensor of its scale", format!("`{scale}`"));
-        Err(self.rules.located(error.with_tensor(name.as_str())))
+        return Err(self.rules.located(error.with_tensor(name.as_str())));
+        }
+        Ok(())
     }
 
     /// One rank's partition.
     fn rank(&self, rank: Rank, params: &[Param], declared: &[Declared]) -> Result<RankPlan> {
         let mut dests = Vec::with_capacity(params.len());
         let mut pieces = Vec::with_capacity(params.len());
+        let mut fills = Vec::new();
         let mut next = declared.iter();
         for (param, Param { alias_of, .. }) in params.iter().enumerate() {
             let entry = match alias_of {
-                None => next.next().copied(),
+                None => next.next(),
                 Some(original) => {
                     let found = declared.binary_search_by_key(original, |entry| entry.param);
-                    found.ok().map(|found| declared[found])
+                    found.ok().map(|found| &declared[found])
                 }
             };
             let Some(entry) = entry else { unreachable!("bug in shardlift: parameter without a source") };
             if !self.owner(entry).has(rank) {
                 continue;
             }
-            let leaf = self.leaf(entry, rank).map_err(|error| self.place(error, entry, rank))?;
-            let first = pieces.len() as u32;
+            let placed = |error| self.place(error, entry, rank);
+            let form = self.form(entry, For::Rank(self.world.mesh(), rank)).map_err(placed)?;
+            let (first, first_fill) = (pieces.len() as u32, fills.len() as u32);
             let mut bytes = 0;
             if alias_of.is_none() {
-                let meta = &self.tensors[entry.tensor as usize];
-                let copies = leaf.copies(meta.start).map_err(|error| self.place(error, entry, rank))?;
-                bytes = copies.0;
-                pieces.extend(copies.1);
+                bytes = form.bytes().map_err(placed)?;
+                form.lower(self.tensors, &mut pieces, &mut fills).map_err(placed)?;
             }
-            dests.push(Dest { param: param as u32, shape: leaf.shape(), bytes, pieces: first..pieces.len() as u32 });
+            dests.push(Dest {
+                param: param as u32,
+                shape: form.shape(),
+                bytes,
+                pieces: first..pieces.len() as u32,
+                fills: first_fill..fills.len() as u32,
+            });
         }
-        Ok(RankPlan { rank, dests, pieces })
+        Ok(RankPlan { rank, dests, pieces, fills })
     }
 
-    fn leaf(&self, entry: Declared, rank: Rank) -> Result<Leaf> {
-        let meta = &self.tensors[entry.tensor as usize];
+    fn form(&self, entry: &Declared, whom: For) -> Result<Form> {
+        let casting = self.rules.casting();
+        let sources = Sources { tensors: self.tensors, matched: entry.tensor, named: &entry.named, casting };
+        Form::of(self.expr(entry), &sources, whom)
+    }
+
+    fn expr(&self, entry: &Declared) -> &Expr {
         match &self.rules.rules[entry.rule as usize].placement {
-            Placement::Place { expr, .. } => {
-                let leaf = Leaf::lower(expr, entry.tensor, meta, self.world.mesh(), rank)?;
-                match self.rules.cast_to(entry.rule, meta.dtype) {
-                    Some(to) if leaf.cast.is_none() => leaf.cast(to),
-                    _ => Ok(leaf),
-                }
-            }
-            Placement::Skip => unreachable!("bug in shardlift: a skipped tensor has no parameter"),
+            Placement::Place { expr, .. } => expr,
+            Placement::Part | Placement::Skip => unreachable!("bug in shardlift: a parameter of no rule that places"),
         }
     }
 
-    fn owner(&self, entry: Declared) -> Owner {
+    fn owner(&self, entry: &Declared) -> Owner {
         match self.rules.rules[entry.rule as usize].placement {
             Placement::Place { owner, .. } => owner,
-            Placement::Skip => Owner::All,
+            Placement::Part | Placement::Skip => Owner::All,
         }
     }
 
     /// Names rule and tensor in an error about a rank's part, and the rank unless all ranks have such an error.
-    fn place(&self, error: Error, entry: Declared, rank: Rank) -> Error {
+    fn place(&self, error: Error, entry: &Declared, rank: Rank) -> Error {
         let meta = &self.tensors[entry.tensor as usize];
-        let fails = |rank| self.leaf(entry, Rank(rank)).and_then(|leaf| leaf.copies(meta.start)).is_err();
+        let fails = |rank| {
+            let form = self.form(entry, For::Rank(self.world.mesh(), Rank(rank)));
+            form.and_then(|form| form.lower(self.tensors, &mut Vec::new(), &mut Vec::new())).is_err()
+        };
         let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(entry.rule)));
-        let error = self.rules.located(error.with_tensor(meta.name.as_str()));
+        let error = if error.tensor().is_some() { error } else { error.with_tensor(meta.name.as_str()) };
+        let error = self.rules.located(error);
         if (0..self.world.size()).all(fails) { error } else { error.with_rank(rank) }
     }
 }

@@ -1,6 +1,8 @@
 //! Exact coverage of a tensor's bytes by strided copies, by arithmetic on their descriptors: how often each byte is
 //! covered, without ever looking at single rows of a regular pattern.
 
+use std::cmp::Reverse;
+
 use smallvec::SmallVec;
 
 use super::BoxCopy;
@@ -12,6 +14,15 @@ pub(super) struct Strided {
     pub(super) start: u64,
     pub(super) loops: SmallVec<[(u64, u64); 1]>,
     pub(super) run: u64,
+    pub(super) times: Times,
+}
+
+/// How often bytes are covered, and how often they should be: the two are told apart so that one is held against the
+/// other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(super) struct Times {
+    pub(super) are: u64,
+    pub(super) should: u64,
 }
 
 /// Bytes that are covered equally often: `from..to`, and its repetitions.
@@ -23,11 +34,44 @@ pub(super) struct Covered {
     pub(super) to: u64,
     /// How many such ranges there are.
     pub(super) repeats: u64,
-    /// How often each of their bytes is covered; 0 for a gap.
-    pub(super) times: u64,
+    /// How often each of their bytes is covered; never for a gap.
+    pub(super) times: Times,
+}
+
+impl Times {
+    /// Once.
+    pub(super) const ONE: Times = Times { are: 1, should: 0 };
+
+    fn add(&mut self, other: Times) {
+        self.are += other.are;
+        self.should += other.should;
+    }
+
+    fn take(&mut self, other: Times) {
+        self.are -= other.are;
+        self.should -= other.should;
+    }
 }
 
 impl Strided {
+    /// The bytes of loops, outermost first, those that go on where the ones within them end as one.
+    pub(super) fn collapsed(start: u64, outermost_first: &[(u64, u64)], mut run: u64) -> Strided {
+        let mut loops = SmallVec::<[(u64, u64); 1]>::new();
+        for &(count, stride) in outermost_first.iter().rev() {
+            match loops.last_mut() {
+                None if stride == run => run *= count,
+                Some((inner, of)) if stride == *inner * *of => *inner *= count,
+                _ => loops.push((count, stride)),
+            }
+        }
+        loops.reverse();
+        Strided { start, loops, run, times: Times::ONE }
+    }
+
+    fn is_like(&self, other: &Strided) -> bool {
+        (self.start, self.run, &self.loops) == (other.start, other.run, &other.loops)
+    }
+
     /// Bytes from the first to the last, gaps included.
     pub(super) fn span(&self) -> u64 {
         self.loops.iter().map(|&(count, stride)| (count - 1) * stride).sum::<u64>() + self.run
@@ -38,16 +82,16 @@ impl BoxCopy {
     /// The source bytes, counted from byte `base` of the file: loops that only a permuted destination keeps apart are
     /// one.
     pub(super) fn source(&self, base: u64) -> Strided {
-        let (mut loops, mut run) = (SmallVec::<[(u64, u64); 1]>::new(), self.run);
-        for inner in self.loops.iter().rev() {
-            match loops.last_mut() {
-                None if inner.src_stride == run => run *= inner.count,
-                Some((count, stride)) if inner.src_stride == *count * *stride => *count *= inner.count,
-                _ => loops.push((inner.count, inner.src_stride)),
-            }
-        }
-        loops.reverse();
-        Strided { start: self.src - base, loops, run }
+        let loops: SmallVec<[(u64, u64); 4]> = self.loops.iter().map(|inner| (inner.count, inner.src_stride)).collect();
+        Strided::collapsed(self.src - base, &loops, self.run)
+    }
+
+    /// The destination bytes.
+    pub(super) fn destination(&self) -> Strided {
+        let mut loops: SmallVec<[(u64, u64); 4]> =
+            self.loops.iter().map(|inner| (inner.count, inner.dst_stride)).collect();
+        loops.sort_unstable_by_key(|&(_, stride)| Reverse(stride));
+        Strided::collapsed(self.dst, &loops, self.landed(self.run))
     }
 }
 
@@ -110,7 +154,7 @@ fn split(strided: Strided, period: u64, into: &mut SmallVec<[Band; 8]>) -> Optio
                 let first = from / period;
                 let end = to.div_ceil(period);
                 let run = if end - first > 1 { period } else { to - from };
-                let inner = Strided { start: from % period, loops: SmallVec::new(), run };
+                let inner = Strided { start: from % period, loops: SmallVec::new(), run, times: strided.times };
                 into.push(Band { first, end, inner });
             }
         };
@@ -121,7 +165,8 @@ fn split(strided: Strided, period: u64, into: &mut SmallVec<[Band; 8]>) -> Optio
         push(tail.max(body), to);
         return Some(());
     };
-    let inner = Strided { start: offset, loops: SmallVec::from_slice(&strided.loops[1..]), run: strided.run };
+    let times = strided.times;
+    let inner = Strided { start: offset, loops: SmallVec::from_slice(&strided.loops[1..]), run: strided.run, times };
     if stride == period && offset + inner.span() <= period {
         into.push(Band { first: row, end: row + count, inner });
         return Some(());
@@ -139,7 +184,7 @@ fn split(strided: Strided, period: u64, into: &mut SmallVec<[Band; 8]>) -> Optio
     }
     for i in 0..count {
         let start = strided.start + i * stride;
-        split(Strided { start, loops: inner.loops.clone(), run: strided.run }, period, into)?;
+        split(Strided { start, loops: inner.loops.clone(), run: strided.run, times }, period, into)?;
     }
     Some(())
 }
@@ -148,27 +193,30 @@ fn flat(set: &mut [Strided], base: u64, len: u64, repeats: u64, visit: &mut impl
     if let Some(first) = set.first()
         && first.start == 0
         && first.run == len
-        && set.iter().all(|strided| strided == first)
+        && set.iter().all(|strided| strided.is_like(first))
     {
-        visit(Covered { from: base, to: base + len, repeats, times: set.len() as u64 });
+        let mut times = Times::default();
+        set.iter().for_each(|strided| times.add(strided.times));
+        visit(Covered { from: base, to: base + len, repeats, times });
         return;
     }
-    let mut ends: SmallVec<[u64; 8]> = set.iter().map(|strided| strided.start + strided.run).collect();
-    ends.sort_unstable();
+    let mut ends: SmallVec<[(u64, Times); 8]> =
+        set.iter().map(|strided| (strided.start + strided.run, strided.times)).collect();
+    ends.sort_unstable_by_key(|&(end, _)| end);
     set.sort_unstable_by_key(|strided| strided.start);
-    let (mut at, mut times, mut ended) = (0, 0, 0);
-    for next in set.iter().map(|strided| strided.start).chain([len]) {
-        while ended < ends.len() && ends[ended] <= next {
-            emit(&mut at, ends[ended], times, base, repeats, visit);
-            times -= 1;
+    let (mut at, mut times, mut ended) = (0, Times::default(), 0);
+    for (next, more) in set.iter().map(|strided| (strided.start, strided.times)).chain([(len, Times::default())]) {
+        while ended < ends.len() && ends[ended].0 <= next {
+            emit(&mut at, ends[ended].0, times, base, repeats, visit);
+            times.take(ends[ended].1);
             ended += 1;
         }
         emit(&mut at, next, times, base, repeats, visit);
-        times += 1;
+        times.add(more);
     }
 }
 
-fn emit(at: &mut u64, to: u64, times: u64, base: u64, repeats: u64, visit: &mut impl FnMut(Covered)) {
+fn emit(at: &mut u64, to: u64, times: Times, base: u64, repeats: u64, visit: &mut impl FnMut(Covered)) {
     if *at < to {
         visit(Covered { from: base + *at, to: base + to, repeats, times });
         *at = to;
@@ -181,7 +229,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn runs(start: u64, loops: &[(u64, u64)], run: u64) -> Strided {
-        Strided { start, loops: SmallVec::from_slice(loops), run }
+        Strided { start, loops: SmallVec::from_slice(loops), run, times: Times::ONE }
     }
 
     fn covered(set: &[Strided], len: u64) -> Vec<Covered> {
@@ -196,9 +244,9 @@ mod tests {
         let set: Vec<_> = (0..4).map(|rank| runs(rank * 8, &[(rows, 32)], 8)).collect();
         let seen = covered(&set, rows * 32);
         assert_eq!(seen.len(), 4);
-        assert!(seen.iter().all(|range| range.times == 1 && range.repeats == rows));
+        assert!(seen.iter().all(|range| range.times == Times::ONE && range.repeats == rows));
         let gap = covered(&set[1..], rows * 32);
-        assert_eq!(gap[0], Covered { from: 0, to: 8, repeats: rows, times: 0 });
+        assert_eq!(gap[0], Covered { from: 0, to: 8, repeats: rows, times: Times::default() });
     }
 
     proptest! {
@@ -227,14 +275,14 @@ mod tests {
             }
             let seen = covered(&set, len);
             prop_assert_eq!(seen.iter().map(|range| (range.to - range.from) * range.repeats).sum::<u64>(), len);
-            let bytes: u64 = seen.iter().map(|range| (range.to - range.from) * range.repeats * range.times).sum();
+            let bytes: u64 = seen.iter().map(|range| (range.to - range.from) * range.repeats * range.times.are).sum();
             prop_assert_eq!(bytes, count.iter().sum::<u64>());
             let union: u64 =
-                seen.iter().filter(|r| r.times > 0).map(|r| (r.to - r.from) * r.repeats).sum();
+                seen.iter().filter(|r| r.times.are > 0).map(|r| (r.to - r.from) * r.repeats).sum();
             prop_assert_eq!(union, count.iter().filter(|&&times| times > 0).count() as u64);
             for range in seen {
                 for byte in range.from..range.to {
-                    prop_assert_eq!(count[byte as usize], range.times);
+                    prop_assert_eq!(count[byte as usize], range.times.are);
                 }
             }
         }

@@ -6,7 +6,8 @@
 //! - the mesh: dp, pp, cp, tp; what its order and its experts change shows in the ranks' pieces;
 //! - parameters: name, name of the dtype, alias (0 none, else 1 + its original's position);
 //! - for each rank the xxh3-64 of its destinations: parameter, shape, bytes, and pieces: tensor, first source byte,
-//!   first destination byte, loops (count, source stride, destination stride), run.
+//!   first destination byte, loops (count, source stride, destination stride), run; and fills: first byte, loops (count,
+//!   stride), run, element.
 //!
 //! That says how elements are permuted and cast, too: loops hold the one, and the other is from the type in the header
 //! to the type of the parameter.
@@ -68,6 +69,19 @@ fn partition(rank: &RankPlan) -> u64 {
                 out.number(dst_stride);
             }
             out.number(piece.run);
+        }
+        let fills = super::audit::fills(rank, dest);
+        out.number(fills.len() as u64);
+        for fill in fills {
+            out.number(fill.dst);
+            out.number(fill.loops.len() as u64);
+            for &(count, stride) in &fill.loops {
+                out.number(count);
+                out.number(stride);
+            }
+            out.number(fill.run);
+            out.number(fill.element.len() as u64);
+            out.bytes(&fill.element);
         }
     }
     out.finish()

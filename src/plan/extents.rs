@@ -3,12 +3,13 @@
 use rayon::prelude::*;
 use smallvec::SmallVec;
 
-use super::audit::{CHUNK, Declared, for_each_param, pieces};
-use super::cover::Strided;
+use super::audit::CHUNK;
+use super::cover::{Strided, Times};
+use super::uses::Uses;
 use super::world::{Processes, World};
 use super::{Consumer, RankPlan, ReadExtent, ReadOrder};
 use crate::checkpoint::{Checkpoint, TensorMeta};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::extent::Rank;
 use crate::limits::{COALESCE_GAP, READ_COST};
 
@@ -17,32 +18,32 @@ pub(super) fn extents(
     checkpoint: &Checkpoint,
     world: &World,
     ranks: &[RankPlan],
-    declared: &[Declared],
+    uses: &Uses,
     order: ReadOrder,
 ) -> Result<(Vec<ReadExtent>, Vec<Consumer>)> {
-    let parts: Vec<Result<Reads>> = declared
+    let tensors = checkpoint.tensors();
+    let parts: Vec<Reads> = tensors
         .par_chunks(CHUNK)
-        .map(|chunk| {
+        .enumerate()
+        .map(|(chunk, metas)| {
             let mut reads = Reads::default();
-            for_each_param(ranks, chunk, |declared, holders| {
-                let meta = &checkpoint.tensors()[declared.tensor as usize];
+            for (tensor, meta) in ((chunk * CHUNK) as u32..).zip(metas) {
+                let consumers = uses.of(tensor);
                 match world.processes() {
-                    Processes::One => reads.add(declared.tensor, meta, Rank(0), ranks, holders),
+                    Processes::One => reads.add(tensor, meta, Rank(0), ranks, consumers),
                     Processes::PerRank => {
-                        for holder in holders {
-                            reads.add(declared.tensor, meta, holder.0, ranks, std::slice::from_ref(holder));
+                        for of_rank in consumers.chunk_by(|a, b| a.rank == b.rank) {
+                            reads.add(tensor, meta, of_rank[0].rank, ranks, of_rank);
                         }
                     }
                 }
-                Ok(())
-            })?;
-            Ok(reads)
+            }
+            reads
         })
         .collect();
 
     let mut all = Reads::default();
     for part in parts {
-        let part = part?;
         let base = all.consumers.len() as u32;
         all.extents.extend(part.extents.into_iter().map(|extent| ReadExtent {
             consumers: extent.consumers.start + base..extent.consumers.end + base,
@@ -51,9 +52,6 @@ pub(super) fn extents(
         all.consumers.extend(part.consumers);
     }
     let Reads { mut extents, consumers } = all;
-    if consumers.len() > u32::MAX as usize {
-        return Err(Error::new(ErrorKind::Unsupported, "plan has too many pieces"));
-    }
     match order {
         ReadOrder::File => extents.sort_unstable_by_key(|extent| (extent.file, extent.start, extent.reader)),
         ReadOrder::Layer => extents.sort_by_cached_key(|extent| {
@@ -83,16 +81,13 @@ struct Wanted {
 }
 
 impl Reads {
-    /// Adds what `reader` reads of one tensor for these destinations.
-    fn add(&mut self, tensor: u32, meta: &TensorMeta, reader: Rank, ranks: &[RankPlan], holders: &[(Rank, u32)]) {
-        let mut wanted: SmallVec<[Wanted; 8]> = SmallVec::new();
-        for &(rank, dest) in holders {
-            let partition = &ranks[rank.index()];
-            let entry = &partition.dests[dest as usize];
-            for (piece, copy) in (entry.pieces.start..).zip(pieces(partition, entry)) {
-                wanted.push(Wanted { source: copy.source(0), consumer: Consumer { rank, dest, piece } });
-            }
-        }
+    /// Adds what `reader` reads of one tensor for these consumers.
+    fn add(&mut self, tensor: u32, meta: &TensorMeta, reader: Rank, ranks: &[RankPlan], consumers: &[Consumer]) {
+        let wanted = |&consumer: &Consumer| {
+            let copy = &ranks[consumer.rank.index()].pieces[consumer.piece as usize];
+            Wanted { source: copy.source(0), consumer }
+        };
+        let mut wanted: SmallVec<[Wanted; 8]> = consumers.iter().map(wanted).collect();
         let Some(first) = wanted.first() else { return };
         let base = ReadExtent {
             tensor,
@@ -138,8 +133,8 @@ fn covering(base: &ReadExtent, first: &Wanted, end: u64) -> ReadExtent {
 /// ranges, each of which costs [`READ_COST`] more than its bytes (sharding.md section 13).
 fn cheapest(source: &Strided) -> (SmallVec<[(u64, u64); 1]>, u64) {
     let inner = |depth: usize| {
-        let inner = Strided { start: 0, loops: SmallVec::from_slice(&source.loops[depth..]), run: source.run };
-        inner.span()
+        let loops = SmallVec::from_slice(&source.loops[depth..]);
+        Strided { start: 0, loops, run: source.run, times: Times::ONE }.span()
     };
     let cost = |depth: usize| {
         let ranges: u64 = source.loops[..depth].iter().map(|&(count, _)| count).product();

@@ -1,14 +1,15 @@
 //! What an expression is for one rank: a destination made of boxes, each of which is a part of one tensor of the
 //! checkpoint or filled with one value. All operations are arithmetic on indices; nothing is proportional to rows.
 
+use std::ops::Range;
+
 use smallvec::{SmallVec, smallvec};
 
-use super::BoxFill;
-use super::cut::Cut;
+use super::cut::{Cut, Split, Taken};
 use super::expr::{Expr, Fill};
 use super::leaf::Leaf;
 use super::world::{Coord, Mesh};
-use super::{BoxCopy, Loop, Loops};
+use super::{BoxCopy, BoxFill};
 use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -504,16 +505,12 @@ impl Maker<'_> {
             For::All(mesh) => {
                 let parts = cut.part(size, mesh, Rank(0))?.1;
                 form.cut_into(parts);
-                return match cut.table() {
-                    None => Ok(form),
-                    Some(table) => {
-                        let runs = table.iter().flatten().map(|run| {
-                            let (start, end) = (run.start * cut.unit, (run.end * cut.unit).min(size));
-                            form.clone().slice(dim, start, end.saturating_sub(start), 1)
-                        });
-                        Form::concat(dim, runs.collect::<Result<_>>()?)
-                    }
-                };
+                let Split::Table(table) = &cut.how else { return Ok(form) };
+                let runs = table.iter().flatten().map(|run| {
+                    let (start, end) = (run.start * cut.unit, (run.end * cut.unit).min(size));
+                    form.clone().slice(dim, start.min(end), end.saturating_sub(start), 1)
+                });
+                return Form::concat(dim, runs.collect::<Result<_>>()?);
             }
         };
         form.cut_into(cut.part(size, mesh, rank)?.1);
@@ -541,7 +538,7 @@ impl Maker<'_> {
             let count = of.len() as u64;
             let (taken, parts) = match self.whom {
                 For::Rank(mesh, rank) => (by.take(count, mesh, rank)?, by.part(count, mesh, rank)?.1),
-                For::All(mesh) => (by.all(count), by.part(count, mesh, Rank(0))?.1),
+                For::All(mesh) => (all_of(by, count), by.part(count, mesh, Rank(0))?.1),
             };
             // Where the named sources of each of them begin.
             let mut starts = Vec::with_capacity(of.len() + 1);
@@ -599,13 +596,17 @@ impl Maker<'_> {
     }
 }
 
-fn broken(rule: &'static str, message: impl Into<String>) -> Error {
-    Error::new(ErrorKind::Rules, message).with_rule(rule)
+/// What all parts have of `count`.
+fn all_of(cut: &Cut, count: u64) -> SmallVec<[Taken; 1]> {
+    match &cut.how {
+        Split::Table(table) => {
+            let run = |run: &Range<u64>| Taken { start: run.start, len: run.end.min(count) - run.start, step: 1 };
+            table.iter().flatten().map(run).collect()
+        }
+        _ => smallvec![Taken { start: 0, len: count, step: 1 }],
+    }
 }
 
-/// The loops of a fill or of the destination of a copy, outermost first.
-pub(super) fn outermost_first(loops: &Loops) -> SmallVec<[Loop; 4]> {
-    let mut loops: SmallVec<[Loop; 4]> = loops.iter().copied().collect();
-    loops.sort_by_key(|inner| std::cmp::Reverse(inner.dst_stride));
-    loops
+fn broken(rule: &'static str, message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Rules, message).with_rule(rule)
 }

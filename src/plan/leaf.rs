@@ -5,7 +5,6 @@
 use smallvec::{SmallVec, smallvec};
 
 use super::cut::{Cut, Taken};
-use super::expr::{Expr, list};
 use super::world::Mesh;
 use super::{BoxCopy, Loop, Loops};
 use crate::cast::Cast;
@@ -48,34 +47,26 @@ pub struct Factor {
 }
 
 impl Leaf {
-    /// What `expr` is for `rank`, where its source is `meta`, the tensor at position `tensor`.
-    pub(super) fn lower(expr: &Expr, tensor: u32, meta: &TensorMeta, mesh: Mesh, rank: Rank) -> Result<Leaf> {
-        let leaf = Leaf::made(expr, tensor, meta, mesh, rank)?;
-        match (leaf.dtype, leaf.cast) {
-            (Dtype::F16 | Dtype::Bf16 | Dtype::F32 | Dtype::F64, _) | (_, Some(_)) => Ok(leaf),
-            _ if leaf.order.is_sorted() => Ok(leaf),
-            (dtype, None) => Err(leaf
-                .broken("permute", "elements of this type are not permuted")
-                .with_expected("F16, BF16, F32, F64, or F8_E4M3 or F8_E5M2 with a cast", dtype)),
+    /// All of a tensor.
+    pub(super) fn whole(tensor: u32, meta: &TensorMeta) -> Leaf {
+        Leaf {
+            tensor,
+            dtype: meta.dtype,
+            factors: meta.shape.iter().map(|&size| Factor { size, start: 0, len: size, step: 1 }).collect(),
+            order: (0..meta.shape.len()).collect(),
+            cast: None,
+            parts: 1,
         }
     }
 
-    fn made(expr: &Expr, tensor: u32, meta: &TensorMeta, mesh: Mesh, rank: Rank) -> Result<Leaf> {
-        let of = |x| Leaf::made(x, tensor, meta, mesh, rank);
-        match expr {
-            Expr::Source => Ok(Leaf {
-                tensor,
-                dtype: meta.dtype,
-                factors: meta.shape.iter().map(|&size| Factor { size, start: 0, len: size, step: 1 }).collect(),
-                order: (0..meta.shape.len()).collect(),
-                cast: None,
-                parts: 1,
-            }),
-            Expr::View { x, dims } => of(x)?.view(dims),
-            Expr::Slice { x, dim, start, len, step } => of(x)?.slice(*dim, *start, *len, *step),
-            Expr::Shard { x, dim, cut } => of(x)?.shard(*dim, cut, mesh, rank),
-            Expr::Permute { x, order } => of(x)?.permute(order),
-            Expr::Cast { x, to } => of(x)?.cast(*to),
+    /// Refuses another order of elements that are not permuted.
+    pub(super) fn check_order(&self) -> Result<()> {
+        match (self.dtype, self.cast) {
+            (Dtype::F16 | Dtype::Bf16 | Dtype::F32 | Dtype::F64, _) | (_, Some(_)) => Ok(()),
+            _ if self.order.is_sorted() => Ok(()),
+            (dtype, None) => Err(self
+                .broken("permute", "elements of this type are not permuted")
+                .with_expected("F16, BF16, F32, F64, or F8_E4M3 or F8_E5M2 with a cast", dtype)),
         }
     }
 
@@ -87,18 +78,33 @@ impl Leaf {
         Ok(self)
     }
 
-    /// The shape of the destination.
+    /// The shape of the box that it fills.
     pub fn shape(&self) -> Shape {
         self.order.iter().map(|&factor| self.factors[factor].len).collect()
     }
 
-    /// The strided copies that fill the destination from the tensor whose first byte is at `start` of its file, and
-    /// the bytes of the destination. None if it has no elements.
-    pub(super) fn copies(&self, start: u64) -> Result<(u64, SmallVec<[BoxCopy; 1]>)> {
-        if self.factors.iter().any(|factor| factor.len == 0) {
-            return Ok((0, SmallVec::new()));
+    /// Its indices in a dimension of the box.
+    pub(super) fn len(&self, dim: usize) -> u64 {
+        self.factors[self.order[dim]].len
+    }
+
+    /// Appends what it takes of its tensor as copies, wherever they land.
+    pub(super) fn source(&self, start: u64, into: &mut Vec<BoxCopy>) -> Result<()> {
+        let mut strides: SmallVec<[u64; 4]> = smallvec![1; self.order.len()];
+        for dim in (1..self.order.len()).rev() {
+            strides[dim - 1] = strides[dim] * self.len(dim);
         }
-        let (offset, mut loops) = self.loops();
+        self.copies(start, 0, &strides, into)
+    }
+
+    /// Appends the strided copies that fill a box of a destination from the tensor whose first byte is at `start` of its
+    /// file. The box begins at element `offset` of the destination; `strides` are the elements there from one index of
+    /// each of its dimensions to the next.
+    pub(super) fn copies(&self, start: u64, offset: u64, strides: &[u64], into: &mut Vec<BoxCopy>) -> Result<()> {
+        if self.factors.iter().any(|factor| factor.len == 0) {
+            return Ok(());
+        }
+        let (from, mut loops) = self.loops(strides);
         let run = match loops.last() {
             Some(&Loop { count, src_stride: 1, dst_stride: 1 }) => {
                 loops.pop();
@@ -108,28 +114,31 @@ impl Leaf {
         };
         let in_file = |elements| self.bytes_of(self.dtype, elements);
         let landed = |elements| self.bytes_of(self.cast.map_or(self.dtype, |cast| cast.to), elements);
-        let mut copies = smallvec![BoxCopy {
+        let mut copy = BoxCopy {
             tensor: self.tensor,
-            src: start + in_file(offset)?,
-            dst: 0,
+            src: start + in_file(from)?,
+            dst: landed(offset)?,
             run: in_file(run)?,
             cast: self.cast,
             loops: Loops::new(),
-        }];
+        };
         let mut in_bytes: SmallVec<[Loop; 4]> = SmallVec::new();
         for Loop { count, src_stride, dst_stride } in loops {
             in_bytes.push(Loop { count, src_stride: in_file(src_stride)?, dst_stride: landed(dst_stride)? });
         }
-        let total = in_bytes.iter().fold(landed(run)?, |bytes, inner| bytes * inner.count);
+        if in_bytes.len() <= LOOPS_MAX {
+            copy.loops = Loops::from_slice(&in_bytes);
+            into.push(copy);
+            return Ok(());
+        }
+        let mut copies = smallvec![copy];
         while in_bytes.len() > LOOPS_MAX {
-            // The outermost of the destination, so that every copy fills a range of it.
+            // The outermost of the destination, so that every copy fills a range of its box.
             let outermost = (0..in_bytes.len()).rev().max_by_key(|&at| in_bytes[at].dst_stride).unwrap_or(0);
             copies = self.unroll(copies, in_bytes.remove(outermost))?;
         }
-        for copy in &mut copies {
-            copy.loops = Loops::from_slice(&in_bytes);
-        }
-        Ok((total, copies))
+        into.extend(copies.into_iter().map(|copy| BoxCopy { loops: Loops::from_slice(&in_bytes), ..copy }));
+        Ok(())
     }
 
     fn unroll(&self, copies: SmallVec<[BoxCopy; 1]>, outer: Loop) -> Result<SmallVec<[BoxCopy; 1]>> {
@@ -149,12 +158,10 @@ impl Leaf {
     }
 
     /// The offset of the first element and the collapsed loops, outermost of the tensor first, all in elements.
-    fn loops(&self) -> (u64, SmallVec<[Loop; 4]>) {
+    fn loops(&self, strides: &[u64]) -> (u64, SmallVec<[Loop; 4]>) {
         let mut dst_strides: SmallVec<[u64; 4]> = smallvec![1; self.factors.len()];
-        let mut dst = 1;
-        for &factor in self.order.iter().rev() {
-            dst_strides[factor] = dst;
-            dst *= self.factors[factor].len;
+        for (&factor, &stride) in self.order.iter().zip(strides) {
+            dst_strides[factor] = stride;
         }
         let mut reversed: SmallVec<[Loop; 4]> = SmallVec::new();
         let (mut offset, mut src) = (0, 1);
@@ -177,31 +184,27 @@ impl Leaf {
         (offset, reversed)
     }
 
-    fn view(mut self, dims: &[u64]) -> Result<Leaf> {
+    /// The same elements in more dimensions, into which those of the box are split. `None` if they cannot be: the
+    /// indices taken of a factor would be no box.
+    pub(super) fn view(mut self, dims: &[u64]) -> Option<Leaf> {
         let mut left = dims.iter().copied();
         // What becomes of each factor, and the dimensions that each of them has in the end.
         let mut splits: SmallVec<[(usize, SmallVec<[Factor; 4]>); 4]> = SmallVec::new();
         for &position in &self.order {
-            let factor = &self.factors[position];
+            let factor = self.factors[position];
             let mut split: SmallVec<[u64; 4]> = SmallVec::new();
             let mut product = 1u64;
             while split.is_empty() || product < factor.len {
-                let Some(dim) = left.next() else { return Err(self.not_a_view(dims)) };
+                let dim = left.next()?;
                 product = product.saturating_mul(dim);
                 split.push(dim);
             }
             if product != factor.len {
-                return Err(self.not_a_view(dims));
+                return None;
             }
-            splits.push((position, factor.split(&split).ok_or_else(|| self.not_a_view(dims))?));
+            splits.push((position, factor.split(&split)?));
         }
-        let mut ones: SmallVec<[Factor; 4]> = SmallVec::new();
-        for dim in left {
-            if dim != 1 {
-                return Err(self.not_a_view(dims));
-            }
-            ones.push(Factor { size: 1, start: 0, len: 1, step: 1 });
-        }
+        let ones = left.map(|_| Factor { size: 1, start: 0, len: 1, step: 1 }).collect();
         splits.push((self.factors.len(), ones));
         let before = |position: usize| -> usize {
             splits.iter().filter(|(other, _)| *other < position).map(|(_, split)| split.len()).sum()
@@ -209,42 +212,24 @@ impl Leaf {
         self.order = splits.iter().flat_map(|(position, split)| (before(*position)..).take(split.len())).collect();
         splits.sort_unstable_by_key(|(position, _)| *position);
         self.factors = splits.into_iter().flat_map(|(_, split)| split).collect();
-        Ok(self)
+        Some(self)
     }
 
-    fn permute(mut self, order: &[usize]) -> Result<Leaf> {
-        if order.len() != self.order.len() {
-            let dims = self.order.len();
-            return Err(self
-                .broken("permute", "tensor has another number of dimensions")
-                .with_expected(format!("{} for {}", order.len(), list(order)), dims));
-        }
+    /// Puts the dimensions of the box in another order, of as many.
+    pub(super) fn permute(&mut self, order: &[usize]) {
         self.order = order.iter().map(|&dim| self.order[dim]).collect();
-        Ok(self)
     }
 
-    fn slice(mut self, dim: usize, start: u64, len: u64, step: u64) -> Result<Leaf> {
-        let size = self.dim(dim)?.len;
-        let last = len.saturating_sub(1).checked_mul(step).and_then(|last| last.checked_add(start));
-        if step == 0 || start > size || (len > 0 && last.is_none_or(|last| last >= size)) {
-            return Err(self
-                .broken("slice", format!("slice leaves dimension {dim}"))
-                .with_expected(format!("indices below {size}"), format!("{len} from {start} by {step}")));
-        }
-        self.factors[self.order[dim]].narrow(start, len, step);
-        Ok(self)
+    /// Adds a dimension of 1 before the others.
+    pub(super) fn insert_outermost(&mut self) {
+        self.factors.insert(0, Factor { size: 1, start: 0, len: 1, step: 1 });
+        self.order.iter_mut().for_each(|factor| *factor += 1);
+        self.order.insert(0, 0);
     }
 
-    fn shard(mut self, dim: usize, cut: &Cut, mesh: Mesh, rank: Rank) -> Result<Leaf> {
-        let size = self.dim(dim)?.len;
-        let [Taken { start, len, step }] = cut.take(size, mesh, rank)?[..] else {
-            return Err(self
-                .broken("cut", "part is several runs of indices")
-                .with_expected("one run", cut.how.clone()));
-        };
-        self.parts *= cut.part(size, mesh, rank)?.1;
+    /// Takes some of the indices of a dimension, which has them.
+    pub(super) fn narrow(&mut self, dim: usize, start: u64, len: u64, step: u64) {
         self.factors[self.order[dim]].narrow(start, len, step);
-        Ok(self)
     }
 
     /// Elements of a type in bytes.
@@ -254,18 +239,6 @@ impl Leaf {
             self.broken("cut-not-on-bytes", format!("cut of {dtype} elements does not fall on bytes"))
                 .with_expected(format!("a multiple of {group} elements"), elements)
         })
-    }
-
-    fn dim(&self, dim: usize) -> Result<Factor> {
-        self.order.get(dim).map(|&factor| self.factors[factor]).ok_or_else(|| {
-            self.broken("dimension", "tensor has no such dimension")
-                .with_expected(format!("a dimension below {}", self.factors.len()), dim)
-        })
-    }
-
-    fn not_a_view(&self, dims: &[u64]) -> Error {
-        self.broken("view", "view does not split the dimensions it is given")
-            .with_expected(format!("a split of {}", self.shape()), Shape::new(dims))
     }
 
     fn broken(&self, rule: &'static str, message: impl Into<String>) -> Error {

@@ -10,6 +10,7 @@ mod digest;
 mod expr;
 mod extents;
 mod family;
+mod form;
 mod leaf;
 mod memory;
 mod reads;
@@ -18,6 +19,7 @@ mod show;
 mod stages;
 #[cfg(test)]
 mod tests;
+mod uses;
 mod world;
 
 use std::cmp::Reverse;
@@ -26,7 +28,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use self::audit::Declared;
+use self::build::Declared;
 use crate::cast::Cast;
 use crate::checkpoint::{Checkpoint, CheckpointFile, TensorMeta};
 use crate::dtype::Dtype;
@@ -35,7 +37,7 @@ use crate::shape::Shape;
 
 pub use crate::stride::{Loop, Loops};
 pub use cut::{Cut, Split};
-pub use expr::Expr;
+pub use expr::{Expr, Fill};
 pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};
@@ -86,6 +88,8 @@ pub struct RankPlan {
     pub dests: Vec<Dest>,
     /// The copies of all destinations; each destination owns a range of them.
     pub pieces: Vec<BoxCopy>,
+    /// The fills of all destinations; each destination owns a range of them.
+    pub fills: Vec<BoxFill>,
 }
 
 /// One tensor in the memory of one rank.
@@ -99,6 +103,21 @@ pub struct Dest {
     pub bytes: u64,
     /// Range in [`RankPlan::pieces`].
     pub pieces: Range<u32>,
+    /// Range in [`RankPlan::fills`].
+    pub fills: Range<u32>,
+}
+
+/// Bytes of a destination that no tensor fills. All numbers are bytes of the destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BoxFill {
+    /// The first byte.
+    pub dst: u64,
+    /// The strided loops, outermost first, collapsed: (count, stride).
+    pub loops: SmallVec<[(u64, u64); 4]>,
+    /// Contiguous bytes at each step of the innermost loop.
+    pub run: u64,
+    /// The bytes of one element; a run is a whole number of them.
+    pub element: SmallVec<[u8; 8]>,
 }
 
 /// A strided copy from one tensor of the checkpoint into one destination. All numbers are bytes: those of the source in

@@ -2,9 +2,10 @@
 
 use std::fmt::{self, Write};
 
-use super::audit::{for_each_param, pieces};
+use super::audit::{fills, pieces};
 use super::cover::{Covered, cover};
 use super::expr::list;
+use super::uses::Uses;
 use super::{BoxCopy, Inner, Plan, RankPlan, ReadExtent, ReadOrder};
 use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, OneLine, Result};
@@ -21,30 +22,21 @@ impl Plan {
 
     /// Bytes of the checkpoint that at least one of these ranks wants. A rank outside the world wants nothing.
     pub fn needed_bytes(&self, ranks: &[Rank]) -> u64 {
-        let Inner { checkpoint, ranks: all, declared, .. } = &*self.inner;
-        let mut asked = vec![false; all.len()];
-        for rank in ranks {
-            if let Some(asked) = asked.get_mut(rank.index()) {
-                *asked = true;
-            }
-        }
+        let Inner { checkpoint, ranks: all, .. } = &*self.inner;
+        let tensors = checkpoint.tensors();
+        let asked = all.iter().filter(|partition| ranks.contains(&partition.rank));
+        let uses = Uses::new(tensors.len(), asked).expect("bug in shardlift: some ranks have more pieces than all");
         let mut needed = 0;
-        let counted = for_each_param(all, declared, |declared, holders| {
-            let meta = &checkpoint.tensors()[declared.tensor as usize];
-            let wanted = holders.iter().filter(|(rank, _)| asked[rank.index()]);
-            let copies = wanted.flat_map(|&(rank, dest)| {
-                let rank = &all[rank.index()];
-                pieces(rank, &rank.dests[dest as usize])
-            });
-            let set = copies.map(|copy| copy.source(meta.start)).collect();
+        for (tensor, meta) in (0..).zip(tensors) {
+            let pieces = uses.of(tensor).iter().map(|of| &all[of.rank.index()].pieces[of.piece as usize]);
+            let set = pieces.map(|copy| copy.source(meta.start)).collect();
             let regular = cover(set, meta.bytes(), &mut |Covered { from, to, repeats, times }| {
-                if times > 0 {
+                if times.are > 0 {
                     needed += (to - from) * repeats;
                 }
             });
-            regular.ok_or_else(|| Error::new(ErrorKind::Audit, "irregular"))
-        });
-        debug_assert!(counted.is_ok(), "bug in shardlift: the audit covered the same pieces");
+            debug_assert!(regular.is_some(), "bug in shardlift: the audit covered the same pieces");
+        }
         needed
     }
 

@@ -11,7 +11,7 @@ use self::pattern::{Pattern, Template};
 use super::cut::{Cut, Split};
 use super::expr::{Expr, castable};
 use super::world::Coord;
-use crate::checkpoint::TensorMeta;
+use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -68,6 +68,8 @@ pub(super) struct Rule {
 pub(super) enum Placement {
     /// The owner gets what the expression says.
     Place { owner: Owner, expr: Expr },
+    /// It is a part of other destinations only, whose rules name it.
+    Part,
     /// Nobody gets anything.
     Skip,
 }
@@ -96,8 +98,18 @@ struct Filter {
 pub(super) enum Verdict {
     /// This rule places it.
     Rule(u32),
+    /// Destinations of other rules name it.
+    Part,
     /// It is left out.
     Skipped,
+}
+
+/// What the rules say about a checkpoint's tensors.
+pub(super) struct Matches {
+    /// About each of them.
+    pub(super) verdicts: Vec<Verdict>,
+    /// What the expression of its rule names, for each tensor whose rule names any: sorted by the tensor that it matched.
+    pub(super) named: Vec<(u32, Box<[u32]>)>,
 }
 
 impl Rules {
@@ -129,6 +141,12 @@ impl Rules {
     /// Matching tensors lie whole on one rank and nowhere else.
     pub fn only(self, pattern: impl AsRef<str>, rank: Rank) -> Rules {
         self.push(Rule::new(pattern.as_ref(), Placement::only(rank)))
+    }
+
+    /// Matching tensors are parts of other destinations, whose expressions [name](Expr::Tensor) them, and no destinations
+    /// of their own.
+    pub fn part(self, pattern: impl AsRef<str>) -> Rules {
+        self.push(Rule::new(pattern.as_ref(), Placement::Part))
     }
 
     /// Matching tensors are not loaded.
@@ -208,7 +226,7 @@ impl Rules {
             Some(Placement::Place { expr: placed, .. }) => {
                 *placed = expr(Box::new(std::mem::replace(placed, Expr::Source)));
             }
-            Some(Placement::Skip) => self.mistake(what, &format!("{what} of a tensor that is skipped")),
+            Some(Placement::Part | Placement::Skip) => self.mistake(what, &format!("{what} of what is no destination")),
             None => self.mistake(what, &format!("{what}() before any rule")),
         }
         self
@@ -224,7 +242,7 @@ impl Rules {
     }
 
     /// Refuses what makes no sense for any checkpoint.
-    pub(super) fn check(&self) -> Result<()> {
+    fn check(&self) -> Result<()> {
         if let Some((rule, message)) = &self.mistake {
             return Err(broken(rule, message.clone()));
         }
@@ -242,21 +260,82 @@ impl Rules {
         Ok(())
     }
 
-    /// What the rules say about each tensor, in order, whether it is filtered out or not.
-    pub(super) fn verdicts(&self, tensors: &[TensorMeta]) -> Result<Vec<Verdict>> {
+    /// What all floats of 16 and 32 bits are cast to.
+    pub(super) fn casting(&self) -> Option<Dtype> {
+        self.casting
+    }
+
+    /// The type of what `rule` places, where its expression says that.
+    pub(super) fn dtype(&self, rule: u32) -> Option<Dtype> {
+        match &self.rules[rule as usize].placement {
+            Placement::Place { expr, .. } => expr.dtype(),
+            Placement::Part | Placement::Skip => None,
+        }
+    }
+
+    /// What the rules say about each tensor, whether it is filtered out or not.
+    ///
+    /// # Errors
+    /// What makes no sense for any checkpoint, and what does not for this one.
+    pub(super) fn matches(&self, checkpoint: &Checkpoint) -> Result<Matches> {
+        self.check()?;
+        let tensors = checkpoint.tensors();
         let matched: Vec<Option<u32>> = tensors
             .par_iter()
             .with_min_len(TENSORS_PER_TASK)
             .map(|tensor| self.rules.iter().position(|rule| rule.matches(&tensor.name)).map(|rule| rule as u32))
             .collect();
         self.refuse_unused(tensors, &matched)?;
-        let verdict = |(tensor, matched): (&TensorMeta, Option<u32>)| match matched {
-            Some(rule) if self.rules[rule as usize].placement == Placement::Skip => Ok(Verdict::Skipped),
-            Some(rule) => Ok(Verdict::Rule(rule)),
-            None if !self.wants(&[&tensor.name]) => Ok(Verdict::Skipped),
-            None => Err(unmatched(tensor)),
+        let naming: Vec<bool> = self.rules.iter().map(|rule| rule.placement.names() > 0).collect();
+        let mut named = Vec::new();
+        let mut is_part = vec![false; if naming.contains(&true) { tensors.len() } else { 0 }];
+        for (tensor, rule) in (0..).zip(&matched) {
+            let Some(rule) = rule.filter(|&rule| naming[rule as usize]) else { continue };
+            let sources = self.sources(rule, &tensors[tensor as usize].name, checkpoint)?;
+            sources.iter().for_each(|&source| is_part[source as usize] = true);
+            named.push((tensor, sources));
+        }
+        let is_part = |at: usize| is_part.get(at).copied().unwrap_or(false);
+        let verdict = |(at, (tensor, matched)): (usize, (&TensorMeta, Option<u32>))| {
+            let Some(rule) = matched else {
+                return match is_part(at) {
+                    true => Ok(Verdict::Part),
+                    false if !self.wants(&[&tensor.name]) => Ok(Verdict::Skipped),
+                    false => Err(unmatched(tensor)),
+                };
+            };
+            match self.rules[rule as usize].placement {
+                Placement::Skip => Ok(Verdict::Skipped),
+                Placement::Place { .. } => Ok(Verdict::Rule(rule)),
+                Placement::Part if is_part(at) => Ok(Verdict::Part),
+                Placement::Part => {
+                    let what = format!("rule `{}`: no destination has this part", self.pattern(rule));
+                    Err(broken("unused-part", what).with_tensor(tensor.name.as_str()))
+                }
+            }
         };
-        tensors.iter().zip(matched).map(verdict).collect()
+        let verdicts = tensors.iter().zip(matched).enumerate().map(verdict).collect::<Result<_>>()?;
+        Ok(Matches { verdicts, named })
+    }
+
+    /// The tensors that the expression of `rule` names for the tensor of this name.
+    fn sources(&self, rule: u32, name: &str, checkpoint: &Checkpoint) -> Result<Box<[u32]>> {
+        let Rule { pattern: Ok(pattern), placement: Placement::Place { expr, .. }, .. } = &self.rules[rule as usize]
+        else {
+            return Ok(Box::default());
+        };
+        let captures = pattern.captures(name).unwrap_or_default();
+        let mut sources = Vec::new();
+        expr.for_each_name(&mut |template| {
+            let wrong = |what: String| broken("source", format!("rule `{}`: {what}", pattern.text())).with_tensor(name);
+            let source = Template::new(template).map_err(wrong)?.fill(name, &captures);
+            match checkpoint.position(&source) {
+                Some(position) => sources.push(position as u32),
+                None => return Err(wrong(format!("no tensor `{source}` for its destination"))),
+            }
+            Ok(())
+        })?;
+        Ok(sources.into())
     }
 
     /// The destination's name for a tensor that `rule` matched.
@@ -280,7 +359,7 @@ impl Rules {
                 let all = self.casting.filter(|_| matches!(from, Dtype::Bf16 | Dtype::F16 | Dtype::F32));
                 expr.cast_to().or(all)
             }
-            Placement::Skip => None,
+            Placement::Part | Placement::Skip => None,
         }
     }
 
@@ -381,6 +460,14 @@ impl From<ShardRule> for Placement {
 }
 
 impl Placement {
+    /// How many tensors it names besides the one that was matched.
+    fn names(&self) -> usize {
+        match self {
+            Placement::Place { expr, .. } => expr.names(),
+            Placement::Part | Placement::Skip => 0,
+        }
+    }
+
     fn replicate() -> Placement {
         Placement::Place { owner: Owner::All, expr: Expr::Source }
     }
@@ -413,15 +500,26 @@ impl Rule {
         if let Placement::Place { expr, .. } = placement {
             expr.check().map_err(of_rule)?;
         }
+        let more = |what: &str, template: &Template| {
+            let asks = format!("{what} `{}` asks for more than the pattern has", template.text());
+            of_rule(broken("rename", asks))
+                .with_expected(format!("at most {} wildcards", pattern.wildcards()), template.wildcards())
+        };
+        if let Placement::Place { expr, .. } = placement {
+            expr.for_each_name(&mut |name| match Template::new(name) {
+                Ok(template) if template.wildcards() > pattern.wildcards() => Err(more("source", &template)),
+                Ok(_) => Ok(()),
+                Err(what) => Err(of_rule(broken("source", what))),
+            })?;
+        }
         let Some(template) = rename else { return Ok(()) };
         let wrong = |what: String| of_rule(broken("rename", what));
         let template = compiled("rename", template).map_err(of_rule)?;
-        if *placement == Placement::Skip {
-            return Err(wrong("a skipped tensor has no name to change".into()));
+        if !matches!(placement, Placement::Place { .. }) {
+            return Err(wrong("what is no destination has no name to change".into()));
         }
         if template.wildcards() > pattern.wildcards() {
-            return Err(wrong(format!("rename `{}` asks for more than the pattern has", template.text()))
-                .with_expected(format!("at most {} wildcards", pattern.wildcards()), template.wildcards()));
+            return Err(more("rename", template));
         }
         match unusable(template.text()) {
             Some(what) => Err(wrong(format!("renames to {what}"))),
