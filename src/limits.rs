@@ -59,6 +59,10 @@ pub const LOOPS_MAX: usize = 5;
 /// bytes for each destination of each of them.
 pub const RANKS_MAX: u32 = 8192;
 
+/// Divisors that an error lists where one was expected: most counts of heads, blocks and experts have fewer, and more
+/// would hide the rest of the message.
+pub const DIVISORS_SHOWN: usize = 16;
+
 /// Most spelled-out alternatives of one pattern of the rules: each is tried against each name.
 pub const PATTERN_FORMS: usize = 256;
 

@@ -3,7 +3,7 @@
 //! Integers are u64, texts and lists are preceded by their length. In this order:
 //! - the version of this encoding;
 //! - files: name, size, hash of the header;
-//! - the mesh: dp, pp, cp, tp;
+//! - the mesh: dp, pp, cp, tp; what its order and its experts change shows in the ranks' pieces;
 //! - parameters: name, name of the dtype, alias (0 none, else 1 + its original's position);
 //! - for each rank the xxh3-64 of its destinations: parameter, shape, bytes, and pieces: tensor, first source byte,
 //!   first destination byte, loops (count, source stride, destination stride), run.
@@ -27,7 +27,7 @@ pub(super) fn digest(checkpoint: &Checkpoint, world: &World, params: &[Param], r
         out.number(file.identity.size);
         out.number(file.header_hash);
     }
-    let Mesh { dp, pp, cp, tp } = world.mesh();
+    let Mesh { dp, pp, cp, tp, ep: _, order: _ } = world.mesh();
     for size in [dp, pp, cp, tp] {
         out.number(size.into());
     }

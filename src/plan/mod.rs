@@ -37,7 +37,7 @@ pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};
 pub use rules::{Rules, ShardRule};
-pub use world::{Ax, Coord, DeviceSpec, Mesh, Processes, World};
+pub use world::{Ax, Coord, DeviceSpec, Mesh, MeshOrder, Processes, World};
 
 /// What moves where, for all ranks at once. Immutable, cheap to clone, and valid: every plan has passed the audit.
 #[derive(Debug, Clone)]

@@ -236,7 +236,7 @@ fn filters_go_by_the_names_of_destinations_and_tensors() {
 #[test]
 fn data_and_context_parallel_ranks_replicate() {
     let checkpoint = two();
-    let world = World::host(1).with_mesh(Mesh { dp: 2, pp: 1, cp: 2, tp: 2 });
+    let world = World::host(1).with_mesh(Mesh { dp: 2, cp: 2, ..Mesh::tp(2) });
     let plan = Plan::new(&checkpoint, &rules(), &world).unwrap();
     assert_eq!(plan.ranks().len(), 8);
     assert_eq!(plan.bytes_on(Rank(0)), plan.bytes_on(Rank(6)));
@@ -317,7 +317,7 @@ fn layers_come_in_order() {
 #[test]
 fn a_plan_prints_itself() {
     let text = Plan::new(&two(), &rules(), &World::host(2)).unwrap().to_string();
-    assert!(text.contains("dp 1 pp 1 cp 1 tp 2") && text.contains("268 B read"), "{text}");
+    assert!(text.contains("dp 1 pp 1 cp 1 tp 2 ep 1") && text.contains("268 B read"), "{text}");
 }
 
 /// Ranks of different releases compare digests: a change of this number is a change of the encoding's version.

@@ -73,8 +73,8 @@ fn predict(plan: &Plan, storage: Option<f64>, link: Option<f64>) -> Option<f64> 
 }
 
 pub(crate) fn mesh_object(mesh: Mesh) -> Value {
-    let Mesh { dp, pp, cp, tp } = mesh;
-    json!({ "dp": dp, "pp": pp, "cp": cp, "tp": tp, "ep": 1 })
+    let Mesh { dp, pp, cp, tp, ep, order: _ } = mesh;
+    json!({ "dp": dp, "pp": pp, "cp": cp, "tp": tp, "ep": ep })
 }
 
 /// One object for each destination of each rank, which is most of the output: none is kept.

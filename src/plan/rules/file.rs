@@ -58,7 +58,7 @@ impl Rules {
     /// Each rule has exactly one of `shard`, `replicate`, `only` and `skip`. All but `skip` take `cast`, and one of
     /// `transpose` and `permute` (see [`Rules::cast`] and [`Rules::permute`]). `shard` further takes `units` (how many
     /// units the dimension must have), `replicate_units` (see [`Cut`](crate::plan::Cut)) and `by`, one axis of the
-    /// mesh or a list of them, slowest first (default `"tp"`). `docs/rules.md` has the whole grammar.
+    /// mesh, a list of them, slowest first, or a [`Coord`] as it is displayed (default `"tp"`). `docs/rules.md` has the whole grammar.
     ///
     /// # Errors
     /// [`ErrorKind::Rules`], with rule `rules-file` for TOML that does not parse, unknown keys and values, else `pattern`,
@@ -196,10 +196,7 @@ impl Shard {
         }
         match by {
             None => Ok(rule),
-            Some(toml::Value::Array(axes)) => {
-                Ok(rule.by(Coord::Flat(axes.iter().map(axis).collect::<Result<Vec<_>>>()?)))
-            }
-            Some(one) => Ok(rule.by(Coord::Axis(axis(&one)?))),
+            Some(by) => Ok(rule.by(coord(&by)?)),
         }
     }
 }
@@ -225,12 +222,31 @@ fn number<T: TryFrom<i64>>(key: &str, value: i64, least: i64) -> Result<T> {
     T::try_from(value).ok().filter(|_| value >= least).ok_or_else(wrong)
 }
 
+/// Which part each rank gets: an axis, a list of axes, or a table that divides or repeats one of these.
+fn coord(value: &toml::Value) -> Result<Coord> {
+    let table = match value {
+        toml::Value::Table(table) => table,
+        toml::Value::Array(axes) => return Ok(Coord::Flat(axes.iter().map(axis).collect::<Result<_>>()?)),
+        toml::Value::String(name) if name == "one" => return Ok(Coord::One),
+        one => return Ok(Coord::Axis(axis(one)?)),
+    };
+    let inner = |of: &toml::Value| coord(of).map(Box::new);
+    match (table.get("div"), table.get("mod"), table.get("by").and_then(toml::Value::as_integer)) {
+        (Some(of), None, Some(by)) if table.len() == 2 => Ok(Coord::Div(inner(of)?, number("by", by, 1)?)),
+        (None, Some(of), Some(by)) if table.len() == 2 => Ok(Coord::Mod(inner(of)?, number("by", by, 1)?)),
+        _ => {
+            let keys: Vec<&str> = table.keys().map(String::as_str).collect();
+            let expected = "{ div = COORDINATE, by = N } or { mod = COORDINATE, by = N }";
+            Err(refuse("not a coordinate".into()).with_expected(expected, format!("a table of {}", keys.join(", "))))
+        }
+    }
+}
+
 fn axis(value: &toml::Value) -> Result<Ax> {
-    let axes = [Ax::Dp, Ax::Pp, Ax::Cp, Ax::Tp];
-    let named = |ax: &Ax| value.as_str().is_some_and(|name| name == ax.to_string());
-    axes.into_iter().find(named).ok_or_else(|| {
+    value.as_str().and_then(Ax::named).ok_or_else(|| {
         let found = value.as_str().map_or_else(|| value.type_str().to_owned(), |name| format!("`{name}`"));
-        refuse("no such axis".into()).with_expected("one of dp, pp, cp, tp, or a list of them", found)
+        let names = Ax::ALL.map(Ax::name).join(", ");
+        refuse("no such axis".into()).with_expected(format!("one of {names}, or a list of them"), found)
     })
 }
 
@@ -290,8 +306,18 @@ mod tests {
             ),
             ("dim = 0, unit = 0", "rules-file", "unit is out of range: expected 1 or more, found 0"),
             ("dim = 0, units = -8", "rules-file", "units is out of range: expected 0 or more, found -8"),
-            ("dim = 0, by = 'xx'", "rules-file", "expected one of dp, pp, cp, tp, or a list of them, found `xx`"),
-            ("dim = 0, by = ['tp', 'ep']", "rules-file", "found `ep`"),
+            (
+                "dim = 0, by = 'xx'",
+                "rules-file",
+                "expected one of dp, pp, cp, tp, ep, etp, or a list of them, found `xx`",
+            ),
+            ("dim = 0, by = ['tp', 'one']", "rules-file", "found `one`"),
+            ("dim = 0, by = { div = 'tp' }", "rules-file", "or { mod = COORDINATE, by = N }, found a table of div"),
+            ("dim = 0, by = { div = 'tp', mod = 'tp', by = 2 }", "rules-file", "not a coordinate"),
+            ("dim = 0, by = { div = 'tp', by = 0 }", "rules-file", "by is out of range: expected 1 or more, found 0"),
+            ("dim = 0, by = { mod = { div = 'x', by = 2 }, by = 2 }", "rules-file", "found `x`"),
+            ("dim = 0, by = ['tp', 'ep']", "coordinate", "axes ep and tp name the same ranks"),
+            ("dim = 0, by = { div = [], by = 2 }", "coordinate", "no axis"),
             ("dim = 0, by = 3", "rules-file", "found integer"),
             ("dim = 0, by = ['tp', 'tp']", "coordinate", "axis tp is named twice"),
             ("dim = 0, by = []", "coordinate", "no axis"),
@@ -299,6 +325,20 @@ mod tests {
             let refused = refused(&format!("rule = [{{ match = '**.w', shard = {{ {shard} }} }}]"));
             assert_eq!(refused.0, Some(rule), "{shard}");
             assert!(refused.1.starts_with("rule `**.w`: ") && refused.1.contains(what), "{refused:?}");
+        }
+    }
+
+    #[test]
+    fn coordinates_are_written_as_they_are_displayed() {
+        for text in [
+            "\"one\"",
+            "\"etp\"",
+            "[\"pp\", \"ep\"]",
+            "{ div = \"tp\", by = 4 }",
+            "{ mod = { div = [\"cp\", \"tp\"], by = 4 }, by = 2 }",
+        ] {
+            let table: toml::Table = format!("by = {text}").parse().unwrap();
+            assert_eq!(coord(&table["by"]).unwrap().to_string(), text);
         }
     }
 
