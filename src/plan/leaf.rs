@@ -4,7 +4,8 @@
 
 use smallvec::{SmallVec, smallvec};
 
-use super::expr::{Cut, Expr, list};
+use super::cut::{Cut, Taken};
+use super::expr::{Expr, list};
 use super::world::Mesh;
 use super::{BoxCopy, Loop, Loops};
 use crate::cast::Cast;
@@ -236,9 +237,11 @@ impl Leaf {
 
     fn shard(mut self, dim: usize, cut: &Cut, mesh: Mesh, rank: Rank) -> Result<Leaf> {
         let size = self.dim(dim)?.len;
-        let range = cut.range(size, mesh, rank)?;
+        let [Taken { start, len, step }] = cut.take(size, mesh, rank)?[..] else {
+            return Err(self.broken("cut", "part is several runs of indices").with_expected("one run", &cut.how));
+        };
         self.parts *= cut.part(size, mesh, rank)?.1;
-        self.factors[self.order[dim]].narrow(range.start, range.end - range.start, 1);
+        self.factors[self.order[dim]].narrow(start, len, step);
         Ok(self)
     }
 

@@ -5,6 +5,7 @@
 mod audit;
 mod build;
 mod cover;
+mod cut;
 mod digest;
 mod expr;
 mod extents;
@@ -32,7 +33,8 @@ use crate::extent::{FileId, Rank};
 use crate::shape::Shape;
 
 pub use crate::stride::{Loop, Loops};
-pub use expr::{Cut, Expr, Split};
+pub use cut::{Cut, Split};
+pub use expr::Expr;
 pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};

@@ -13,7 +13,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits::RULES_MAX;
-use crate::plan::expr::Split;
+use crate::plan::cut::Split;
 use crate::plan::world::{Ax, Coord};
 
 impl Rules {

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use rayon::prelude::*;
 
 use self::pattern::{Pattern, Template};
-use super::expr::{Cut, Expr, Split, castable};
+use super::cut::{Cut, Split};
+use super::expr::{Expr, castable};
 use super::world::Coord;
 use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
