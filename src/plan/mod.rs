@@ -15,6 +15,7 @@ mod memory;
 mod reads;
 mod rules;
 mod show;
+mod stages;
 #[cfg(test)]
 mod tests;
 mod world;
@@ -39,6 +40,7 @@ pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};
 pub use rules::{Rules, ShardRule};
+pub use stages::StageSplit;
 pub use world::{Ax, Coord, DeviceSpec, Mesh, MeshOrder, Processes, World};
 
 /// What moves where, for all ranks at once. Immutable, cheap to clone, and valid: every plan has passed the audit.
