@@ -208,6 +208,9 @@ fn failures() {
         &["--trace", "trace.json"],
         &["--pp", "2"],
         &["--ep", "2"],
+        &["--order", "pp,dp,cp,tp"],
+        &["--pp-split", "hf"],
+        &["--ep-split", "experts.txt"],
         &["--target", "hf"],
         &["--rules", "hf-plan:plan.json"],
     ] {

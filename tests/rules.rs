@@ -17,7 +17,7 @@ fn every_documented_example_fits_a_model() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let world = World::host(1).with_mesh(Mesh { cp: 2, ..Mesh::tp(4) });
     let documented = examples("docs/rules.md");
-    assert_eq!(documented.len(), 9);
+    assert_eq!(documented.len(), 10);
     for example in documented {
         let rules = Rules::from_toml(&example).unwrap_or_else(|error| panic!("{error}\n{example}"));
         Plan::new(&checkpoint, &rules, &world).unwrap_or_else(|error| panic!("{error}\n{example}"));

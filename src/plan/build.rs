@@ -331,7 +331,7 @@ impl<'a> Builder<'a> {
     }
 
     fn form(&self, entry: &Declared, whom: For) -> Result<Form> {
-        let casting = self.rules.casting();
+        let casting = self.rules.casts_to();
         let sources = Sources { tensors: self.tensors, matched: entry.tensor, named: &entry.named, casting };
         Form::of(self.expr(entry), &sources, whom)
     }

@@ -167,7 +167,7 @@ impl Split {
         for (at, line) in text.lines().enumerate() {
             let line = line.split('#').next().unwrap_or_default();
             let words = line.split([' ', '\t', ',']).filter(|word| !word.is_empty());
-            let part: Vec<Range<u64>> = words.map(|word| units(word, at + 1)).collect::<Result<_>>()?;
+            let part: Vec<Range<u64>> = words.map(|word| unit_range(word, at + 1)).collect::<Result<_>>()?;
             if !part.is_empty() {
                 parts.push(part);
             }
@@ -239,7 +239,7 @@ fn listed(parts: &[Vec<Range<u64>>], units: u64, i: u64, n: u64) -> Result<Small
 }
 
 /// A unit or a range of units in a table.
-fn units(word: &str, line: usize) -> Result<Range<u64>> {
+fn unit_range(word: &str, line: usize) -> Result<Range<u64>> {
     let number = |digits: &str| digits.parse().ok().filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()));
     let range = match word.split_once("..") {
         Some((from, to)) => number(from).zip(number(to)).map(|(from, to)| from..to).filter(|it| it.start <= it.end),

@@ -1,11 +1,13 @@
 //! The grammar of the command line. What belongs to later is parsed here and refused by name, never ignored.
 
 use std::ffi::{OsStr, OsString};
+use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use shardlift::plan::{MeshOrder, Split, StageSplit};
 use shardlift::{Error, ErrorKind, Result, limits};
 
 /// Moves the weights of safetensors checkpoints into the memory of many ranks.
@@ -101,6 +103,15 @@ pub(crate) struct MeshArgs {
     /// Context-parallel ranks
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) cp: u32,
+    /// The axes, slowest first: dp, pp, cp and tp in any order, then ep,etp or etp,ep or nothing
+    #[arg(long, value_name = "LIST", value_parser = order)]
+    pub(crate) order: Option<MeshOrder>,
+    /// Layers of each pipeline stage: even, vllm, hf, trt, or a FILE with a number for each stage
+    #[arg(long, value_name = "SPLIT", value_parser = OsStringValueParser::new().try_map(pp_split))]
+    pub(crate) pp_split: Option<SplitChoice<StageSplit>>,
+    /// Experts of each expert-parallel group: even, balanced, round-robin, or a FILE with a line for each group
+    #[arg(long, value_name = "SPLIT", value_parser = OsStringValueParser::new().try_map(ep_split))]
+    pub(crate) ep_split: Option<SplitChoice<Split>>,
     /// How tensors are divided: auto (from config.json), replicate, hf-plan:FILE, or a rules FILE
     #[arg(long, value_name = "RULES", default_value = "auto", value_parser = OsStringValueParser::new().try_map(rules))]
     pub(crate) rules: RulesChoice,
@@ -117,6 +128,22 @@ pub(crate) enum RulesChoice {
     File(PathBuf),
 }
 
+/// A way to divide layers or experts: one that has a name, or what a file says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum SplitChoice<T> {
+    Named(T),
+    File(PathBuf),
+}
+
+impl<T: fmt::Display> fmt::Display for SplitChoice<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            SplitChoice::Named(split) => split.fmt(f),
+            SplitChoice::File(path) => path.display().fmt(f),
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Target {
     Plain,
@@ -128,12 +155,21 @@ pub(crate) enum Target {
 impl MeshArgs {
     /// Refuses what this build cannot do yet.
     pub(crate) fn supported(&self) -> Result<()> {
-        let MeshArgs { tp: _, pp, ep, dp: _, cp: _, rules, target } = self;
+        let MeshArgs { tp: _, pp, ep, dp: _, cp: _, order, pp_split, ep_split, rules, target } = self;
         if *pp > 1 {
             return Err(not_in_this_build(format!("--pp {pp}")));
         }
         if *ep > 1 {
             return Err(not_in_this_build(format!("--ep {ep}")));
+        }
+        if let Some(order) = order {
+            return Err(not_in_this_build(format!("--order {order}")));
+        }
+        if let Some(split) = pp_split {
+            return Err(not_in_this_build(format!("--pp-split {split}")));
+        }
+        if let Some(split) = ep_split {
+            return Err(not_in_this_build(format!("--ep-split {split}")));
         }
         if let RulesChoice::HfPlan(path) = rules {
             return Err(not_in_this_build(format!("--rules hf-plan:{}", path.display())));
@@ -331,6 +367,27 @@ fn rules(word: OsString) -> Result<RulesChoice, String> {
     })
 }
 
+fn order(list: &str) -> Result<MeshOrder, String> {
+    list.parse().map_err(|error: Error| error.to_string())
+}
+
+fn pp_split(word: OsString) -> Result<SplitChoice<StageSplit>, String> {
+    split(word, StageSplit::named)
+}
+
+fn ep_split(word: OsString) -> Result<SplitChoice<Split>, String> {
+    let expert = |split: &Split| matches!(split, Split::Even | Split::Balanced | Split::RoundRobin);
+    split(word, |name| Split::named(name).filter(expert))
+}
+
+fn split<T>(word: OsString, named: impl Fn(&str) -> Option<T>) -> Result<SplitChoice<T>, String> {
+    match word.to_str().and_then(named) {
+        Some(split) => Ok(SplitChoice::Named(split)),
+        None if word.is_empty() => Err("no file".into()),
+        None => Ok(SplitChoice::File(word.into())),
+    }
+}
+
 fn devices(text: &str) -> Result<Devices, String> {
     match text {
         "host" => Ok(Devices::Host),
@@ -422,10 +479,27 @@ mod tests {
     }
 
     #[test]
+    fn splits_and_orders() {
+        assert_eq!(pp_split("trt".into()), Ok(SplitChoice::Named(StageSplit::Trt)));
+        assert_eq!(pp_split("balanced".into()), Ok(SplitChoice::File("balanced".into())));
+        assert_eq!(ep_split("balanced".into()), Ok(SplitChoice::Named(Split::Balanced)));
+        assert_eq!(ep_split("ceil".into()), Ok(SplitChoice::File("ceil".into())));
+        assert!(ep_split("".into()).is_err());
+        assert_eq!(order("dp,pp,cp,tp"), Ok(MeshOrder::default()));
+        assert!(order("dp,pp,cp").unwrap_err().contains("found dp,pp,cp"));
+        assert!(order("dp,pp,cp,sp").unwrap_err().contains("found sp"));
+    }
+
+    #[test]
     fn what_comes_later_is_refused_by_name() {
         for (flags, what) in [
             (&["--pp", "2"][..], "--pp 2"),
             (&["--ep", "8"], "--ep 8"),
+            (&["--order", "pp,dp,cp,tp"], "--order pp,dp,cp,tp,ep,etp"),
+            (&["--pp-split", "vllm"], "--pp-split vllm"),
+            (&["--pp-split", "stages.txt"], "--pp-split stages.txt"),
+            (&["--ep-split", "round-robin"], "--ep-split round-robin"),
+            (&["--ep-split", "even"], "--ep-split even"),
             (&["--target", "vllm"], "--target vllm"),
             (&["--rules", "hf-plan:p.json"], "hf-plan:p.json"),
             #[cfg(not(feature = "cuda"))]

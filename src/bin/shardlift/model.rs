@@ -31,7 +31,7 @@ fn is_hub_id(model: &str) -> bool {
 
 /// The world that MESH describes, as this process drives it.
 pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Result<World> {
-    let MeshArgs { tp, pp, ep, dp, cp, rules: _, target: _ } = *mesh;
+    let MeshArgs { tp, pp, ep, dp, cp, order, pp_split: _, ep_split: _, rules: _, target: _ } = *mesh;
     let ranks = [dp, pp, cp, tp].iter().try_fold(1u32, |product, size| product.checked_mul(*size));
     let Some(ranks) = ranks.filter(|&ranks| ranks <= limits::RANKS_MAX) else {
         return Err(Error::new(ErrorKind::Usage, "too many ranks"));
@@ -47,7 +47,7 @@ pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Re
             (_, gpus) => World::local(gpus.iter().copied()),
         },
     };
-    let world = base.with_mesh(Mesh { dp, pp, cp, ep, ..Mesh::tp(tp) });
+    let world = base.with_mesh(Mesh { dp, pp, cp, tp, ep, order: order.unwrap_or_default() });
     match rank {
         Some(rank) if rank >= ranks => {
             Err(Error::new(ErrorKind::Usage, "no such rank").with_expected(format!("less than {ranks}"), rank))

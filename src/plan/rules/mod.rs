@@ -261,7 +261,7 @@ impl Rules {
     }
 
     /// What all floats of 16 and 32 bits are cast to.
-    pub(super) fn casting(&self) -> Option<Dtype> {
+    pub(super) fn casts_to(&self) -> Option<Dtype> {
         self.casting
     }
 

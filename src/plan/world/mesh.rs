@@ -235,6 +235,10 @@ pub(in crate::plan) fn divisor_of(count: u64, what: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     fn at(mesh: Mesh, rank: u32) -> [u32; 6] {
@@ -312,5 +316,28 @@ mod tests {
             divisor_of(u64::MAX, "units")
                 .ends_with(": 1, 3, 5, 15, 17, 51, 85, 255, 257, 641, 771, 1285, 1923, 3205, 3855, 4369")
         );
+    }
+    proptest! {
+        #[test]
+        fn every_rank_has_its_own_place(
+            sizes in [1..4u32, 1..4, 1..4, 1..7],
+            ep in any::<prop::sample::Index>(),
+            dense in Just(vec![Ax::Dp, Ax::Pp, Ax::Cp, Ax::Tp]).prop_shuffle(),
+            experts in Just(vec![Ax::Ep, Ax::Etp]).prop_shuffle(),
+        ) {
+            let [dp, pp, cp, tp] = sizes;
+            let order = MeshOrder::new(&[&dense[..], &experts].concat()).unwrap();
+            let divisors: Vec<u32> = (1..=dp * cp * tp).filter(|ep| (dp * cp * tp).is_multiple_of(*ep)).collect();
+            let mesh = Mesh { dp, pp, cp, tp, ep: *ep.get(&divisors), order };
+            prop_assert!(mesh.check().is_ok());
+            let experts = [Ax::Pp, Ax::Ep, Ax::Etp];
+            prop_assert_eq!(experts.map(|ax| mesh.axis(ax)).iter().product::<u32>(), mesh.size());
+            let places: HashSet<_> = mesh.ranks().iter().map(|&rank| experts.map(|ax| mesh.coordinate(rank, ax))).collect();
+            prop_assert_eq!(places.len(), mesh.size() as usize);
+            for rank in mesh.ranks() {
+                prop_assert_eq!(mesh.flat(rank, dense.iter().copied()), (rank.0, mesh.size()));
+                prop_assert!(Ax::ALL.into_iter().all(|ax| mesh.coordinate(rank, ax) < mesh.axis(ax)));
+            }
+        }
     }
 }

@@ -7,7 +7,6 @@ use std::fmt;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
-use crate::limits::RANKS_MAX;
 
 pub use coord::Coord;
 pub(super) use mesh::divisor_of;
@@ -165,6 +164,7 @@ impl fmt::Display for DeviceSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::RANKS_MAX;
 
     #[test]
     fn a_world_nobody_can_load_into_is_refused() {
