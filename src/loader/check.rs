@@ -1,15 +1,16 @@
 //! `--check`: holds what landed against what is on disk, by another way than the one the bytes came.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 
 use rayon::prelude::*;
 
 use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::Rank;
+use crate::extent::{FileId, Rank};
 use crate::limits;
 use crate::place::{Digest, Tensor, Weights};
-use crate::plan::{Factor, Leaf, Plan};
+use crate::plan::{BoxOf, Boxes, Factor, Leaf, Plan};
 use crate::source::SourceFile;
 
 impl Weights {
@@ -41,24 +42,16 @@ impl Weights {
 
 /// The digests of what landed of one destination on several ranks, all as the files say.
 fn check_ranks(plan: &Plan, ranks: &[&Tensor]) -> Result<Vec<u64>> {
-    let mut source: Option<(u32, SourceFile)> = None;
+    let mut files = Files { plan, open: None };
     let mut digests = Vec::with_capacity(ranks.len());
     for tensor in ranks {
-        let leaf = plan.leaf(tensor.rank(), tensor.position())?;
-        let expected = if tensor.nbytes() == 0 {
-            Digest::default().value()
-        } else {
-            let file = match source.take() {
-                Some((of, file)) if of == leaf.tensor => file,
-                _ => {
-                    let planned = plan.file(plan.tensor(leaf.tensor).file);
-                    SourceFile::reopen(&planned.path, planned.identity).map_err(|error| at(error, tensor))?
-                }
-            };
-            let expected = expected(plan, &leaf, &file).map_err(|error| at(error, tensor))?;
-            source = Some((leaf.tensor, file));
-            expected
+        let boxes = plan.boxes(tensor.rank(), tensor.position())?;
+        let expected = match boxes.only_leaf() {
+            _ if tensor.nbytes() == 0 => Ok(Digest::default().value()),
+            Some(leaf) => expected(leaf, &mut files),
+            None => expected_of_boxes(boxes, &mut files),
         };
+        let expected = expected.map_err(|error| at(error, tensor))?;
         let landed = tensor.digest()?;
         if landed != expected {
             let error = Error::new(ErrorKind::Mismatch, "what landed is not what is on disk");
@@ -77,15 +70,89 @@ fn hex(digest: u64) -> String {
     format!("digest {digest:016x}")
 }
 
+/// The files of a plan, the last one open.
+struct Files<'a> {
+    plan: &'a Plan,
+    open: Option<(FileId, SourceFile)>,
+}
+
+impl Files<'_> {
+    /// The bytes of a tensor.
+    fn window(&mut self, tensor: u32) -> Result<Window<'_>> {
+        let meta = self.plan.tensor(tensor);
+        let file = match self.open.take() {
+            Some((of, file)) if of == meta.file => file,
+            _ => {
+                let planned = self.plan.file(meta.file);
+                SourceFile::reopen(&planned.path, planned.identity)?
+            }
+        };
+        let (_, file) = self.open.insert((meta.file, file));
+        Ok(Window { file, start: meta.start, end: meta.end, at: 0, bytes: Vec::new(), ahead: limits::CHECK_WINDOW })
+    }
+}
+
+/// The digest of a destination of several boxes, band by band.
+fn expected_of_boxes(boxes: Boxes, files: &mut Files<'_>) -> Result<u64> {
+    let (mut digest, mut offset) = (Digest::default(), 0);
+    let mut band = Vec::new();
+    for part in boxes.bands(limits::CHECK_BAND)? {
+        band.clear();
+        band.resize(part.bytes()? as usize, 0);
+        let element = u64::from(part.dtype().bits()) / 8;
+        part.for_each(|placed| {
+            let bytes = match placed.what {
+                BoxOf::Fill(element) => Cow::Borrowed(element),
+                BoxOf::Leaf(leaf) => Cow::Owned(elements(leaf, &mut files.window(leaf.tensor)?)?),
+            };
+            let mut rows = bytes.chunks_exact(element as usize).cycle();
+            place(&placed.lens, &placed.strides, placed.offset, &mut |at| {
+                let to = (at * element) as usize;
+                band[to..to + element as usize].copy_from_slice(rows.next().expect("bug in shardlift: an empty box"));
+            });
+            Ok(())
+        })?;
+        digest.add(offset, &band);
+        offset += band.len() as u64;
+    }
+    Ok(digest.value())
+}
+
+/// Shows the elements of a box, in its order, as positions in the destination.
+fn place(lens: &[u64], strides: &[u64], at: u64, show: &mut impl FnMut(u64)) {
+    match (lens, strides) {
+        ([len, lens @ ..], [stride, strides @ ..]) => {
+            (0..*len).for_each(|index| place(lens, strides, at + index * stride, show));
+        }
+        _ => show(at),
+    }
+}
+
+/// The elements that a leaf takes of its tensor, in the form that they should have landed in.
+fn elements(leaf: &Leaf, window: &mut Window<'_>) -> Result<Vec<u8>> {
+    let mut source = Vec::new();
+    let bits = u64::from(leaf.dtype.bits());
+    if leaf.order.is_sorted() {
+        gather(&leaf.factors, bits, 0, &mut |from, to| {
+            window.slices(from, to, &mut |bytes| source.extend_from_slice(bytes))
+        })?;
+    } else {
+        bands(leaf, window, &mut |band| source.extend_from_slice(band))?;
+    }
+    let Some(cast) = leaf.cast else { return Ok(source) };
+    let mut landed = vec![0; cast.converted(source.len() as u64) as usize];
+    cast.convert(&source, &mut landed);
+    Ok(landed)
+}
+
 /// The digest of the elements that a leaf takes of its tensor, in the form that they should have landed in.
-fn expected(plan: &Plan, leaf: &Leaf, file: &SourceFile) -> Result<u64> {
-    let meta = plan.tensor(leaf.tensor);
-    let ahead = limits::CHECK_WINDOW;
-    let mut window = Window { file, start: meta.start, end: meta.end, at: 0, bytes: Vec::new(), ahead };
+fn expected(leaf: &Leaf, files: &mut Files<'_>) -> Result<u64> {
+    let dtype = leaf.dtype;
+    let mut window = files.window(leaf.tensor)?;
     let mut landed =
         Landed { cast: leaf.cast, digest: Digest::default(), offset: 0, source: Vec::with_capacity(WORDS) };
     if leaf.order.is_sorted() {
-        gather(&leaf.factors, u64::from(meta.dtype.bits()), 0, &mut |from, to| {
+        gather(&leaf.factors, u64::from(dtype.bits()), 0, &mut |from, to| {
             window.slices(from, to, &mut |bytes| landed.add(bytes))
         })?;
     } else {

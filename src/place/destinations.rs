@@ -76,7 +76,7 @@ impl Destinations {
                 ..dest.clone()
             };
             let dests = (0..).zip(dests).map(ours).collect();
-            let ranked = RankPlan { rank, dests, pieces: Vec::new() };
+            let ranked = RankPlan { rank, dests, pieces: Vec::new(), fills: Vec::new() };
             Layout::in_blocks(&ranked, plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX)
         };
         fits(plan, devices, slot_bytes, |rank, device| {

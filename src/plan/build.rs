@@ -10,7 +10,7 @@ use super::cover::{Strided, Times};
 use super::digest::digest;
 use super::expr::Expr;
 use super::extents::extents;
-use super::form::{For, Form, Sources};
+use super::form::{Boxes, For, Form, Sources};
 use super::leaf::Leaf;
 use super::rules::{AliasRule, Matches, Owner, Placement, Rules, TENSORS_PER_TASK, Verdict};
 use super::uses::Uses;
@@ -67,7 +67,7 @@ impl Plan {
     ///
     /// # Errors
     /// [`ErrorKind::NotFound`] if the plan has no such rank, or the rank no such destination.
-    pub(crate) fn form(&self, rank: Rank, dest: usize) -> Result<Form> {
+    pub(super) fn form(&self, rank: Rank, dest: usize) -> Result<Form> {
         let Inner { checkpoint, world, rules, params, declared, ranks, .. } = &*self.inner;
         let missing = |what: &str, count: usize, found: String| {
             Error::new(ErrorKind::NotFound, what).with_expected(format!("one below {count}"), found)
@@ -82,6 +82,11 @@ impl Plan {
         let entry = declared.binary_search_by_key(&original, |entry| entry.param).map(|found| &declared[found]);
         let Ok(entry) = entry else { unreachable!("bug in shardlift: parameter without a source") };
         Builder { tensors: checkpoint.tensors(), rules, world }.form(entry, For::Rank(world.mesh(), rank))
+    }
+
+    /// The boxes that a rank's destination is made of, as [`leaves`](Plan::leaves).
+    pub(crate) fn boxes(&self, rank: Rank, dest: usize) -> Result<Boxes> {
+        self.form(rank, dest).map(Boxes)
     }
 
     /// The parts of tensors that a rank's destination is made of: `dest` is a position in [`RankPlan::dests`]. An alias

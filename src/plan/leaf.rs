@@ -4,14 +4,11 @@
 
 use smallvec::{SmallVec, smallvec};
 
-use super::cut::{Cut, Taken};
-use super::world::Mesh;
 use super::{BoxCopy, Loop, Loops};
 use crate::cast::Cast;
 use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::Rank;
 use crate::limits::{LOOPS_MAX, UNROLL_MAX};
 use crate::shape::Shape;
 

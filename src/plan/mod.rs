@@ -38,6 +38,7 @@ use crate::shape::Shape;
 pub use crate::stride::{Loop, Loops};
 pub use cut::{Cut, Split};
 pub use expr::{Expr, Fill};
+pub(crate) use form::{BoxOf, Boxes};
 pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};

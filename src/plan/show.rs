@@ -6,7 +6,7 @@ use super::audit::{fills, pieces};
 use super::cover::{Covered, cover};
 use super::expr::list;
 use super::uses::Uses;
-use super::{BoxCopy, Inner, Plan, RankPlan, ReadExtent, ReadOrder};
+use super::{BoxCopy, BoxFill, Inner, Plan, RankPlan, ReadExtent, ReadOrder};
 use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, OneLine, Result};
 use crate::extent::Rank;
@@ -73,17 +73,19 @@ impl Plan {
         let Ok(entry) = declared.binary_search_by_key(&alias_of.unwrap_or(param), |entry| entry.param) else {
             unreachable!("bug in shardlift: parameter without a source")
         };
-        let entry = declared[entry];
+        let entry = &declared[entry];
         let meta = self.tensor(entry.tensor);
         let (file, from) = (OneLine(&self.file(meta.file).name), OneLine(&meta.name));
         _ = writeln!(text, "{}: {} {}", OneLine(&params[param as usize].name), meta.dtype, meta.shape);
         _ = writeln!(text, "  from {from} in {file}, bytes {}..{}", meta.start, meta.end);
+        if !entry.named.is_empty() {
+            _ = writeln!(text, "  and from {} more tensors", entry.named.len());
+        }
         _ = writeln!(text, "  by rule `{}`", OneLine(rules.pattern(entry.rule)));
         let holds = |rank: &&RankPlan| rank.dests.binary_search_by_key(&param, |dest| dest.param).ok();
         if let Some((rank, dest)) = ranks.iter().find_map(|rank| Some((rank.rank, holds(&rank)?))) {
-            let order = self.leaf(rank, dest)?.order;
-            if !order.is_sorted() {
-                _ = writeln!(text, "  permuted to {}", list(&order));
+            for leaf in self.form(rank, dest)?.leaves().filter(|leaf| !leaf.order.is_sorted()).take(1) {
+                _ = writeln!(text, "  permuted to {}", list(&leaf.order));
             }
         }
         if let Some(Cast { from, to }) = params[param as usize].cast {
@@ -102,6 +104,9 @@ impl Plan {
             let copies = pieces(rank, dest);
             for copy in &copies[..copies.len().min(SHOWN)] {
                 _ = writeln!(text, "    {copy}");
+            }
+            for fill in fills(rank, dest) {
+                _ = writeln!(text, "    {fill}");
             }
             if copies.len() > SHOWN {
                 _ = writeln!(text, "    and {} more", copies.len() - SHOWN);
@@ -158,6 +163,17 @@ impl fmt::Display for BoxCopy {
             write!(f, "{} x (+{} -> +{}) ", inner.count, inner.src_stride, inner.dst_stride)?;
         }
         write!(f, "{} bytes", self.run)
+    }
+}
+
+impl fmt::Display for BoxFill {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "filled -> {}: ", self.dst)?;
+        for (count, stride) in &self.loops {
+            write!(f, "{count} x (+{stride}) ")?;
+        }
+        write!(f, "{} bytes of ", self.run)?;
+        self.element.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
     }
 }
 
