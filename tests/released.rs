@@ -21,7 +21,6 @@ fn released() -> Vec<(&'static str, Model, Vec<(Dtype, u64)>)> {
         ("llama-2-7b", Llama::LLAMA_2_7B.model(), vec![(F16, 6_738_415_616), (F32, 2048)]),
         ("llama-3.1-8b", Llama::LLAMA_3_1_8B.model(), vec![(Bf16, 8_030_261_248)]),
         ("llama-3.1-70b", Llama::LLAMA_3_1_70B.model(), vec![(Bf16, 70_553_706_496)]),
-        // From memory, and by hand from the config.
         ("llama-3.1-405b", Llama::LLAMA_3_1_405B.model(), vec![(Bf16, 405_853_388_800)]),
         ("mistral-7b", Llama::MISTRAL_7B.model(), vec![(Bf16, 7_241_732_096)]),
         ("mixtral-8x7b", Llama::MIXTRAL_8X7B.model(), vec![(Bf16, 46_702_792_704)]),
@@ -44,8 +43,8 @@ fn released() -> Vec<(&'static str, Model, Vec<(Dtype, u64)>)> {
         ("bloom-560m", Bloom::BLOOM_560M.model(), vec![(F16, 559_214_592)]),
         ("falcon-7b", Falcon::FALCON_7B.model(), vec![(Bf16, 7_217_189_760)]),
         ("falcon-40b", Falcon::FALCON_40B.model(), vec![(Bf16, 41_835_970_560)]),
+        // This and DBRX's: no copy found, as remembered and by hand from the config.
         ("mpt-7b", Mpt::MPT_7B.model(), vec![(Bf16, 6_649_286_656)]),
-        // From memory, and by hand from the config.
         ("dbrx", Dbrx::DBRX.model(), vec![(Bf16, 131_596_523_520)]),
         ("internlm2-7b", InternLm2::INTERNLM_2_7B.model(), vec![(Bf16, 7_737_708_544)]),
         ("deepseek-v2-lite", DeepSeek::V2_LITE.model(), vec![(Bf16, 15_706_484_224)]),
@@ -232,7 +231,7 @@ fn quantised_layers_have_the_shapes_of_their_formats() {
         ])
     );
     let fbgemm = Scheme::Fbgemm { layers: 126 };
-    let row = [("weight", "F8_E4M3", &[16_384, 53_248][..]), ("weight_scale", "BF16", &[16_384, 1])];
+    let row = [("weight", "F8_E4M3", &[16_384, 53_248][..]), ("weight_scale", "F32", &[16_384, 1])];
     assert_eq!(of(fbgemm, Llama::LLAMA_3_1_405B, 124, down), table(&row));
     for (layer, name, columns) in [(125, down, 53_248), (0, down, 53_248), (124, query, 16_384)] {
         let plain = table(&[("weight", "BF16", &[16_384, columns])]);

@@ -84,13 +84,14 @@ impl DeepSeek {
         files: 163,
     };
 
-    /// V3 with blocks of 8: all cuts by head and of intermediate sizes are on blocks up to 8 ranks.
+    /// V3 with blocks of 8: up to 8 ranks all cuts by head and of intermediate sizes are on blocks. As in the released one
+    /// the last block of `kv_a_proj_with_mqa` is half a block.
     pub(crate) const TINY_V3: DeepSeek = DeepSeek {
         layers: 2,
         hidden: 64,
         heads: 8,
         q_rank: Some(32),
-        kv_rank: 24,
+        kv_rank: 20,
         nope: 16,
         rope: 8,
         value: 16,

@@ -172,13 +172,14 @@ impl Llama {
         ..Llama::QWEN_3_30B_A3B
     };
 
-    /// 8 heads and 2 key-value heads, so 4 and 8 ranks share these; every cut keeps groups of 16 for [`Scheme`].
+    /// 8 heads and 2 key-value heads, so 4 and 8 ranks share these. Every cut is of whole groups of 16 and 32 inputs, for
+    /// any [`Scheme`] but [`Scheme::Nf4`].
     pub(crate) const TINY: Llama = Llama {
         layers: 2,
         hidden: 64,
         heads: 8,
         kv_heads: 2,
-        head_dim: 16,
+        head_dim: 32,
         intermediate: 256,
         vocab: 160,
         files: 1,

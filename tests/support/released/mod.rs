@@ -178,7 +178,7 @@ impl Tensors {
     /// The same as the scheme stores it.
     fn linear(&mut self, module: impl Display, rows: u64, columns: u64, bias: bool) {
         scheme::linear(self, &module.to_string(), rows, columns);
-        if bias {
+        if bias || matches!(self.scheme, Scheme::Gptq { bias: true, .. }) {
             self.plain(format!("{module}.bias"), &[rows]);
         }
     }

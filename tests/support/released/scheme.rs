@@ -5,8 +5,9 @@ use shardlift::Dtype;
 
 use super::{Tensors, Values};
 
-/// A layout of quantised linear layers. `group` is a number of input channels, also where a format has only one: tiny
-/// models need smaller ones than are released.
+/// A layout of quantised linear layers: from the code that reads them (transformers, vLLM), not from opened headers.
+/// Scales that some writers store as F32 and others in the model's dtype are one of the two here. `group` and `size` are
+/// 128 in released models.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scheme {
     /// `weight` in the model's dtype.
@@ -51,15 +52,16 @@ pub(super) fn linear(tensors: &mut Tensors, module: &str, rows: u64, columns: u6
     let model = tensors.dtype;
     let mut typed = |name: &str, dtype, shape: &[u64]| tensors.typed(format!("{module}.{name}"), dtype, shape);
     match scheme {
-        Scheme::None | Scheme::Fbgemm { .. } => typed("weight", model, &[rows, columns]),
-        Scheme::Gptq { group, act_order, bias } => {
+        Scheme::None => typed("weight", model, &[rows, columns]),
+        Scheme::Fbgemm { .. } => {
+            typed("weight", F8E4M3, &[rows, columns]);
+            typed("weight_scale", F32, &[rows, 1]);
+        }
+        Scheme::Gptq { group, act_order, .. } => {
             let groups = columns.div_ceil(group);
             typed("qweight", I32, &[columns / 8, rows]);
             typed("qzeros", I32, &[groups, rows / 8]);
             typed("scales", F16, &[groups, rows]);
-            if bias {
-                typed("bias", F16, &[rows]);
-            }
             let values = Values::Groups { size: group, in_order: !act_order };
             tensors.push(format!("{module}.g_idx"), I32, &[columns], values);
         }
@@ -124,14 +126,15 @@ pub(super) fn linear(tensors: &mut Tensors, module: &str, rows: u64, columns: u6
 }
 
 impl Scheme {
-    /// What becomes of one module: [`Scheme::Fbgemm`] takes only some, and stores them as rows with a scale.
+    /// What becomes of one module: [`Scheme::Fbgemm`] takes only some.
     fn of(self, module: &str) -> Scheme {
         match self {
-            Scheme::Fbgemm { layers } if module.contains(".mlp.") && !skipped(layers).any(|m| module.contains(&m)) => {
-                Scheme::Fp8Channel
+            Scheme::Fbgemm { layers }
+                if !module.contains(".mlp.") || skipped(layers).any(|kept| module.starts_with(&kept)) =>
+            {
+                Scheme::None
             }
-            Scheme::Fbgemm { .. } => Scheme::None,
-            other => other,
+            scheme => scheme,
         }
     }
 
