@@ -14,9 +14,11 @@ use safetensors::SafeTensors;
 use shardlift::Dtype::{self, Bf16, F8E4M3, F16, F32, U8};
 use shardlift::{Checkpoint, Plan, Rules, World};
 
+type Counts = Vec<(Dtype, u64)>;
+
 /// Every released model, and the elements that the hub shows for its safetensors by dtype (its API's
 /// `safetensors.parameters`), looked up in public copies of that answer unless said otherwise.
-fn released() -> Vec<(&'static str, Model, Vec<(Dtype, u64)>)> {
+fn released() -> Vec<(&'static str, Model, Counts)> {
     vec![
         ("llama-2-7b", Llama::LLAMA_2_7B.model(), vec![(F16, 6_738_415_616), (F32, 2048)]),
         ("llama-3.1-8b", Llama::LLAMA_3_1_8B.model(), vec![(Bf16, 8_030_261_248)]),
@@ -65,56 +67,6 @@ fn released() -> Vec<(&'static str, Model, Vec<(Dtype, u64)>)> {
     ]
 }
 
-/// A small model of every family, and the kinds of quantised layers as tiny Llamas.
-fn tiny() -> Vec<(String, Model)> {
-    let named = |(name, model): (&str, Model)| (name.to_owned(), model);
-    let families = [
-        ("qwen3-next", Qwen3Next::TINY.model()),
-        ("gemma2", Gemma::TINY_2.model()),
-        ("gemma3", Gemma::TINY_3.model()),
-        ("gemma3 with vision", Gemma::TINY_3_VISION.model()),
-        ("phi3", Phi3::TINY.model()),
-        ("gpt2", Gpt2::TINY.model()),
-        ("gpt2, later", Gpt2 { later: true, ..Gpt2::TINY }.model()),
-        ("gpt_neox", GptNeox::TINY.model()),
-        ("bloom", Bloom::TINY.model()),
-        ("falcon, old", Falcon::TINY_OLD.model()),
-        ("falcon, new", Falcon::TINY_NEW.model()),
-        ("mpt", Mpt::TINY.model()),
-        ("dbrx", Dbrx::TINY.model()),
-        ("internlm2", InternLm2::TINY.model()),
-        ("deepseek_v2", DeepSeek::TINY_V2.model()),
-        ("deepseek_v3", DeepSeek::TINY_V3.model()),
-        ("gpt_oss", GptOss::TINY.model()),
-        ("gpt_oss in BF16", GptOss { mxfp4: false, ..GptOss::TINY }.model()),
-        ("llama4", Llama4::TINY.model()),
-        ("bert", Bert::TINY.model()),
-    ];
-    let kinds = [Kind::Llama, Kind::Mistral, Kind::Qwen2, Kind::Qwen3, Kind::Mixtral, Kind::Qwen3Moe];
-    let kinds = kinds.map(|kind| (format!("{kind:?}"), Llama::tiny(kind).model()));
-    let schemes = schemes(16).map(|scheme| (format!("{scheme:?}"), Llama { scheme, ..Llama::TINY }.model()));
-    families.map(named).into_iter().chain(kinds).chain(schemes).collect()
-}
-
-/// Every quantised layout, with groups of this size where there is a choice; [`Llama::TINY`] has 2 layers.
-fn schemes(group: u64) -> [Scheme; 13] {
-    [
-        Scheme::Gptq { group, act_order: false, bias: false },
-        Scheme::Gptq { group, act_order: true, bias: true },
-        Scheme::Awq { group },
-        Scheme::Packed { group, symmetric: true },
-        Scheme::Packed { group, symmetric: false },
-        Scheme::Fp8Tensor,
-        Scheme::Fp8Channel,
-        Scheme::Fbgemm { layers: 32 },
-        Scheme::Fp8Block { size: group },
-        Scheme::Nvfp4 { kv_scales: true },
-        Scheme::Nvfp4Packed,
-        Scheme::Mxfp8,
-        Scheme::Nf4,
-    ]
-}
-
 #[test]
 fn every_released_model_opens_with_the_elements_of_the_hub() {
     let folder = tempfile::tempdir().unwrap();
@@ -158,7 +110,7 @@ fn published_counts_of_parameters() {
 
 #[test]
 fn the_reference_reads_every_tiny_model() {
-    for (name, model) in tiny() {
+    for (name, model) in released::tiny() {
         let folder = tempfile::tempdir().unwrap();
         released::write_random(folder.path(), &model, 7).unwrap();
         let checkpoint = Checkpoint::open(folder.path()).unwrap_or_else(|error| panic!("{name}: {error}"));
@@ -237,7 +189,7 @@ fn quantised_layers_have_the_shapes_of_their_formats() {
         let plain = table(&[("weight", "BF16", &[16_384, columns])]);
         assert_eq!(of(fbgemm, Llama::LLAMA_3_1_405B, layer, name), plain, "{layer}.{name}");
     }
-    for scheme in schemes(128) {
+    for scheme in released::schemes(128) {
         let model = Llama { scheme, ..Llama::LLAMA_3_1_8B }.model();
         let folder = tempfile::tempdir().unwrap();
         released::write(folder.path(), &model).unwrap();
@@ -283,4 +235,20 @@ fn known_families_plan_and_refuse_what_heads_do_not_divide() {
             }
         }
     }
+}
+
+#[test]
+fn an_adapter_has_two_factors_for_each_module() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = Llama::LLAMA_3_1_8B.model();
+    let adapter = base.adapter(16, &["q_proj", "o_proj"]);
+    assert_eq!(adapter.tensors.len(), 32 * 2 * 2);
+    let name = "base_model.model.model.layers.31.self_attn.o_proj.lora_A.weight";
+    assert_eq!(adapter.tensor(name).shape, [16, 4096]);
+    assert_eq!(adapter.tensor(&name.replace("lora_A", "lora_B")).shape, [4096, 16]);
+    released::write(folder.path(), &adapter).unwrap();
+    let opened = Checkpoint::open(folder.path().join("adapter_model.safetensors")).unwrap();
+    assert_eq!(opened.tensors().len(), 128);
+    let config = std::fs::read(folder.path().join("adapter_config.json")).unwrap();
+    assert_eq!(serde_json::from_slice::<serde_json::Value>(&config).unwrap()["r"], 16);
 }

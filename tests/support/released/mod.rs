@@ -10,6 +10,7 @@
 //! of files are about the hub's; which tensor lies in which file is not.
 #![allow(dead_code, unused_imports, reason = "each test uses its own models")]
 
+mod adapter;
 mod classic;
 mod deepseek;
 mod fused;
@@ -19,6 +20,7 @@ mod llama;
 mod llama4;
 mod qwen3_next;
 mod scheme;
+mod tiny;
 
 use std::fmt::Display;
 use std::fs::File;
@@ -37,6 +39,7 @@ pub(crate) use llama::{Experts, Kind, Llama};
 pub(crate) use llama4::{Llama4, Llama4Vision};
 pub(crate) use qwen3_next::Qwen3Next;
 pub(crate) use scheme::Scheme;
+pub(crate) use tiny::{schemes, tiny};
 
 /// A checkpoint without its bytes.
 #[derive(Debug, Clone)]
@@ -46,6 +49,9 @@ pub(crate) struct Model {
     pub(crate) tensors: Vec<Tensor>,
     /// How many safetensors files; more than one come with an index.
     pub(crate) files: usize,
+    /// What the names of its safetensors files begin with.
+    stem: &'static str,
+    config_name: &'static str,
 }
 
 /// A tensor of a model.
@@ -197,7 +203,7 @@ impl Tensors {
         }
         let known = json!({ "BF16": "bfloat16", "F16": "float16", "F32": "float32" });
         config["torch_dtype"] = known[self.dtype.name()].clone();
-        Model { config, tensors: self.list, files }
+        Model { config, tensors: self.list, files, stem: "model", config_name: "config.json" }
     }
 }
 
@@ -213,13 +219,13 @@ pub(crate) fn write_random(folder: &Path, model: &Model, seed: u64) -> io::Resul
 
 fn write_files(folder: &Path, model: &Model, data: impl Fn(&mut File, &Tensor) -> io::Result<()>) -> io::Result<()> {
     std::fs::create_dir_all(folder)?;
-    std::fs::write(folder.join("config.json"), format!("{:#}\n", model.config))?;
-    let parts = parts(model);
+    std::fs::write(folder.join(model.config_name), format!("{:#}\n", model.config))?;
+    let (parts, stem) = (parts(model), model.stem);
     let (mut weight_map, mut total) = (Map::new(), 0);
     for (number, tensors) in parts.iter().enumerate() {
         let name = match parts.len() {
-            1 => "model.safetensors".into(),
-            files => format!("model-{:05}-of-{files:05}.safetensors", number + 1),
+            1 => format!("{stem}.safetensors"),
+            files => format!("{stem}-{:05}-of-{files:05}.safetensors", number + 1),
         };
         let (mut header, mut end) = (Map::new(), 0);
         for tensor in tensors {
@@ -241,7 +247,7 @@ fn write_files(folder: &Path, model: &Model, data: impl Fn(&mut File, &Tensor) -
     assert_eq!(weight_map.len(), model.tensors.len(), "every tensor has its own name");
     if parts.len() > 1 {
         let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-        std::fs::write(folder.join("model.safetensors.index.json"), format!("{index:#}\n"))?;
+        std::fs::write(folder.join(format!("{stem}.safetensors.index.json")), format!("{index:#}\n"))?;
     }
     Ok(())
 }
