@@ -6,14 +6,17 @@
 //! `scripts/count-instructions [--record]` counts instructions (`-- --count`, `-- --record`) and holds them against
 //! `benches/record/instructions.json`: a count repeats where a time does not, so it can fail a push.
 
+#[path = "../tests/support/released/mod.rs"]
+mod released;
+
 use std::ffi::OsString;
-use std::fs::File;
 use std::hint::black_box;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Instant;
 
+use released::{DeepSeek, Llama, Model};
 use serde_json::{Map, Value, json};
 use shardlift::{Checkpoint, Plan, Rules, World};
 
@@ -41,8 +44,6 @@ rule = [
 ]
 "#;
 
-type Named = (String, &'static str, Vec<u64>);
-
 fn main() -> io::Result<ExitCode> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if let [flag, part, model] = &arguments[..]
@@ -53,8 +54,8 @@ fn main() -> io::Result<ExitCode> {
     let flagged = |flag| arguments.iter().any(|argument| argument == flag);
     let folder = arguments.iter().find(|argument| !argument.starts_with('-'));
     let folder = folder.map_or_else(|| PathBuf::from("target/bench"), PathBuf::from);
-    for model in &models() {
-        write(&folder.join(model.name), &model.tensors, model.files)?;
+    for (name, model) in models() {
+        released::write(&folder.join(name), &model)?;
     }
     match flagged("--bench") {
         // `cargo test` does not say --bench.
@@ -68,7 +69,7 @@ fn main() -> io::Result<ExitCode> {
 
 fn time(folder: &Path, runs: usize) -> io::Result<()> {
     let rules = Rules::from_toml(RULES).map_err(io::Error::other)?;
-    for Model { name, tensors, files } in models() {
+    for (name, Model { tensors, files, .. }) in models() {
         let (mut open, mut plan) = (Vec::new(), Vec::new());
         for _ in 0..runs {
             let began = Instant::now();
@@ -111,7 +112,7 @@ fn run_part(part: &str, model: &Path) -> io::Result<()> {
 /// Counts both models, then records the counts or holds them against the record.
 fn instructions(folder: &Path, record: bool) -> io::Result<ExitCode> {
     let mut counted = Map::new();
-    for Model { name, .. } in models() {
+    for (name, _) in models() {
         let count = |part| count(folder, name, part);
         let (start, open, plan) = (count("start")?, count("open")?, count("plan")?);
         counted.insert(name.into(), json!({ "open": open - start, "plan": plan - open }));
@@ -230,117 +231,8 @@ fn first_line(program: &str, argument: &str) -> io::Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).lines().next().unwrap_or("unknown").into())
 }
 
-struct Model {
-    name: &'static str,
-    tensors: Vec<Named>,
-    files: usize,
-}
-
-fn models() -> [Model; 2] {
-    [
-        Model { name: "llama-3.1-70b", tensors: llama(), files: 30 },
-        Model { name: "deepseek-v3", tensors: deepseek(), files: 163 },
-    ]
-}
-
-/// Llama-3.1-70B: 80 layers, hidden 8192, intermediate 28672, 8 key-value heads of 128 (its config.json).
-fn llama() -> Vec<Named> {
-    let mut tensors = vec![
-        ("model.embed_tokens.weight".into(), "BF16", vec![128_256, 8192]),
-        ("model.norm.weight".into(), "BF16", vec![8192]),
-        ("lm_head.weight".into(), "BF16", vec![128_256, 8192]),
-    ];
-    for layer in 0..80 {
-        for (name, shape) in [
-            ("input_layernorm", vec![8192]),
-            ("post_attention_layernorm", vec![8192]),
-            ("self_attn.q_proj", vec![8192, 8192]),
-            ("self_attn.k_proj", vec![1024, 8192]),
-            ("self_attn.v_proj", vec![1024, 8192]),
-            ("self_attn.o_proj", vec![8192, 8192]),
-            ("mlp.gate_proj", vec![28_672, 8192]),
-            ("mlp.up_proj", vec![28_672, 8192]),
-            ("mlp.down_proj", vec![8192, 28_672]),
-        ] {
-            tensors.push((format!("model.layers.{layer}.{name}.weight"), "BF16", shape));
-        }
-    }
-    tensors
-}
-
-/// DeepSeek-V3: 61 layers, 3 of them dense, 256 routed experts and one shared, FP8 weights with a scale for each
-/// 128 x 128 block, and one multi-token-prediction layer (its config.json).
-fn deepseek() -> Vec<Named> {
-    let mut tensors: Vec<Named> = vec![
-        ("model.embed_tokens.weight".into(), "BF16", vec![129_280, 7168]),
-        ("model.norm.weight".into(), "BF16", vec![7168]),
-        ("lm_head.weight".into(), "BF16", vec![129_280, 7168]),
-    ];
-    let fp8 = |tensors: &mut Vec<Named>, name: String, rows: u64, columns: u64| {
-        tensors.push((format!("{name}.weight"), "F8_E4M3", vec![rows, columns]));
-        let blocks = vec![rows.div_ceil(128), columns.div_ceil(128)];
-        tensors.push((format!("{name}.weight_scale_inv"), "F32", blocks));
-    };
-    let mlp = |tensors: &mut Vec<Named>, name: String, intermediate: u64| {
-        fp8(tensors, format!("{name}.gate_proj"), intermediate, 7168);
-        fp8(tensors, format!("{name}.up_proj"), intermediate, 7168);
-        fp8(tensors, format!("{name}.down_proj"), 7168, intermediate);
-    };
-    for layer in 0..62 {
-        let name = format!("model.layers.{layer}");
-        for (norm, size) in [
-            ("input_layernorm", 7168),
-            ("post_attention_layernorm", 7168),
-            ("self_attn.q_a_layernorm", 1536),
-            ("self_attn.kv_a_layernorm", 512),
-        ] {
-            tensors.push((format!("{name}.{norm}.weight"), "BF16", vec![size]));
-        }
-        for (part, rows, columns) in [
-            ("q_a_proj", 1536, 7168),
-            ("q_b_proj", 24_576, 1536),
-            ("kv_a_proj_with_mqa", 576, 7168),
-            ("kv_b_proj", 32_768, 512),
-            ("o_proj", 7168, 16_384),
-        ] {
-            fp8(&mut tensors, format!("{name}.self_attn.{part}"), rows, columns);
-        }
-        if layer < 3 {
-            mlp(&mut tensors, format!("{name}.mlp"), 18_432);
-            continue;
-        }
-        tensors.push((format!("{name}.mlp.gate.weight"), "BF16", vec![256, 7168]));
-        tensors.push((format!("{name}.mlp.gate.e_score_correction_bias"), "F32", vec![256]));
-        mlp(&mut tensors, format!("{name}.mlp.shared_experts"), 2048);
-        for expert in 0..256 {
-            mlp(&mut tensors, format!("{name}.mlp.experts.{expert}"), 2048);
-        }
-    }
-    tensors
-}
-
-/// Writes an index and sparse files whose tensors have no blocks on disk.
-fn write(model: &Path, tensors: &[Named], files: usize) -> io::Result<()> {
-    std::fs::create_dir_all(model)?;
-    let mut weight_map = Map::new();
-    for (number, part) in tensors.chunks(tensors.len().div_ceil(files)).enumerate() {
-        let name = format!("model-{:05}-of-{files:06}.safetensors", number + 1);
-        let mut header = Map::new();
-        let mut end = 0;
-        for (tensor, dtype, shape) in part {
-            let bits = shardlift::Dtype::from_name(dtype).ok_or_else(|| io::Error::other("unknown dtype"))?.bits();
-            let start = end;
-            end += shape.iter().product::<u64>() * u64::from(bits) / 8;
-            header.insert(tensor.clone(), json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]}));
-            weight_map.insert(tensor.clone(), Value::String(name.clone()));
-        }
-        let header = Value::Object(header).to_string();
-        let mut file = File::create(model.join(&name))?;
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(header.as_bytes())?;
-        file.set_len(8 + header.len() as u64 + end)?;
-    }
-    std::fs::write(model.join("model.safetensors.index.json"), json!({ "weight_map": weight_map }).to_string())
+fn models() -> [(&'static str, Model); 2] {
+    [("llama-3.1-70b", Llama::LLAMA_3_1_70B.model()), ("deepseek-v3", DeepSeek::V3.model())]
 }
 
 /// The most memory that this process ever had (Linux).
