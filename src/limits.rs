@@ -170,6 +170,9 @@ pub const AUTO_RESIDENT: f64 = 0.5;
 /// How many files `auto` looks at.
 pub const AUTO_FILES: usize = 8;
 
+/// Memory that holds a value many times, for places of destinations that no tensor fills: few copies, and in the cache.
+pub const FILL_BYTES: usize = 256 << 10;
+
 /// What memory of a GPU is taken in multiples of: the granularity of mapped memory and of its pool.
 pub const DEVICE_GRANULARITY: u64 = 2 << 20;
 

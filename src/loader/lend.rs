@@ -69,7 +69,9 @@ pub(super) fn lend_mapped(
 fn whole_tensor(plan: &Plan, rank: Rank, dest: &Dest) -> Option<(FileId, u64)> {
     let [piece] = &plan.rank(rank).pieces[dest.pieces.start as usize..dest.pieces.end as usize] else { return None };
     let tensor = plan.tensor(piece.tensor);
-    let whole = !piece.is_transformed() && piece.loops.is_empty() && piece.run == tensor.bytes();
+    let whole = !piece.is_transformed()
+        && piece.loops.is_empty()
+        && (piece.run, dest.bytes) == (tensor.bytes(), tensor.bytes());
     whole.then_some((tensor.file, tensor.start))
 }
 

@@ -74,7 +74,8 @@ pub(crate) struct Job {
 pub(super) struct InFlight {
     /// The device they go to: then what makes no progress is its driver.
     pub(super) copying: Option<usize>,
-    pub(super) extent: Extent,
+    /// The bytes of a file, if they are of one.
+    pub(super) extent: Option<Extent>,
     pub(super) bytes: u64,
     pub(super) in_slot: bool,
     pub(super) since: Instant,
@@ -212,20 +213,34 @@ impl Job {
     /// Enters a read in the list of those in flight, from which only its end removes it.
     pub(super) fn begin(&self, id: u64, extent: Extent, bytes: usize, in_slot: bool, since: Instant) {
         let (bytes, thread) = (bytes as u64, std::thread::current().id());
+        let extent = Some(extent);
         let read = InFlight { copying: None, extent, bytes, in_slot, since, thread, warned: false };
         lock(&self.in_flight).insert(id, read);
     }
 
     /// The same for copies of what a read brought, while its thread submits them to a device.
-    pub(super) fn begin_copies(&self, id: u64, device: usize, extent: Extent, in_slot: bool) {
+    pub(super) fn begin_copies(&self, id: u64, device: usize, extent: Option<Extent>, in_slot: bool) {
         let (since, thread) = (Instant::now(), std::thread::current().id());
         let copies = InFlight { copying: Some(device), extent, bytes: 0, in_slot, since, thread, warned: false };
         lock(&self.in_flight).insert(id, copies);
     }
 
+    /// Takes them out again.
+    pub(super) fn end_copies(&self, id: u64) {
+        lock(&self.in_flight).remove(&id);
+    }
+
     /// A fresh number for a request.
     pub(super) fn request_id(&self) -> u64 {
         self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// [`locate`](Job::locate), where there is an extent.
+    pub(super) fn locate_any(&self, error: Error, extent: Option<Extent>) -> Error {
+        match extent {
+            Some(extent) => self.locate(error, extent),
+            None => error,
+        }
     }
 
     /// Adds file, tensor and bytes to an error about an extent.

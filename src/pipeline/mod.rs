@@ -1,6 +1,7 @@
 //! Runs a plan: threads, back-pressure, first error, cancel, drain. Knows no rules and no command line.
 
 mod files;
+mod fills;
 mod job;
 mod prepare;
 mod run;

@@ -195,6 +195,16 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
     }
     workers.of_devices.extend(prepare_cuts(job, &alive.of_devices)?);
     workers.of_devices.extend(pin_slots(job, alive.of_devices.clone())?);
+    if job.has_fills() {
+        let (job, alive) = (Arc::clone(job), alive.readers.clone());
+        let thread = spawn("shardlift-fill", move || {
+            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job.fill())) {
+                fail_with_reads_of_this_thread(&job, Error::panicked(payload));
+            }
+            drop(alive);
+        })?;
+        workers.readers.push(thread);
+    }
     for index in 0..job.setup.engine.threads().max(1) {
         let (job, alive) = (Arc::clone(job), alive.readers.clone());
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
@@ -219,13 +229,11 @@ fn keep_for_ever(job: &Arc<Job>) {
 fn fail_with_reads_of_this_thread(job: &Job, error: Error) {
     let mut in_flight = lock(&job.in_flight);
     let this = thread::current().id();
-    let extent = in_flight.values().filter(|read| read.thread == this).min_by_key(|read| read.since).map(|r| r.extent);
+    let extent =
+        in_flight.values().filter(|read| read.thread == this).min_by_key(|read| read.since).and_then(|r| r.extent);
     in_flight.retain(|_, read| read.thread != this);
     drop(in_flight);
-    job.fail(match extent {
-        Some(extent) => job.locate(error, extent),
-        None => error,
-    });
+    job.fail(job.locate_any(error, extent));
 }
 
 /// Warns of reads that make no progress, and fails the load past the bound; then what they may still write to is
@@ -242,15 +250,16 @@ fn watch_reads(job: &Job) -> bool {
             stalled = Some((read.copying, read.extent));
         } else if waited >= warning && !read.warned {
             read.warned = true;
-            slow.push((read.copying, read.extent.file));
+            slow.push((read.copying, read.extent));
         }
     }
     let name = |device: usize| job.devices[device].0.name();
-    for (copying, file) in slow {
-        let file = job.setup.plan.file(file).path.display();
+    for (copying, extent) in slow {
+        let file =
+            extent.map_or(String::new(), |extent| format!(" of {}", job.setup.plan.file(extent.file).path.display()));
         let message = match copying {
-            None => format!("a read of {file} has made no progress for {warning:?}"),
-            Some(device) => format!("{} has not taken what was read of {file} for {warning:?}", name(device)),
+            None => format!("a read{file} has made no progress for {warning:?}"),
+            Some(device) => format!("{} has not taken what was read{file} for {warning:?}", name(device)),
         };
         tracing::warn!("{message}");
         job.counters.warn(message);
@@ -261,7 +270,7 @@ fn watch_reads(job: &Job) -> bool {
         None => format!("a read made no progress for {bound:?}"),
         Some(device) => format!("{} did not take copies for {bound:?}", name(device)),
     };
-    job.fail(job.locate(Error::new(ErrorKind::Stalled, message), extent));
+    job.fail(job.locate_any(Error::new(ErrorKind::Stalled, message), extent));
     true
 }
 

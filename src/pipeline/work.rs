@@ -275,10 +275,10 @@ impl Job {
         for of_device in of_devices {
             let device = device(&of_device[0]);
             if self.copies.has_queue(device) {
-                self.begin_copies(id, device, op.extent, ours);
+                self.begin_copies(id, device, Some(op.extent), ours);
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
                 waited += unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared) };
-                lock(&self.in_flight).remove(&id);
+                self.end_copies(id);
                 continue;
             }
             for piece in of_device {

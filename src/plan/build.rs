@@ -4,6 +4,7 @@ use std::cell::OnceCell;
 use std::sync::Arc;
 
 use rayon::prelude::*;
+use smallvec::SmallVec;
 
 use super::audit::{CHUNK, Wanted, audit};
 use super::cover::{Strided, Times};
@@ -263,18 +264,34 @@ impl<'a> Builder<'a> {
     }
 
     fn wanted_of(&self, entry: &Declared, into: &mut Vec<Wanted>) -> Result<()> {
-        let holders = match self.owner(entry) {
-            Owner::All => u64::from(self.world.size()),
-            Owner::Only(_) => 1,
-        };
+        let holders: SmallVec<[Rank; 8]> =
+            (0..self.world.size()).map(Rank).filter(|&rank| self.owner(entry).has(rank)).collect();
+        let mesh = self.world.mesh();
+        if self.expr(entry).takes_of_parts() {
+            // Nothing tells what they should be together.
+            return holders.iter().try_for_each(|&rank| self.wanted_by(entry, For::Rank(mesh, rank), 1, true, into));
+        }
         let partial = self.expr(entry).is_partial();
-        let form = self.form(entry, For::All(self.world.mesh()))?;
+        self.wanted_by(entry, For::All(mesh), holders.len() as u64, partial, into)
+    }
+
+    /// What is declared for some of the ranks, `holders` of them.
+    fn wanted_by(
+        &self,
+        entry: &Declared,
+        whom: For,
+        holders: u64,
+        partial: bool,
+        into: &mut Vec<Wanted>,
+    ) -> Result<()> {
+        let form = self.form(entry, whom)?;
         let mut copies = Vec::new();
         for leaf in form.leaves() {
             let start = self.tensors[leaf.tensor as usize].start;
             copies.clear();
             leaf.source(start, &mut copies)?;
-            let times = Times { are: 0, should: (holders / leaf.parts).max(1) };
+            let parts = if matches!(whom, For::All(_)) { leaf.parts } else { 1 };
+            let times = Times { are: 0, should: (holders / parts).max(1) };
             let wanted = |copy: &BoxCopy| Strided { times, ..copy.source(start) };
             into.extend(copies.iter().map(|copy| Wanted { tensor: leaf.tensor, bytes: wanted(copy), partial }));
         }
@@ -285,15 +302,15 @@ impl<'a> Builder<'a> {
     fn refuse_scaled(&self, entry: &Declared, scales: &Scales<'a>) -> Result<()> {
         let rule = entry.rule;
         for &tensor in entry.named.iter().chain([&entry.tensor]) {
-        let TensorMeta { name, dtype, .. } = &self.tensors[tensor as usize];
-        let Some(to) = self.rules.cast_to(rule, *dtype).filter(|_| matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2))
-        else {
-            continue;
-        };
-        let Some(scale) = scales.of(name, self.tensors) else { continue };
-        let what = format!("rule `{}`: {dtype} that is scaled is not cast to {to}", self.rules.pattern(rule));
-        let error = broken("cast", what).with_expected("no tensor of its scale", format!("`{scale}`"));
-        return Err(self.rules.located(error.with_tensor(name.as_str())));
+            let TensorMeta { name, dtype, .. } = &self.tensors[tensor as usize];
+            let Some(to) = self.rules.cast_to(rule, *dtype).filter(|_| matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2))
+            else {
+                continue;
+            };
+            let Some(scale) = scales.of(name, self.tensors) else { continue };
+            let what = format!("rule `{}`: {dtype} that is scaled is not cast to {to}", self.rules.pattern(rule));
+            let error = broken("cast", what).with_expected("no tensor of its scale", format!("`{scale}`"));
+            return Err(self.rules.located(error.with_tensor(name.as_str())));
         }
         Ok(())
     }

@@ -121,7 +121,7 @@ impl Encoder {
 }
 
 /// The version of the encoding; a change of it changes every digest.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Bytes gathered before they are hashed: many small updates would cost more than their bytes.
 const BUFFER: usize = 16 << 10;

@@ -191,6 +191,31 @@ impl Expr {
         matches!(self, Expr::Slice { .. }) || self.inner().iter().any(Expr::is_partial)
     }
 
+    /// Whether indices are taken of what was cut before, so that all parts together say nothing of what they are.
+    pub(super) fn takes_of_parts(&self) -> bool {
+        let own = match self {
+            Expr::View { x, .. } => x.is_cut(),
+            Expr::Slice { x, dim, .. } => x.cuts(*dim),
+            _ => false,
+        };
+        own || self.inner().iter().any(Expr::takes_of_parts)
+    }
+
+    /// Whether the ranks' parts differ.
+    fn is_cut(&self) -> bool {
+        matches!(self, Expr::Shard { .. } | Expr::Select { .. } | Expr::On { .. })
+            || self.inner().iter().any(Expr::is_cut)
+    }
+
+    /// Whether this dimension was cut, as far as that is easily told.
+    fn cuts(&self, dim: usize) -> bool {
+        match self {
+            Expr::Shard { x, dim: cut, .. } => *cut == dim || x.cuts(dim),
+            Expr::Slice { x, .. } | Expr::Cast { x, .. } | Expr::Pad { x, .. } | Expr::Repeat { x, .. } => x.cuts(dim),
+            other => other.is_cut(),
+        }
+    }
+
     /// The first type that elements are cast to.
     pub(super) fn cast_to(&self) -> Option<Dtype> {
         match self {
@@ -262,7 +287,8 @@ impl Fill {
             Fill::Bytes(element) => (element.len() == bytes).then(|| SmallVec::from_slice(element)),
         };
         element.ok_or_else(|| {
-            broken("fill", format!("{dtype} has no such value")).with_expected(format!("{bytes} bytes that it has"), self)
+            broken("fill", format!("{dtype} has no such value"))
+                .with_expected(format!("{bytes} bytes that it has"), self)
         })
     }
 }

@@ -77,9 +77,19 @@ mod tests {
                 alias_of: alias.filter(|alias| alias.0 == i).map(|alias| alias.1),
             })
             .collect();
-        let dest =
-            |(i, &bytes): (usize, &u64)| Dest { param: i as u32, shape: Shape::new(&[bytes]), bytes, pieces: 0..0 };
-        let rank = RankPlan { rank: Rank(0), dests: sizes.iter().enumerate().map(dest).collect(), pieces: Vec::new() };
+        let dest = |(i, &bytes): (usize, &u64)| Dest {
+            param: i as u32,
+            shape: Shape::new(&[bytes]),
+            bytes,
+            pieces: 0..0,
+            fills: 0..0,
+        };
+        let rank = RankPlan {
+            rank: Rank(0),
+            dests: sizes.iter().enumerate().map(dest).collect(),
+            pieces: Vec::new(),
+            fills: Vec::new(),
+        };
         Layout::in_blocks(&rank, &params, 256, 1024)
     }
 

@@ -117,7 +117,9 @@ pub struct BoxFill {
     pub loops: SmallVec<[(u64, u64); 4]>,
     /// Contiguous bytes at each step of the innermost loop.
     pub run: u64,
-    /// The bytes of one element; a run is a whole number of them.
+    /// The value.
+    pub fill: Fill,
+    /// The bytes of one element that has it; a run is a whole number of them.
     pub element: SmallVec<[u8; 8]>,
 }
 

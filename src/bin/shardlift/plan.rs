@@ -2,7 +2,7 @@
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
-use shardlift::plan::{Ax, BoxCopy, Dest, Mesh, RankPlan};
+use shardlift::plan::{Ax, BoxCopy, BoxFill, Dest, Mesh, RankPlan};
 use shardlift::{Cast, Plan, Rank};
 
 use crate::args::{Devices, PlanArgs};
@@ -99,12 +99,12 @@ impl Serialize for RankObject<'_> {
         let RankObject { plan, rank } = *self;
         let mesh = plan.world().mesh();
         let at = |ax| mesh.coordinate(rank, ax);
-        let RankPlan { rank: _, dests, pieces } = plan.rank(rank);
+        let RankPlan { rank: _, dests, pieces, fills } = plan.rank(rank);
         let fields = Fields {
             rank: rank.0,
             coord: json!({ "dp": at(Ax::Dp), "pp": at(Ax::Pp), "cp": at(Ax::Cp), "tp": at(Ax::Tp) }),
             bytes: plan.bytes_on(rank),
-            destinations: Array(|| dests.iter().map(|dest| DestObject { plan, dest, pieces })),
+            destinations: Array(|| dests.iter().map(|dest| DestObject { plan, dest, pieces, fills })),
         };
         fields.serialize(serializer)
     }
@@ -115,6 +115,8 @@ struct DestObject<'a> {
     dest: &'a Dest,
     /// Those of all destinations of the rank.
     pieces: &'a [BoxCopy],
+    /// Those of all destinations of the rank.
+    fills: &'a [BoxFill],
 }
 
 impl Serialize for DestObject<'_> {
@@ -125,20 +127,21 @@ impl Serialize for DestObject<'_> {
             dtype: &'static str,
             shape: &'a [u64],
             bytes: u64,
-            prefill: (),
+            prefill: Option<String>,
             alias_of: Option<&'a str>,
             cast: Option<Value>,
             pieces: P,
         }
-        let DestObject { plan, dest, pieces } = *self;
+        let DestObject { plan, dest, pieces, fills } = *self;
         let param = &plan.params()[dest.param as usize];
+        let fills = &fills[dest.fills.start as usize..dest.fills.end as usize];
         let own = &pieces[dest.pieces.start as usize..dest.pieces.end as usize];
         let fields = Fields {
             name: &param.name,
             dtype: param.dtype.name(),
             shape: dest.shape.dims(),
             bytes: dest.bytes,
-            prefill: (),
+            prefill: fills.first().map(|fill| fill.fill.to_string()),
             alias_of: param.alias_of.map(|other| plan.params()[other as usize].name.as_str()),
             cast: param.cast.map(|Cast { from, to }| json!({ "from": from.name(), "to": to.name() })),
             pieces: Array(|| own.iter().map(|piece| piece_object(plan, piece))),

@@ -1,14 +1,16 @@
 //! What an expression is for one rank: a destination made of boxes, each of which is a part of one tensor of the
 //! checkpoint or filled with one value. All operations are arithmetic on indices; nothing is proportional to rows.
 
-use std::ops::Range;
+mod boxes;
+mod make;
+#[cfg(test)]
+mod tests;
 
 use smallvec::{SmallVec, smallvec};
 
-use super::cut::{Cut, Split, Taken};
 use super::expr::{Expr, Fill};
 use super::leaf::Leaf;
-use super::world::{Coord, Mesh};
+use super::world::Mesh;
 use super::{BoxCopy, BoxFill};
 use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
@@ -16,6 +18,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits::UNROLL_MAX;
 use crate::shape::Shape;
+
+pub(crate) use self::boxes::{BoxOf, Boxes};
+use self::make::Maker;
 
 /// Indices, lengths or strides, one for each dimension of a destination.
 type Dims = SmallVec<[u64; 4]>;
@@ -112,14 +117,6 @@ impl Form {
         self.boxes.iter().filter_map(Placed::leaf)
     }
 
-    /// The value of the places that no tensor fills, if there are any.
-    pub(super) fn prefill(&self) -> Option<&Fill> {
-        self.boxes.iter().find_map(|placed| match &placed.what {
-            What::Fill(fill, lens) if !lens.contains(&0) => Some(fill),
-            _ => None,
-        })
-    }
-
     /// Bytes of the destination.
     pub(super) fn bytes(&self) -> Result<u64> {
         let elements = self.dims.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));
@@ -176,11 +173,18 @@ impl Form {
         }
         loops.reverse();
         let bytes = |elements| {
-            let no_bytes = || broken("cut-not-on-bytes", format!("fill of {} elements does not fall on bytes", self.dtype));
+            let no_bytes =
+                || broken("cut-not-on-bytes", format!("fill of {} elements does not fall on bytes", self.dtype));
             self.dtype.bytes_of(elements).ok_or_else(no_bytes)
         };
         let loops = loops.into_iter().map(|(count, stride)| Ok((count, bytes(stride)?))).collect::<Result<_>>()?;
-        Ok(Some(BoxFill { dst: bytes(offset)?, loops, run: bytes(run)?, element: fill.element(self.dtype)? }))
+        Ok(Some(BoxFill {
+            dst: bytes(offset)?,
+            loops,
+            run: bytes(run)?,
+            fill: fill.clone(),
+            element: fill.element(self.dtype)?,
+        }))
     }
 
     fn dim(&self, dim: usize) -> Result<u64> {
@@ -289,7 +293,9 @@ impl Form {
         let Some(mut whole) = forms.next() else { return Err(broken("concat", "nothing is put together")) };
         whole.dim(dim)?;
         for form in forms {
-            let others = |form: &Form| form.dims.iter().enumerate().filter(|(at, _)| *at != dim).map(|(_, &len)| len).collect::<Dims>();
+            let others = |form: &Form| {
+                form.dims.iter().enumerate().filter(|(at, _)| *at != dim).map(|(_, &len)| len).collect::<Dims>()
+            };
             if form.dims.len() != whole.dims.len() || others(&form) != others(&whole) {
                 return Err(broken("concat", format!("parts differ in more than dimension {dim}"))
                     .with_expected(whole.shape(), form.shape()));
@@ -411,9 +417,10 @@ impl Spot {
         }
         let from = self.first.saturating_sub(start).div_ceil(step);
         let until = (self.first + count).saturating_sub(start).div_ceil(step).min(len);
-        Some((from < until).then(|| {
-            (start + from * step - self.first, step, until - from, Spot { first: from, step: 1 })
-        }))
+        Some(
+            (from < until)
+                .then(|| (start + from * step - self.first, step, until - from, Spot { first: from, step: 1 })),
+        )
     }
 }
 
@@ -452,238 +459,6 @@ fn split(spot: Spot, len: u64, size: u64, group: &[u64], lens: &mut Dims, spots:
         first %= inner;
     }
     false
-}
-
-/// What a destination should hold, for who compares it with what it does.
-pub(crate) struct Boxes(pub(super) Form);
-
-/// A box and where in the destination it lies, in elements.
-pub(crate) struct BoxAt<'a> {
-    /// What it holds.
-    pub(crate) what: BoxOf<'a>,
-    /// Its size.
-    pub(crate) lens: Dims,
-    /// Position of its first element in the destination.
-    pub(crate) offset: u64,
-    /// From one index of each of its dimensions to the next.
-    pub(crate) strides: Dims,
-}
-
-/// What a box holds.
-pub(crate) enum BoxOf<'a> {
-    Leaf(&'a Leaf),
-    /// The same element everywhere.
-    Fill(&'a [u8]),
-}
-
-impl Boxes {
-    /// The part of a tensor that is all of the destination, if one is.
-    pub(crate) fn only_leaf(&self) -> Option<&Leaf> {
-        let [Placed { what: What::Leaf(leaf), .. }] = &self.0.boxes[..] else { return None };
-        Some(leaf)
-    }
-
-    pub(crate) fn dtype(&self) -> Dtype {
-        self.0.dtype
-    }
-
-    pub(crate) fn bytes(&self) -> Result<u64> {
-        self.0.bytes()
-    }
-
-    /// The same in bands of at most `max` bytes, or one element, that lie behind each other.
-    pub(crate) fn bands(self, max: u64) -> Result<Vec<Boxes>> {
-        let mut bands = Vec::new();
-        let mut left = vec![(self.0, 0)];
-        while let Some((form, dim)) = left.pop() {
-            let Some(&size) = form.dims.get(dim).filter(|_| form.bytes().is_ok_and(|bytes| bytes > max)) else {
-                bands.push(Boxes(form));
-                continue;
-            };
-            let each = (max / (form.bytes()? / size).max(1)).max(1);
-            let mut parts = Vec::new();
-            for first in (0..size).step_by(each as usize) {
-                parts.push((form.clone().slice(dim, first, each.min(size - first), 1)?, dim + 1));
-            }
-            left.extend(parts.into_iter().rev());
-        }
-        Ok(bands)
-    }
-
-    /// Shows all boxes that have elements.
-    pub(crate) fn for_each(&self, mut show: impl FnMut(BoxAt<'_>) -> Result<()>) -> Result<()> {
-        let strides = self.0.strides();
-        for Placed { spots, what } in &self.0.boxes {
-            let element;
-            let (what, lens) = match what {
-                What::Leaf(leaf) => (BoxOf::Leaf(leaf), leaf.shape().iter().copied().collect::<Dims>()),
-                What::Fill(fill, lens) => {
-                    element = fill.element(self.0.dtype)?;
-                    (BoxOf::Fill(&element), lens.clone())
-                }
-            };
-            if lens.contains(&0) {
-                continue;
-            }
-            let offset = spots.iter().zip(&strides).map(|(spot, stride)| spot.first * stride).sum();
-            let strides = spots.iter().zip(&strides).map(|(spot, stride)| spot.step * stride).collect();
-            show(BoxAt { what, lens, offset, strides })?;
-        }
-        Ok(())
-    }
-}
-
-/// Makes forms of an expression, naming its sources one after the other.
-struct Maker<'a> {
-    sources: &'a Sources<'a>,
-    whom: For,
-    casting: Option<Dtype>,
-    /// Position of the next named source.
-    next: usize,
-}
-
-impl Maker<'_> {
-    fn make(&mut self, expr: &Expr) -> Result<Form> {
-        match expr {
-            Expr::Source => self.source(self.sources.matched),
-            Expr::Tensor(_) => {
-                let named = self.sources.named[self.next];
-                self.next += 1;
-                self.source(named)
-            }
-            Expr::View { x, dims } => self.make(x)?.view(dims),
-            Expr::Slice { x, dim, start, len, step } => self.make(x)?.slice(*dim, *start, *len, *step),
-            Expr::Shard { x, dim, cut } => {
-                let form = self.make(x)?;
-                self.shard(form, *dim, cut)
-            }
-            Expr::Permute { x, order } => self.make(x)?.permute(order),
-            Expr::Cast { x, to } => self.make(x)?.cast(*to),
-            Expr::Concat { dim, parts } => Form::concat(*dim, self.parts(parts)?.0),
-            Expr::Stack { parts } => self.stack(parts),
-            Expr::Select { .. } => Err(broken("select", "a selection is no part of a concat or a stack")),
-            Expr::Pad { x, dim, to, fill } => self.make(x)?.pad(*dim, *to, fill),
-            Expr::Repeat { x, dim, times } => self.make(x)?.repeat(*dim, *times),
-            Expr::Const { dtype, dims, fill } => Ok(Form::filled(*dtype, Dims::from_slice(dims), fill.clone())),
-            Expr::On { x, by, part, fill } => {
-                let form = self.make(x)?;
-                self.only_on(form, by, *part, fill)
-            }
-        }
-    }
-
-    fn source(&self, tensor: u32) -> Result<Form> {
-        let meta = &self.sources.tensors[tensor as usize];
-        Form::source(tensor, meta, self.casting).map_err(|error| error.with_tensor(meta.name.as_str()))
-    }
-
-    fn shard(&self, mut form: Form, dim: usize, cut: &Cut) -> Result<Form> {
-        let size = form.dim(dim)?;
-        let (mesh, rank) = match self.whom {
-            For::Rank(mesh, rank) => (mesh, rank),
-            For::All(mesh) => {
-                let parts = cut.part(size, mesh, Rank(0))?.1;
-                form.cut_into(parts);
-                let Split::Table(table) = &cut.how else { return Ok(form) };
-                let runs = table.iter().flatten().map(|run| {
-                    let (start, end) = (run.start * cut.unit, (run.end * cut.unit).min(size));
-                    form.clone().slice(dim, start.min(end), end.saturating_sub(start), 1)
-                });
-                return Form::concat(dim, runs.collect::<Result<_>>()?);
-            }
-        };
-        form.cut_into(cut.part(size, mesh, rank)?.1);
-        let taken = cut.take(size, mesh, rank)?;
-        match taken[..] {
-            [] => form.slice(dim, 0, 0, 1),
-            [run] => form.slice(dim, run.start, run.len, run.step),
-            _ => {
-                let runs = taken.iter().map(|run| form.clone().slice(dim, run.start, run.len, run.step));
-                Form::concat(dim, runs.collect::<Result<_>>()?)
-            }
-        }
-    }
-
-    /// The forms of parts, where selections are what they select, and one of a part if there are none.
-    fn parts(&mut self, parts: &[Expr]) -> Result<(Vec<Form>, Option<Form>)> {
-        let mut forms = Vec::with_capacity(parts.len());
-        let mut sample = None;
-        for part in parts {
-            let Expr::Select { by, of } = part else {
-                forms.push(self.make(part)?);
-                continue;
-            };
-            let first = self.next;
-            let count = of.len() as u64;
-            let (taken, parts) = match self.whom {
-                For::Rank(mesh, rank) => (by.take(count, mesh, rank)?, by.part(count, mesh, rank)?.1),
-                For::All(mesh) => (all_of(by, count), by.part(count, mesh, Rank(0))?.1),
-            };
-            // Where the named sources of each of them begin.
-            let mut starts = Vec::with_capacity(of.len() + 1);
-            starts.push(first);
-            for of in of {
-                starts.push(starts[starts.len() - 1] + of.names());
-            }
-            let nth = |maker: &mut Self, at: u64| {
-                maker.next = starts[at as usize];
-                maker.make(&of[at as usize])
-            };
-            for run in &taken {
-                for at in 0..run.len {
-                    let mut form = nth(self, run.start + at * run.step)?;
-                    form.cut_into(parts);
-                    forms.push(form);
-                }
-            }
-            if forms.is_empty() && count > 0 {
-                sample = Some(nth(self, 0)?);
-            }
-            self.next = starts[of.len()];
-        }
-        if forms.is_empty()
-            && let Some(sample) = &sample
-        {
-            return Ok((Vec::new(), Some(sample.clone())));
-        }
-        Ok((forms, sample))
-    }
-
-    fn stack(&mut self, parts: &[Expr]) -> Result<Form> {
-        let (forms, sample) = self.parts(parts)?;
-        match (forms.is_empty(), sample) {
-            (true, Some(sample)) => sample.in_a_stack().slice(0, 0, 0, 1),
-            (true, None) => Err(broken("stack", "nothing is put together")),
-            (false, _) => Form::concat(0, forms.into_iter().map(Form::in_a_stack).collect()),
-        }
-    }
-
-    fn only_on(&self, mut form: Form, by: &Coord, part: u32, fill: &Fill) -> Result<Form> {
-        let (mesh, rank) = match self.whom {
-            For::Rank(mesh, rank) => (mesh, rank),
-            For::All(mesh) => (mesh, Rank(0)),
-        };
-        let (i, n) = by.of(mesh, rank)?;
-        if part >= n {
-            return Err(broken("coordinate", "there is no such part").with_expected(format!("one below {n}"), part));
-        }
-        form.cut_into(n.into());
-        match self.whom {
-            For::Rank(..) if i != part => Ok(Form::filled(form.dtype, form.dims, fill.clone())),
-            _ => Ok(form),
-        }
-    }
-}
-
-/// What all parts have of `count`.
-fn all_of(cut: &Cut, count: u64) -> SmallVec<[Taken; 1]> {
-    match &cut.how {
-        Split::Table(table) => {
-            let run = |run: &Range<u64>| Taken { start: run.start, len: run.end.min(count) - run.start, step: 1 };
-            table.iter().flatten().map(run).collect()
-        }
-        _ => smallvec![Taken { start: 0, len: count, step: 1 }],
-    }
 }
 
 fn broken(rule: &'static str, message: impl Into<String>) -> Error {
