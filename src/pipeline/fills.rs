@@ -75,7 +75,7 @@ type Source = Arc<Vec<u128>>;
 fn pattern(element: &[u8]) -> Vec<u128> {
     // Elements have 1, 2, 4 or 8 bytes.
     let word: Vec<u8> = element.iter().copied().cycle().take(size_of::<u128>()).collect();
-    vec![u128::from_ne_bytes(word.try_into().expect("16 bytes")); limits::FILL_BYTES / size_of::<u128>()]
+    vec![u128::from_le_bytes(word.try_into().expect("16 bytes")); limits::FILL_BYTES / size_of::<u128>()]
 }
 
 /// Shows strided copies from dense memory of at most [`limits::FILL_BYTES`] that together fill a box: first byte of the

@@ -400,7 +400,6 @@ impl Spot {
     /// Which of `count` indices that lie here are among `len` from `start` on, every `step`-th: the first one, from one
     /// to the next, how many, and where they lie among those. `None` inside if there are none, outside if both have a
     /// step.
-    #[expect(clippy::type_complexity, reason = "one caller")]
     fn meet(self, count: u64, start: u64, len: u64, step: u64) -> Option<Option<(u64, u64, u64, Spot)>> {
         if count == 0 || len == 0 {
             // What has no elements stays, with its place.
@@ -443,7 +442,7 @@ fn split(spot: Spot, len: u64, size: u64, group: &[u64], lens: &mut Dims, spots:
             spots.push(Spot { first, step });
             return true;
         }
-        inner = if dim == 0 { 0 } else { inner / dim };
+        inner = inner.checked_div(dim).unwrap_or(0);
         if inner > 0 && first.is_multiple_of(inner) && len.is_multiple_of(inner) {
             lens.push(len / inner);
             spots.push(Spot { first: first / inner, step });
