@@ -226,7 +226,8 @@ impl Rules {
             Some(Placement::Place { expr: placed, .. }) => {
                 *placed = expr(Box::new(std::mem::replace(placed, Expr::Source)));
             }
-            Some(Placement::Part | Placement::Skip) => self.mistake(what, &format!("{what} of what is no destination")),
+            Some(Placement::Part) => self.mistake(what, &format!("{what} of a part of other destinations")),
+            Some(Placement::Skip) => self.mistake(what, &format!("{what} of a tensor that is skipped")),
             None => self.mistake(what, &format!("{what}() before any rule")),
         }
         self
@@ -515,8 +516,8 @@ impl Rule {
         let Some(template) = rename else { return Ok(()) };
         let wrong = |what: String| of_rule(broken("rename", what));
         let template = compiled("rename", template).map_err(of_rule)?;
-        if !matches!(placement, Placement::Place { .. }) {
-            return Err(wrong("what is no destination has no name to change".into()));
+        if let Placement::Part | Placement::Skip = placement {
+            return Err(wrong("a tensor that is skipped or a part has no name to change".into()));
         }
         if template.wildcards() > pattern.wildcards() {
             return Err(more("rename", template));
