@@ -201,9 +201,11 @@ impl Form {
             return Err(broken("slice", format!("slice leaves dimension {dim}"))
                 .with_expected(format!("indices below {size}"), format!("{len} from {start} by {step}")));
         }
+        if (start, len, step) == (0, size, 1) {
+            return Ok(self);
+        }
         self.dims[dim] = len;
-        let mut boxes = SmallVec::new();
-        for mut placed in self.boxes {
+        for placed in &mut self.boxes {
             let count = placed.len(dim);
             let taken = placed.spots[dim].meet(count, start, len, step).ok_or_else(|| {
                 broken("slice", "slice with a step of what is repeated").with_expected("a step of 1", step)
@@ -211,10 +213,12 @@ impl Form {
             if let Some((from, every, count, spot)) = taken {
                 placed.narrow(dim, from, count, every);
                 placed.spots[dim] = spot;
-                boxes.push(placed);
+            } else {
+                placed.spots[dim].step = 0;
             }
         }
-        Ok(Form { boxes, ..self })
+        self.boxes.retain(|placed| placed.spots[dim].step > 0);
+        Ok(self)
     }
 
     fn view(self, dims: &[u64]) -> Result<Form> {
