@@ -55,6 +55,9 @@ pub const READ_COST: u64 = 16 << 10;
 /// Most strided loops of a copy descriptor (design invariant 4).
 pub const LOOPS_MAX: usize = 5;
 
+/// Smallest block of FP8 that scales are repeated for: as vLLM, whose kernels know no smaller ones.
+pub const REFINED_BLOCK_MIN: u64 = 32;
+
 /// Most ranks of a world. The largest deployments of one model are a few thousand ranks, and a plan holds a few hundred
 /// bytes for each destination of each of them.
 pub const RANKS_MAX: u32 = 8192;

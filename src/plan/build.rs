@@ -4,7 +4,6 @@ use std::cell::OnceCell;
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use smallvec::SmallVec;
 
 use super::audit::{CHUNK, Wanted, audit};
 use super::cover::{Strided, Times};
@@ -12,8 +11,9 @@ use super::digest::digest;
 use super::expr::Expr;
 use super::extents::extents;
 use super::form::{Boxes, For, Form, Sources};
+use super::holders::{HolderMaker, Holders};
 use super::leaf::Leaf;
-use super::rules::{AliasRule, Matches, Owner, Placement, Rules, TENSORS_PER_TASK, Verdict};
+use super::rules::{AliasRule, Matches, Placed, Rules, Stage, TENSORS_PER_TASK, Verdict};
 use super::uses::Uses;
 use super::world::World;
 use super::{BoxCopy, Dest, Inner, Param, Plan, RankPlan, ReadOrder};
@@ -37,14 +37,17 @@ impl Plan {
     /// [`Plan::new`] with another order of reads.
     pub fn with_order(checkpoint: &Checkpoint, rules: &Rules, world: &World, order: ReadOrder) -> Result<Plan> {
         world.check()?;
-        let matches = rules.matches(checkpoint).map_err(|error| rules.located(error))?;
-        let builder = Builder { tensors: checkpoint.tensors(), rules, world };
-        let (params, declared) = builder.params(matches)?;
-        let ranks: Vec<Result<RankPlan>> =
-            (0..world.size()).into_par_iter().map(|rank| builder.rank(Rank(rank), &params, &declared)).collect();
+        let matches = rules.matches(checkpoint, world.mesh()).map_err(|error| rules.located(error))?;
+        let Matches { verdicts, placed, named } = matches;
+        let builder = Builder { tensors: checkpoint.tensors(), rules, placed: &placed, world };
+        let Params { params, declared, holders } = builder.params(&verdicts, named)?;
+        let ranks: Vec<Result<RankPlan>> = (0..world.size())
+            .into_par_iter()
+            .map(|rank| builder.rank(Rank(rank), &params, &declared, &holders))
+            .collect();
         let ranks = ranks.into_iter().collect::<Result<Vec<_>>>()?;
         let uses = Uses::new(checkpoint.tensors().len(), ranks.iter())?;
-        audit(checkpoint, &ranks, &uses, &builder.wanted_bytes(&declared)?)?;
+        audit(checkpoint, &ranks, &uses, &builder.wanted_bytes(&declared, &holders)?)?;
         let (extents, consumers) = extents(checkpoint, world, &ranks, &uses, order)?;
         let digest = digest(checkpoint, world, &params, &ranks);
         Ok(Plan {
@@ -52,6 +55,7 @@ impl Plan {
                 checkpoint: checkpoint.clone(),
                 world: world.clone(),
                 rules: rules.clone(),
+                placed,
                 params,
                 declared,
                 ranks,
@@ -69,7 +73,7 @@ impl Plan {
     /// # Errors
     /// [`ErrorKind::NotFound`] if the plan has no such rank, or the rank no such destination.
     pub(super) fn form(&self, rank: Rank, dest: usize) -> Result<Form> {
-        let Inner { checkpoint, world, rules, params, declared, ranks, .. } = &*self.inner;
+        let Inner { checkpoint, world, rules, placed, params, declared, ranks, .. } = &*self.inner;
         let missing = |what: &str, count: usize, found: String| {
             Error::new(ErrorKind::NotFound, what).with_expected(format!("one below {count}"), found)
         };
@@ -82,7 +86,7 @@ impl Plan {
         let original = params[param as usize].alias_of.unwrap_or(param);
         let entry = declared.binary_search_by_key(&original, |entry| entry.param).map(|found| &declared[found]);
         let Ok(entry) = entry else { unreachable!("bug in shardlift: parameter without a source") };
-        Builder { tensors: checkpoint.tensors(), rules, world }.form(entry, For::Rank(world.mesh(), rank))
+        Builder { tensors: checkpoint.tensors(), rules, placed, world }.form(entry, For::Rank(world.mesh(), rank))
     }
 
     /// The boxes that a rank's destination is made of, as [`leaves`](Plan::leaves).
@@ -107,16 +111,38 @@ pub(super) struct Declared {
     pub(super) param: u32,
     /// Position of the tensor that the rule matched.
     pub(super) tensor: u32,
-    /// Position of the rule.
-    pub(super) rule: u32,
-    /// The tensors that the rule's expression names.
+    /// What the rule makes of it: a position in the list of all.
+    pub(super) placed: u32,
+    /// The tensors that the expression names.
     pub(super) named: Box<[u32]>,
+}
+
+/// All parameters, sorted by name.
+struct Params {
+    params: Vec<Param>,
+    /// What those that are no alias are made of.
+    declared: Vec<Declared>,
+    holders: ParamHolders,
+}
+
+/// Which ranks hold each parameter.
+struct ParamHolders {
+    holders: Holders,
+    /// A set for each parameter.
+    of: Vec<u32>,
+}
+
+impl ParamHolders {
+    fn has(&self, param: usize, rank: Rank) -> bool {
+        self.holders.has(self.of[param], rank)
+    }
 }
 
 /// What a plan is made from.
 struct Builder<'a> {
     tensors: &'a [TensorMeta],
     rules: &'a Rules,
+    placed: &'a [Placed],
     world: &'a World,
 }
 
@@ -124,47 +150,76 @@ struct Builder<'a> {
 struct Named<'a> {
     name: String,
     made: Made<'a>,
+    /// The stages of an alias; those of others are their rules'.
+    stage: Option<Stage>,
 }
 
 #[derive(Clone, Copy)]
 enum Made<'a> {
-    From { tensor: u32, rule: u32 },
+    From { tensor: u32, placed: u32 },
     AliasOf(&'a str),
 }
 
 impl<'a> Builder<'a> {
-    /// All parameters, sorted by name, and what those that are no alias are made of.
-    fn params(&self, matches: Matches) -> Result<(Vec<Param>, Vec<Declared>)> {
-        let named = self.named(&matches.verdicts).map_err(|error| self.rules.located(error))?;
+    /// All parameters that filters leave.
+    fn params(&self, verdicts: &[Verdict], sources: Vec<(u32, Box<[u32]>)>) -> Result<Params> {
+        let named = self.named(verdicts).map_err(|error| self.rules.located(error))?;
         let tensors = self.tensors.iter().map(|tensor| tensor.name.as_str());
         self.rules.check_filters(tensors.chain(named.iter().map(|entry| entry.name.as_str())))?;
         let named = self.wanted(named);
 
         let mut params = Vec::with_capacity(named.len());
         let mut declared = Vec::with_capacity(named.len());
+        let mut of = Vec::with_capacity(named.len());
+        let mut holders = HolderMaker::new(self.rules, self.world.mesh()).map_err(|error| self.rules.located(error))?;
         let scales = Scales::default();
+        let sources = |tensor: u32| {
+            let found = sources.binary_search_by_key(&tensor, |(matched, _)| *matched);
+            found.map_or(&[][..], |found| &sources[found].1)
+        };
         for (param, entry) in (0..).zip(&named) {
-            let (tensor, rule, alias_of) = match entry.made {
-                Made::From { tensor, rule } => {
-                    let sources = matches.named.binary_search_by_key(&tensor, |(matched, _)| *matched);
-                    let sources = sources.map(|found| matches.named[found].1.clone()).unwrap_or_default();
-                    declared.push(self.declare(Declared { param, tensor, rule, named: sources }, &scales)?);
-                    (tensor, rule, None)
+            let (tensor, placed, alias_of) = match entry.made {
+                Made::From { tensor, placed } => {
+                    let entry = Declared { param, tensor, placed, named: sources(tensor).into() };
+                    self.refuse_scaled(&entry, &scales)?;
+                    declared.push(entry);
+                    (tensor, placed, None)
                 }
                 Made::AliasOf(of) => match find(&named, of).map(|original| (original, named[original].made)) {
-                    Some((original, Made::From { tensor, rule })) => (tensor, rule, Some(original as u32)),
+                    Some((original, Made::From { tensor, placed })) => (tensor, placed, Some(original as u32)),
                     _ => unreachable!("bug in shardlift: alias was checked"),
                 },
             };
+            of.push(self.holders(entry, tensor, placed, &mut holders)?);
+            let placed = &self.placed[placed as usize];
             let from = self.tensors[tensor as usize].dtype;
-            let to = match self.rules.dtype(rule) {
-                Some(dtype) => dtype,
-                None => self.rules.cast_to(rule, from).unwrap_or(from),
-            };
+            let to = placed.expr.dtype().or_else(|| self.rules.cast_to(placed, from)).unwrap_or(from);
             params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
         }
+        let holders = ParamHolders { holders: holders.finish(), of };
         let param = |(Named { name, .. }, (dtype, cast, alias_of))| Param { name, dtype, cast, alias_of };
-        Ok((named.into_iter().zip(params).map(param).collect(), declared))
+        let params: Vec<Param> = named.into_iter().zip(params).map(param).collect();
+        for (param, Param { name, alias_of, .. }) in params.iter().enumerate() {
+            if let Some(original) = alias_of.map(|original| original as usize)
+                && !holders.holders.are_in(holders.of[param], holders.of[original])
+            {
+                let what = format!("alias of `{}`, which is not on all of its ranks", params[original].name);
+                return Err(self.rules.located(broken("alias", what).with_tensor(name.as_str())));
+            }
+        }
+        Ok(Params { params, declared, holders })
+    }
+
+    /// The set of ranks that hold a destination.
+    fn holders(&self, entry: &Named<'a>, tensor: u32, placed: u32, maker: &mut HolderMaker<'_>) -> Result<u32> {
+        if let Some(stage) = entry.stage {
+            return maker.of_stage(stage);
+        }
+        let (placed, name) = (&self.placed[placed as usize], self.tensors[tensor as usize].name.as_str());
+        maker.of_rule(placed.rule, name, placed.subject(name)).map_err(|error| {
+            let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(placed.rule)));
+            self.rules.located(if error.tensor().is_some() { error } else { error.with_tensor(name) })
+        })
     }
 
     /// All destinations that the rules make, sorted by name; filters leave none out yet.
@@ -174,10 +229,10 @@ impl<'a> Builder<'a> {
             .enumerate()
             .with_min_len(TENSORS_PER_TASK)
             .filter_map(|(tensor, verdict)| match *verdict {
-                Verdict::Rule(rule) => {
-                    let made = Made::From { tensor: tensor as u32, rule };
-                    let name = self.rules.destination(rule, &self.tensors[tensor].name);
-                    Some(name.map(|name| Named { name, made }))
+                Verdict::Placed(placed) => {
+                    let made = Made::From { tensor: tensor as u32, placed };
+                    let name = self.rules.destination(&self.placed[placed as usize], &self.tensors[tensor].name);
+                    Some(name.map(|name| Named { name, made, stage: None }))
                 }
                 Verdict::Part | Verdict::Skipped => None,
             })
@@ -185,12 +240,16 @@ impl<'a> Builder<'a> {
         let mut named = named.into_iter().collect::<Result<Vec<_>>>()?;
         named.par_sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let aliases: &'a [AliasRule] = &self.rules.aliases;
-        if let Some(AliasRule { name, of }) = aliases.iter().find(|alias| find(&named, &alias.of).is_none()) {
+        if let Some(AliasRule { name, of, .. }) = aliases.iter().find(|alias| find(&named, &alias.of).is_none()) {
             let what = format!("alias of `{of}`, which is no destination");
             return Err(broken("alias", what).with_tensor(name.as_str()));
         }
         if !aliases.is_empty() {
-            let alias = |AliasRule { name, of }: &'a AliasRule| Named { name: name.clone(), made: Made::AliasOf(of) };
+            let alias = |AliasRule { name, of, stage }: &'a AliasRule| Named {
+                name: name.clone(),
+                made: Made::AliasOf(of),
+                stage: Some(*stage),
+            };
             named.extend(aliases.iter().map(alias));
             named.sort_by(|a, b| a.name.cmp(&b.name));
         }
@@ -206,7 +265,7 @@ impl<'a> Builder<'a> {
     /// Those that the filters leave. The first alias of an original that is left out holds the bytes instead, and is the
     /// original of the others.
     fn wanted(&self, named: Vec<Named<'a>>) -> Vec<Named<'a>> {
-        let wants = |Named { name, made }: &Named<'a>| match *made {
+        let wants = |Named { name, made, .. }: &Named<'a>| match *made {
             Made::From { tensor, .. } => self.rules.wants(&[name, &self.tensors[tensor as usize].name]),
             Made::AliasOf(_) => self.rules.wants(&[name]),
         };
@@ -235,25 +294,13 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn declare(&self, entry: Declared, scales: &Scales<'a>) -> Result<Declared> {
-        self.refuse_scaled(&entry, scales)?;
-        match self.owner(&entry) {
-            Owner::Only(rank) if rank.0 >= self.world.size() => {
-                let what = format!("rule `{}`: no such rank", self.rules.pattern(entry.rule));
-                let error = broken("rank", what).with_tensor(self.tensors[entry.tensor as usize].name.as_str());
-                Err(self.rules.located(error.with_expected(format!("a rank below {}", self.world.size()), rank)))
-            }
-            Owner::All | Owner::Only(_) => Ok(entry),
-        }
-    }
-
     /// What the rules declare of each tensor, sorted by tensor.
-    fn wanted_bytes(&self, declared: &[Declared]) -> Result<Vec<Wanted>> {
+    fn wanted_bytes(&self, declared: &[Declared], holders: &ParamHolders) -> Result<Vec<Wanted>> {
         let wanted: Vec<Result<Vec<Wanted>>> = declared
             .par_chunks(CHUNK)
             .map(|chunk| {
                 let mut wanted = Vec::with_capacity(chunk.len());
-                chunk.iter().try_for_each(|entry| self.wanted_of(entry, &mut wanted))?;
+                chunk.iter().try_for_each(|entry| self.wanted_of(entry, holders, &mut wanted))?;
                 Ok(wanted)
             })
             .collect();
@@ -263,16 +310,19 @@ impl<'a> Builder<'a> {
         Ok(wanted)
     }
 
-    fn wanted_of(&self, entry: &Declared, into: &mut Vec<Wanted>) -> Result<()> {
-        let holders: SmallVec<[Rank; 8]> =
-            (0..self.world.size()).map(Rank).filter(|&rank| self.owner(entry).has(rank)).collect();
+    fn wanted_of(&self, entry: &Declared, holders: &ParamHolders, into: &mut Vec<Wanted>) -> Result<()> {
         let mesh = self.world.mesh();
         if self.expr(entry).takes_of_parts() {
             // Nothing tells what they should be together.
-            return holders.iter().try_for_each(|&rank| self.wanted_by(entry, For::Rank(mesh, rank), 1, true, into));
+            let mut ranks = (0..self.world.size()).map(Rank).filter(|&rank| holders.has(entry.param as usize, rank));
+            return ranks.try_for_each(|rank| self.wanted_by(entry, For::Rank(mesh, rank), 1, true, into));
         }
         let partial = self.expr(entry).is_partial();
-        self.wanted_by(entry, For::All(mesh), holders.len() as u64, partial, into)
+        let count = holders.holders.count(holders.of[entry.param as usize]);
+        if count == 0 {
+            return Ok(());
+        }
+        self.wanted_by(entry, For::All(mesh), count.into(), partial, into)
     }
 
     /// What is declared for some of the ranks, `holders` of them.
@@ -300,15 +350,17 @@ impl<'a> Builder<'a> {
 
     /// Refuses the cast of an F8 that another tensor scales: without its scale it would be another number.
     fn refuse_scaled(&self, entry: &Declared, scales: &Scales<'a>) -> Result<()> {
-        let rule = entry.rule;
+        let placed = &self.placed[entry.placed as usize];
         for &tensor in entry.named.iter().chain([&entry.tensor]) {
             let TensorMeta { name, dtype, .. } = &self.tensors[tensor as usize];
-            let Some(to) = self.rules.cast_to(rule, *dtype).filter(|_| matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2))
+            let Some(to) =
+                self.rules.cast_to(placed, *dtype).filter(|_| matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2))
             else {
                 continue;
             };
             let Some(scale) = scales.of(name, self.tensors) else { continue };
-            let what = format!("rule `{}`: {dtype} that is scaled is not cast to {to}", self.rules.pattern(rule));
+            let what =
+                format!("rule `{}`: {dtype} that is scaled is not cast to {to}", self.rules.pattern(placed.rule));
             let error = broken("cast", what).with_expected("no tensor of its scale", format!("`{scale}`"));
             return Err(self.rules.located(error.with_tensor(name.as_str())));
         }
@@ -316,7 +368,7 @@ impl<'a> Builder<'a> {
     }
 
     /// One rank's partition.
-    fn rank(&self, rank: Rank, params: &[Param], declared: &[Declared]) -> Result<RankPlan> {
+    fn rank(&self, rank: Rank, params: &[Param], declared: &[Declared], holders: &ParamHolders) -> Result<RankPlan> {
         let mut dests = Vec::with_capacity(params.len());
         let mut pieces = Vec::with_capacity(params.len());
         let mut fills = Vec::new();
@@ -330,7 +382,7 @@ impl<'a> Builder<'a> {
                 }
             };
             let Some(entry) = entry else { unreachable!("bug in shardlift: parameter without a source") };
-            if !self.owner(entry).has(rank) {
+            if !holders.has(param, rank) {
                 continue;
             }
             let placed = |error| self.place(error, entry, rank);
@@ -359,17 +411,7 @@ impl<'a> Builder<'a> {
     }
 
     fn expr(&self, entry: &Declared) -> &Expr {
-        match &self.rules.rules[entry.rule as usize].placement {
-            Placement::Place { expr, .. } => expr,
-            Placement::Part | Placement::Skip => unreachable!("bug in shardlift: a parameter of no rule that places"),
-        }
-    }
-
-    fn owner(&self, entry: &Declared) -> Owner {
-        match self.rules.rules[entry.rule as usize].placement {
-            Placement::Place { owner, .. } => owner,
-            Placement::Part | Placement::Skip => Owner::All,
-        }
+        &self.placed[entry.placed as usize].expr
     }
 
     /// Names rule and tensor in an error about a rank's part, and the rank unless all ranks have such an error.
@@ -379,7 +421,8 @@ impl<'a> Builder<'a> {
             let form = self.form(entry, For::Rank(self.world.mesh(), Rank(rank)));
             form.and_then(|form| form.lower(self.tensors, &mut Vec::new(), &mut Vec::new())).is_err()
         };
-        let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(entry.rule)));
+        let rule = self.placed[entry.placed as usize].rule;
+        let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(rule)));
         let error = if error.tensor().is_some() { error } else { error.with_tensor(meta.name.as_str()) };
         let error = self.rules.located(error);
         if (0..self.world.size()).all(fails) { error } else { error.with_rank(rank) }

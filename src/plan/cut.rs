@@ -59,6 +59,14 @@ pub(super) struct Taken {
     pub(super) step: u64,
 }
 
+impl Taken {
+    /// Whether an index is one of them.
+    pub(super) fn has(&self, index: u64) -> bool {
+        let Taken { start, len, step } = *self;
+        index.checked_sub(start).is_some_and(|from| from.is_multiple_of(step) && from / step < len)
+    }
+}
+
 impl Default for Cut {
     fn default() -> Cut {
         Cut { by: Coord::Axis(Ax::Tp), how: Split::Even, unit: 1, units: None, replicate_units: false }
@@ -87,17 +95,12 @@ impl Cut {
         if unit == 0 {
             return Err(broken("unit", "unit of a cut is 0"));
         }
-        if let Some(units) = self.units
-            && units.checked_mul(unit) != Some(size)
-        {
-            return Err(broken("units", "dimension is not what the configuration says")
-                .with_expected(format!("{units} units of {unit}"), size));
-        }
-        if self.how == Split::Even && !size.is_multiple_of(unit) {
-            return Err(broken("unit", "dimension is not a whole number of units")
-                .with_expected(format!("a multiple of {unit}"), size));
-        }
+        self.check_units(size)?;
         let (i, n) = self.part(size, mesh, rank)?;
+        if self.how == Split::Even && n > 1 && !size.is_multiple_of(unit) {
+            return Err(broken("unit", "dimension is not a whole number of units")
+                .with_expected(format!("a multiple of {unit}, or 1 part"), format!("{size} in {n} parts")));
+        }
         let units = size.div_ceil(unit);
         let runs = match &self.how {
             Split::Even if !units.is_multiple_of(n) => return Err(self.not_divisible(units, n)),
@@ -112,6 +115,17 @@ impl Cut {
             }
         };
         self.indices(size, runs)
+    }
+
+    /// Refuses a dimension that is not what the configuration says.
+    pub(super) fn check_units(&self, size: u64) -> Result<()> {
+        match self.units {
+            Some(units) if units.checked_mul(self.unit) != Some(size) => {
+                Err(broken("units", "dimension is not what the configuration says")
+                    .with_expected(format!("{units} units of {}", self.unit), size))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The indices of these units.
@@ -199,6 +213,16 @@ impl fmt::Display for Split {
             Split::Table(parts) => write!(f, "table of {} parts", parts.len()),
         }
     }
+}
+
+/// The greatest common divisor.
+pub(super) fn gcd(a: u64, b: u64) -> u64 {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+/// The least common multiple, as far as it can be counted.
+pub(super) fn lcm(a: u64, b: u64) -> u64 {
+    if a == 0 || b == 0 { 0 } else { (a / gcd(a, b)).saturating_mul(b) }
 }
 
 /// The units that a table lists for part `i`, neighbouring ranges as one.
@@ -301,8 +325,9 @@ mod tests {
         let error = take(&heads, 1300, 1, 2).unwrap_err();
         assert_eq!(
             (error.rule(), error.expected(), error.found()),
-            (Some("unit"), Some("a multiple of 128"), Some("1300"))
+            (Some("unit"), Some("a multiple of 128, or 1 part"), Some("1300 in 2 parts"))
         );
+        assert_eq!(range(&heads, 1300, 0, 1), 0..1300);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use smallvec::{SmallVec, smallvec};
 
+use super::cut::gcd;
 use super::{BoxCopy, Loop, Loops};
 use crate::cast::Cast;
 use crate::checkpoint::TensorMeta;
@@ -232,7 +233,7 @@ impl Leaf {
     /// Elements of a type in bytes.
     fn bytes_of(&self, dtype: Dtype, elements: u64) -> Result<u64> {
         dtype.bytes_of(elements).ok_or_else(|| {
-            let group = 8 / gcd(8, dtype.bits());
+            let group = 8 / gcd(8, dtype.bits().into());
             self.broken("cut-not-on-bytes", format!("cut of {dtype} elements does not fall on bytes"))
                 .with_expected(format!("a multiple of {group} elements"), elements)
         })
@@ -266,8 +267,4 @@ impl Factor {
         into.extend(lens[1..].iter().map(|&len| Factor { size: len, start: 0, len, step: 1 }));
         Some(into)
     }
-}
-
-fn gcd(a: u32, b: u32) -> u32 {
-    if b == 0 { a } else { gcd(b, a % b) }
 }

@@ -11,8 +11,10 @@ mod expr;
 mod extents;
 mod family;
 mod form;
+mod holders;
 mod leaf;
 mod memory;
+mod quant;
 mod reads;
 mod rules;
 mod show;
@@ -29,6 +31,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use self::build::Declared;
+use self::rules::Placed;
 use crate::cast::Cast;
 use crate::checkpoint::{Checkpoint, CheckpointFile, TensorMeta};
 use crate::dtype::Dtype;
@@ -38,11 +41,13 @@ use crate::shape::Shape;
 pub use crate::stride::{Loop, Loops};
 pub use cut::{Cut, Split};
 pub use expr::{Expr, Fill};
+pub use family::ModelOptions;
 pub(crate) use form::{BoxOf, Boxes};
 pub use leaf::{Factor, Leaf};
 pub use memory::{Layout, Location};
+pub use quant::{Orientation, Packed, Quantization};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};
-pub use rules::{Rules, ShardRule};
+pub use rules::{Rules, ShardRule, Stage};
 pub use stages::StageSplit;
 pub use world::{Ax, Coord, DeviceSpec, Mesh, MeshOrder, Processes, World};
 
@@ -57,6 +62,8 @@ struct Inner {
     checkpoint: Checkpoint,
     world: World,
     rules: Rules,
+    /// All that rules make of tensors.
+    placed: Vec<Placed>,
     params: Vec<Param>,
     /// What each parameter that is no alias is made of, sorted by parameter.
     declared: Vec<Declared>,

@@ -55,7 +55,7 @@ impl Plan {
     /// # Errors
     /// [`ErrorKind::NotFound`] if it is neither.
     pub fn explain(&self, name: &str) -> Result<String> {
-        let Inner { checkpoint, rules, params, declared, ranks, .. } = &*self.inner;
+        let Inner { checkpoint, rules, placed, params, declared, ranks, .. } = &*self.inner;
         let tensor = checkpoint.position(name).map(|position| position as u32);
         let param = match params.binary_search_by(|param| param.name.as_str().cmp(name)) {
             Ok(param) => Some(param as u32),
@@ -81,7 +81,7 @@ impl Plan {
         if !entry.named.is_empty() {
             _ = writeln!(text, "  and from {} more tensors", entry.named.len());
         }
-        _ = writeln!(text, "  by rule `{}`", OneLine(rules.pattern(entry.rule)));
+        _ = writeln!(text, "  by rule `{}`", OneLine(rules.pattern(placed[entry.placed as usize].rule)));
         let holds = |rank: &&RankPlan| rank.dests.binary_search_by_key(&param, |dest| dest.param).ok();
         if let Some((rank, dest)) = ranks.iter().find_map(|rank| Some((rank.rank, holds(&rank)?))) {
             for leaf in self.form(rank, dest)?.leaves().filter(|leaf| !leaf.order.is_sorted()).take(1) {

@@ -121,7 +121,7 @@ fn an_error_of_the_rules_names_their_file() {
         ("rule = [{ match = '**', only = 9 }]", "rank"),
         ("rule = [{ match = '*', replicate = true, rename = 'x' }]", "rename-collision"),
     ] {
-        let error = refused(&two(), &rules(text), &World::host(1));
+        let error = refused(&two(), &rules(text), &World::host(2));
         assert_eq!((error.rule(), error.file()), (Some(rule), Some(file.path())), "{error}");
     }
     // A filter is not the file's.

@@ -1,7 +1,6 @@
 //! The grammar of the command line. What belongs to later is parsed here and refused by name, never ignored.
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 
@@ -115,6 +114,9 @@ pub(crate) struct MeshArgs {
     /// How tensors are divided: auto (from config.json), replicate, hf-plan:FILE, or a rules FILE
     #[arg(long, value_name = "RULES", default_value = "auto", value_parser = OsStringValueParser::new().try_map(rules))]
     pub(crate) rules: RulesChoice,
+    /// Repeat scales of FP8 blocks that a cut falls inside, for smaller blocks
+    #[arg(long)]
+    pub(crate) refine_scales: bool,
     /// Whose names and layouts the destinations have
     #[arg(long, value_enum, default_value_t = Target::Plain)]
     pub(crate) target: Target,
@@ -135,11 +137,16 @@ pub(crate) enum SplitChoice<T> {
     File(PathBuf),
 }
 
-impl<T: fmt::Display> fmt::Display for SplitChoice<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl<T: Clone> SplitChoice<T> {
+    /// What it says, where `read` understands a file's text.
+    pub(crate) fn read(&self, read: impl FnOnce(&str) -> Result<T>) -> Result<T> {
         match self {
-            SplitChoice::Named(split) => split.fmt(f),
-            SplitChoice::File(path) => path.display().fmt(f),
+            SplitChoice::Named(split) => Ok(split.clone()),
+            SplitChoice::File(path) => {
+                let text =
+                    std::fs::read_to_string(path).map_err(|error| Error::io("cannot read split", path, error))?;
+                read(&text).map_err(|error| error.with_file(path))
+            }
         }
     }
 }
@@ -155,22 +162,7 @@ pub(crate) enum Target {
 impl MeshArgs {
     /// Refuses what this build cannot do yet.
     pub(crate) fn supported(&self) -> Result<()> {
-        let MeshArgs { tp: _, pp, ep, dp: _, cp: _, order, pp_split, ep_split, rules, target } = self;
-        if *pp > 1 {
-            return Err(not_in_this_build(format!("--pp {pp}")));
-        }
-        if *ep > 1 {
-            return Err(not_in_this_build(format!("--ep {ep}")));
-        }
-        if let Some(order) = order {
-            return Err(not_in_this_build(format!("--order {order}")));
-        }
-        if let Some(split) = pp_split {
-            return Err(not_in_this_build(format!("--pp-split {split}")));
-        }
-        if let Some(split) = ep_split {
-            return Err(not_in_this_build(format!("--ep-split {split}")));
-        }
+        let MeshArgs { rules, target, .. } = self;
         if let RulesChoice::HfPlan(path) = rules {
             return Err(not_in_this_build(format!("--rules hf-plan:{}", path.display())));
         }
@@ -493,14 +485,7 @@ mod tests {
     #[test]
     fn what_comes_later_is_refused_by_name() {
         for (flags, what) in [
-            (&["--pp", "2"][..], "--pp 2"),
-            (&["--ep", "8"], "--ep 8"),
-            (&["--order", "pp,dp,cp,tp"], "--order pp,dp,cp,tp,ep,etp"),
-            (&["--pp-split", "vllm"], "--pp-split vllm"),
-            (&["--pp-split", "stages.txt"], "--pp-split stages.txt"),
-            (&["--ep-split", "round-robin"], "--ep-split round-robin"),
-            (&["--ep-split", "even"], "--ep-split even"),
-            (&["--target", "vllm"], "--target vllm"),
+            (&["--target", "vllm"][..], "--target vllm"),
             (&["--rules", "hf-plan:p.json"], "hf-plan:p.json"),
             #[cfg(not(feature = "cuda"))]
             (&["--devices", "cuda:0"], "--devices cuda"),

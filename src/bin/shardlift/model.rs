@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use shardlift::plan::Mesh;
+use shardlift::plan::{Mesh, ModelOptions, Split, StageSplit};
 use shardlift::{Checkpoint, Error, ErrorKind, HubCache, Plan, Rank, Result, Rules, World, limits};
 
 use crate::args::{Devices, MeshArgs, RulesChoice};
@@ -31,7 +31,7 @@ fn is_hub_id(model: &str) -> bool {
 
 /// The world that MESH describes, as this process drives it.
 pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Result<World> {
-    let MeshArgs { tp, pp, ep, dp, cp, order, pp_split: _, ep_split: _, rules: _, target: _ } = *mesh;
+    let MeshArgs { tp, pp, ep, dp, cp, order, .. } = *mesh;
     let ranks = [dp, pp, cp, tp].iter().try_fold(1u32, |product, size| product.checked_mul(*size));
     let Some(ranks) = ranks.filter(|&ranks| ranks <= limits::RANKS_MAX) else {
         return Err(Error::new(ErrorKind::Usage, "too many ranks"));
@@ -69,9 +69,20 @@ fn visible_gpus() -> usize {
 
 /// The rules that `--rules` names.
 pub(crate) fn rules(checkpoint: &Checkpoint, mesh: &MeshArgs, world: &World) -> Result<Rules> {
+    let stages = mesh.pp_split.as_ref().map(|split| split.read(StageSplit::from_counts)).transpose()?;
+    let experts = mesh.ep_split.as_ref().map(|split| split.read(Split::from_table)).transpose()?;
+    let is_model = mesh.rules == RulesChoice::Auto;
+    for (flag, given) in [("--ep-split", experts.is_some()), ("--refine-scales", mesh.refine_scales)] {
+        if given && !is_model {
+            return Err(Error::new(ErrorKind::Usage, format!("{flag} is for rules from config.json: --rules auto")));
+        }
+    }
     match &mesh.rules {
         RulesChoice::Replicate => Ok(Rules::replicate_all()),
-        RulesChoice::File(path) => Rules::from_file(path),
+        RulesChoice::File(path) => {
+            let rules = Rules::from_file(path)?;
+            Ok(stages.into_iter().fold(rules, Rules::stage_split))
+        }
         RulesChoice::HfPlan(_) => Err(crate::args::not_in_this_build("--rules hf-plan")),
         RulesChoice::Auto => match (checkpoint.partition_of(), world.size()) {
             // Divided already: the configuration beside it is of the whole model.
@@ -82,7 +93,13 @@ pub(crate) fn rules(checkpoint: &Checkpoint, mesh: &MeshArgs, world: &World) -> 
             )
             .with_file(checkpoint.path())),
             (None, 1) if checkpoint.config().is_none() => Ok(Rules::replicate_all()),
-            (None, _) => Rules::for_model(checkpoint),
+            (None, _) => {
+                let mut options = ModelOptions::default();
+                options.stages = stages.unwrap_or_default();
+                options.experts = experts.unwrap_or_default();
+                options.refine_scales = mesh.refine_scales;
+                Rules::for_model_with(checkpoint, &options)
+            }
         },
     }
 }

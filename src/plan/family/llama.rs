@@ -1,8 +1,9 @@
-//! Llama, Mistral, Qwen2, Qwen3: separate q, k and v with grouped-query attention (sharding.md section 2).
+//! The Llama kind, dense: separate q, k and v with grouped-query attention, a gated MLP (sharding.md section 2).
 
-use super::{Config, Family};
+use super::Family;
+use super::config::Config;
 use crate::error::Result;
-use crate::plan::rules::{Rules, ShardRule};
+use crate::plan::rules::{Rules, Stage};
 
 pub(super) const FAMILY: Family = Family {
     model_types: &["llama", "mistral", "qwen2", "qwen3"],
@@ -11,39 +12,24 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn rules(config: &Config<'_>) -> Result<Rules> {
-    let heads = config.count(&["num_attention_heads"])?;
-    let kv_heads = config.find(&["num_key_value_heads"])?.unwrap_or(heads);
-    let head = match config.find(&["head_dim"])? {
-        Some(head) => head,
-        None => config.head_size(config.count(&["hidden_size"])?, heads)?,
-    };
-    let intermediate = config.count(&["intermediate_size"])?;
+    let rules = decoder(Rules::new(), config)?;
+    Ok(rules.gated_mlp("**.mlp", config.count(&["intermediate_size"])?))
+}
 
-    let q = ShardRule::dim(0).unit(head).units(heads);
-    let kv = ShardRule::dim(0).unit(head).units(kv_heads).replicate_units();
+/// All of a decoder of this kind but its MLPs.
+pub(super) fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
     // LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config do not tie by default.
-    let rules = config
-        .head(Rules::new(), "lm_head.weight", &["model.embed_tokens.weight", "embed_tokens.weight"], false)?
-        .shard("**.self_attn.q_proj.weight", q.clone())
-        .shard("**.self_attn.q_proj.bias", q)
-        .optional()
-        .shard("**.self_attn.{k,v}_proj.weight", kv.clone())
-        .shard("**.self_attn.{k,v}_proj.bias", kv)
-        .optional()
-        .shard("**.self_attn.o_proj.weight", ShardRule::dim(1).unit(head).units(heads))
-        .shard("**.mlp.{gate,up}_proj.weight", ShardRule::dim(0).units(intermediate))
-        .shard("**.mlp.{gate,up}_proj.bias", ShardRule::dim(0).units(intermediate))
-        .optional()
-        .shard("**.mlp.down_proj.weight", ShardRule::dim(1).units(intermediate))
-        .replicate("**.{o,down}_proj.bias")
-        .optional()
+    let embeddings = ["model.embed_tokens.weight", "embed_tokens.weight"];
+    config
+        .vocabulary(rules, "lm_head.weight", &embeddings, false)?
+        .attention(config.heads()?)
         // Qwen3 normalises each head alone, so the weight has the size of one head.
-        .replicate("**.self_attn.{q,k}_norm.weight")
+        .norms("self_attn.{q,k}_norm")
         .optional()
-        .replicate("**.{input_layernorm,post_attention_layernorm,norm}.weight")
-        .replicate("**.embed_tokens.weight")
-        .optional()
+        .norms("{input_layernorm,post_attention_layernorm}")
+        .norms("norm")
+        .stage(Stage::Last)
         .skip("**.rotary_emb.inv_freq")
-        .optional();
-    Ok(rules)
+        .optional()
+        .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
 }

@@ -3,15 +3,34 @@
 
 mod bert;
 mod bloom;
+mod config;
+mod deepseek;
 mod llama;
+mod moe;
+mod parts;
 #[cfg(test)]
 mod tests;
 
 use serde_json::Value;
 
+use self::config::Config;
+use super::cut::Split;
 use super::rules::Rules;
-use crate::checkpoint::{Checkpoint, TensorMeta};
+use super::stages::StageSplit;
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
+
+/// What rules for a model depend on besides the model.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct ModelOptions {
+    /// Which layers each pipeline stage has.
+    pub stages: StageSplit,
+    /// Which experts each expert-parallel group has.
+    pub experts: Split,
+    /// Repeats scales of FP8 blocks that a cut falls inside: see [`Quantization::refine`](super::Quantization::refine).
+    pub refine_scales: bool,
+}
 
 /// A family: the `model_type`s that it covers, the class names its architectures begin with, and its rules.
 struct Family {
@@ -20,7 +39,8 @@ struct Family {
     rules: fn(&Config<'_>) -> Result<Rules>,
 }
 
-const FAMILIES: &[Family] = &[llama::FAMILY, bert::FAMILY, bloom::FAMILY];
+const FAMILIES: &[Family] =
+    &[llama::FAMILY, moe::MIXTRAL, moe::QWEN3_MOE, deepseek::FAMILY, bert::FAMILY, bloom::FAMILY];
 
 impl Rules {
     /// The rules for the model that the checkpoint's `config.json` describes: tensor-parallel layers in the way of
@@ -33,6 +53,14 @@ impl Rules {
     /// [`ErrorKind::Rules`]: rule `no-config` without a `config.json`, `unknown-architecture` for any other model,
     /// `config` if it does not open, is no JSON, or a number is missing or makes no sense.
     pub fn for_model(checkpoint: &Checkpoint) -> Result<Rules> {
+        Rules::for_model_with(checkpoint, &ModelOptions::default())
+    }
+
+    /// [`Rules::for_model`] with options.
+    ///
+    /// # Errors
+    /// As [`Rules::for_model`].
+    pub fn for_model_with(checkpoint: &Checkpoint, options: &ModelOptions) -> Result<Rules> {
         if let Some(error) = checkpoint.config_error() {
             let at = error.file().unwrap_or(checkpoint.path());
             let broken = broken("config", format!("config.json cannot be used: {}", error.message())).with_file(at);
@@ -46,7 +74,7 @@ impl Rules {
                 broken("no-config", "no config.json beside the model; give rules instead").with_file(checkpoint.path())
             );
         };
-        Rules::for_config(&Config { json, checkpoint })
+        Rules::for_config(&Config { json, root: json, checkpoint, options })
             .map_err(|error| checkpoint.config_path().into_iter().fold(error, Error::with_file))
     }
 
@@ -60,7 +88,7 @@ impl Rules {
             (None, None) => false,
         });
         match family {
-            Some(family) => (family.rules)(config),
+            Some(family) => Ok((family.rules)(config)?.quantization(config.quantization()?)),
             None => Err(unknown(model_type.or(architecture))),
         }
     }
@@ -77,80 +105,6 @@ fn unknown(model: Option<&str>) -> Error {
     let way_out = "load it whole on every rank (--rules replicate), or give a rules file with lines like";
     broken("unknown-architecture", format!("no rules for this architecture; {way_out} {example}"))
         .with_expected(format!("one of {}", known.join(", ")), model.unwrap_or("no model_type"))
-}
-
-/// The model's `config.json` and headers.
-struct Config<'a> {
-    json: &'a Value,
-    checkpoint: &'a Checkpoint,
-}
-
-impl Config<'_> {
-    /// The first of these keys that is there, as a number of at least 1.
-    fn find(&self, keys: &[&str]) -> Result<Option<u64>> {
-        let Some((key, value)) =
-            keys.iter().filter_map(|key| Some((key, self.json.get(key)?))).find(|(_, value)| !value.is_null())
-        else {
-            return Ok(None);
-        };
-        match value.as_u64() {
-            Some(number @ 1..) => Ok(Some(number)),
-            _ => Err(broken("config", format!("config.json: {key} makes no sense"))
-                .with_expected("a number of at least 1", value)),
-        }
-    }
-
-    /// The first of these keys that is there; one must be.
-    fn count(&self, keys: &[&str]) -> Result<u64> {
-        self.find(keys)?.ok_or_else(|| broken("config", format!("config.json has no {}", keys.join(" or "))))
-    }
-
-    /// `hidden` divided over `heads`.
-    fn head_size(&self, hidden: u64, heads: u64) -> Result<u64> {
-        if hidden.is_multiple_of(heads) {
-            return Ok(hidden / heads);
-        }
-        Err(broken("config", "config.json: heads do not divide the hidden size")
-            .with_expected(format!("a multiple of {heads}"), hidden))
-    }
-
-    /// Adds what becomes of an output head's tensor: where weights are tied (`default` without a word in the config) it
-    /// is an alias of the first of `embeddings` that is there, and a stored one is skipped; else it is replicated.
-    fn head(&self, rules: Rules, head: &str, embeddings: &[&str], default: bool) -> Result<Rules> {
-        let tied = match self.json.get("tie_word_embeddings") {
-            None | Some(Value::Null) => default,
-            Some(value) => value.as_bool().ok_or_else(|| {
-                broken("config", "config.json: tie_word_embeddings makes no sense")
-                    .with_expected("true or false", value)
-            })?,
-        };
-        let stored = self.checkpoint.tensor(head);
-        let embedding = embeddings.iter().find_map(|name| self.checkpoint.tensor(name));
-        let Some(embedding) = embedding.filter(|_| tied && (stored.is_some() || self.has_head(head))) else {
-            return Ok(rules.replicate(head).optional());
-        };
-        let rules = match stored {
-            Some(stored) if (stored.dtype, &stored.shape) != (embedding.dtype, &embedding.shape) => {
-                let shape = |tensor: &TensorMeta| format!("{} {}", tensor.dtype, tensor.shape);
-                return Err(broken("config", format!("config.json ties this tensor to `{}`", embedding.name))
-                    .with_expected(shape(embedding), shape(stored))
-                    .with_tensor(head));
-            }
-            Some(_) => rules.skip(head),
-            None => rules,
-        };
-        Ok(rules.alias(head, embedding.name.as_str()))
-    }
-
-    /// Whether the model has an output head that its files need not store: BERT's is known by its bias, others' by
-    /// the class, where the config names one (`LlamaModel` and `LlamaForSequenceClassification` have none).
-    fn has_head(&self, head: &str) -> bool {
-        if head.starts_with("cls.predictions.") {
-            return self.checkpoint.position("cls.predictions.bias").is_some();
-        }
-        let class = self.json.pointer("/architectures/0").and_then(Value::as_str);
-        class.is_none_or(|class| class.ends_with("ForCausalLM"))
-    }
 }
 
 fn broken(rule: &'static str, message: impl Into<String>) -> Error {

@@ -1,17 +1,20 @@
 //! [`Rules`]: patterns over tensor names -> placement. First match wins, and nothing is placed by default.
 
 mod file;
+mod matching;
+mod module;
 mod pattern;
 
 use std::path::PathBuf;
 
-use rayon::prelude::*;
-
+pub(super) use self::matching::{Matches, Placed, TENSORS_PER_TASK, Verdict};
 use self::pattern::{Pattern, Template};
 use super::cut::{Cut, Split};
-use super::expr::{Expr, castable};
-use super::world::Coord;
-use crate::checkpoint::{Checkpoint, TensorMeta};
+use super::expr::{Expr, Fill, castable};
+use super::quant::{Orientation, Quantization};
+use super::stages::StageSplit;
+use super::world::{Coord, Mesh};
+use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -42,6 +45,9 @@ pub struct Rules {
     drop: Vec<Filter>,
     /// What floats of 16 bits and more are cast to whose rule does not say.
     casting: Option<Dtype>,
+    /// How modules that a quantiser made are stored.
+    quantization: Quantization,
+    pub(super) pipeline: Option<Pipeline>,
     /// The file that the rules are from.
     file: Option<PathBuf>,
     /// The first mistake made while building; builders cannot fail half way.
@@ -55,12 +61,65 @@ pub struct ShardRule {
     cut: Cut,
 }
 
+/// Which pipeline stages hold what no layer's number says it of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Stage {
+    /// The first: embeddings.
+    First,
+    /// The last: the final norm, the output head.
+    Last,
+    /// Both: embeddings that are the output head, too.
+    Ends,
+    /// All of them.
+    All,
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct Rule {
     pattern: Result<Pattern, String>,
+    scope: Scope,
     pub(super) placement: Placement,
+    pub(super) stage: Option<Stage>,
+    pub(super) among: Option<Among>,
     rename: Option<Result<Template, String>>,
     optional: bool,
+}
+
+/// What names a rule's pattern is about.
+#[derive(Debug, Clone)]
+enum Scope {
+    Tensors,
+    Module(ModuleRule),
+}
+
+/// What holds for the tensors of a module.
+#[derive(Debug, Clone, Default)]
+struct ModuleRule {
+    orientation: Orientation,
+    /// Which ranks have the bias, and what the others have.
+    bias: Option<(Coord, u32, Fill)>,
+    /// What destinations' names have after the module's instead.
+    suffixes: Vec<(&'static str, String)>,
+}
+
+/// Which of several like tensors each rank holds.
+#[derive(Debug, Clone)]
+pub(super) struct Among {
+    /// The wildcard that matches the number of one, the first being 1.
+    wildcard: usize,
+    count: u64,
+    pub(super) cut: Cut,
+}
+
+/// The layers of pipeline stages.
+#[derive(Debug, Clone)]
+pub(super) struct Pipeline {
+    /// Matches the tensors of layers; the first wildcard that is a number is the layer's.
+    pattern: Result<Pattern, String>,
+    /// How many layers there are; nothing can be divided into stages without.
+    pub(super) layers: Option<u64>,
+    pub(super) how: StageSplit,
 }
 
 /// Who gets what of a matched tensor.
@@ -75,41 +134,25 @@ pub(super) enum Placement {
 }
 
 /// Which ranks hold a parameter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Owner {
     All,
     Only(Rank),
+    /// Those with this part of a division.
+    Where(Coord, u32),
 }
 
 #[derive(Debug, Clone)]
 pub(super) struct AliasRule {
     pub(super) name: String,
     pub(super) of: String,
+    pub(super) stage: Stage,
 }
 
 #[derive(Debug, Clone)]
 struct Filter {
     glob: String,
     pattern: Result<Pattern, String>,
-}
-
-/// What the rules say about one tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
-    /// This rule places it.
-    Rule(u32),
-    /// Destinations of other rules name it.
-    Part,
-    /// It is left out.
-    Skipped,
-}
-
-/// What the rules say about a checkpoint's tensors.
-pub(super) struct Matches {
-    /// About each of them.
-    pub(super) verdicts: Vec<Verdict>,
-    /// What the expression of its rule names, for each tensor whose rule names any: sorted by the tensor that it matched.
-    pub(super) named: Vec<(u32, Box<[u32]>)>,
 }
 
 impl Rules {
@@ -136,6 +179,110 @@ impl Rules {
     /// Matching tensors are what the expression says, on every rank.
     pub fn place(self, pattern: impl AsRef<str>, expr: Expr) -> Rules {
         self.push(Rule::new(pattern.as_ref(), Placement::Place { owner: Owner::All, expr }))
+    }
+
+    /// The tensors of matching modules are what the expression says of a logical matrix: `[outputs, inputs]`, or
+    /// `[experts, outputs, inputs]` where one tensor has those of all experts. The pattern matches the name of the
+    /// module, `model.layers.0.mlp.up_proj`; its tensors are the weight, or what a quantiser made of it (see
+    /// [`quantization`](Rules::quantization)), the bias, and what a LoRA adapter adds to it. Each of them is divided as
+    /// the matrix is: a bias along the outputs, scales with what they scale. Names in the expression and in
+    /// [`rename`](Rules::rename) are those of modules, too.
+    ///
+    /// A cut falls between groups of values that share a scale or a word, of all tensors of the module: its unit is
+    /// their least common multiple. Expressions of modules are made of [`Shard`](Expr::Shard),
+    /// [`Slice`](Expr::Slice), [`Pad`](Expr::Pad), [`On`](Expr::On), [`Cast`](Expr::Cast), [`Concat`](Expr::Concat) and
+    /// [`Stack`](Expr::Stack) of [`Select`](Expr::Select).
+    pub fn module(self, pattern: impl AsRef<str>, expr: Expr) -> Rules {
+        let rule = Rule::new(pattern.as_ref(), Placement::Place { owner: Owner::All, expr });
+        self.push(Rule { scope: Scope::Module(ModuleRule::default()), ..rule })
+    }
+
+    /// All tensors of matching modules are parts of other destinations: [`part`](Rules::part) of a
+    /// [`module`](Rules::module).
+    pub fn module_part(self, pattern: impl AsRef<str>) -> Rules {
+        let rule = Rule::new(pattern.as_ref(), Placement::Part);
+        self.push(Rule { scope: Scope::Module(ModuleRule::default()), ..rule })
+    }
+
+    /// Weights of the modules of the rule added last that are not quantised are stored so.
+    pub fn orientation(mut self, orientation: Orientation) -> Rules {
+        if let Some(module) = self.last_module("orientation") {
+            module.orientation = orientation;
+        }
+        self
+    }
+
+    /// Biases of the modules of the rule added last are only on the ranks that have `part` of the division `by`; the
+    /// others have as many places that are filled. Without it a bias that no cut divides is whole on every rank.
+    pub fn bias_on(mut self, by: Coord, part: u32, fill: Fill) -> Rules {
+        if let Some(module) = self.last_module("bias_on") {
+            module.bias = Some((by, part, fill));
+        }
+        self
+    }
+
+    /// Destinations of the rule of modules added last have `to` after the module's name where their tensors have `from`.
+    pub fn suffix(mut self, from: &'static str, to: impl Into<String>) -> Rules {
+        if let Some(module) = self.last_module("suffix") {
+            module.suffixes.push((from, to.into()));
+        }
+        self
+    }
+
+    /// Only the ranks that have `part` of the division `by` hold the destinations of the rule added last; the others have
+    /// no such destinations.
+    pub fn held_by(mut self, by: Coord, part: u32) -> Rules {
+        match self.rules.last_mut().map(|rule| &mut rule.placement) {
+            Some(Placement::Place { owner: owner @ Owner::All, .. }) => *owner = Owner::Where(by, part),
+            Some(Placement::Place { .. }) => self.mistake("where", "held_by() of what some ranks hold only"),
+            Some(Placement::Part) => self.mistake("where", "held_by() of a part of other destinations"),
+            Some(Placement::Skip) => self.mistake("where", "held_by() of a tensor that is skipped"),
+            None => self.mistake("where", "held_by() before any rule"),
+        }
+        self
+    }
+
+    /// The tensors of the rule added last are `count` like ones, for instance a layer's experts, of which each rank
+    /// holds those that `cut` gives it: the number of one is what wildcard `wildcard` of the pattern matched, the
+    /// first wildcard being 1.
+    pub fn among(mut self, wildcard: usize, count: u64, cut: Cut) -> Rules {
+        match self.rules.last_mut() {
+            Some(rule) => rule.among = Some(Among { wildcard, count, cut }),
+            None => self.mistake("among", "among() before any rule"),
+        }
+        self
+    }
+
+    /// Destinations of the rule added last are on these pipeline stages, whatever layer they are of.
+    pub fn stage(mut self, stage: Stage) -> Rules {
+        match self.rules.last_mut() {
+            Some(rule) => rule.stage = Some(stage),
+            None => self.mistake("stage", "stage() before any rule"),
+        }
+        self
+    }
+
+    /// Tensors whose name matches `layers` are of the layer whose number is the first wildcard that is one, and only on
+    /// the pipeline stage that `how` gives this one of `count` layers; without a `count` there is one stage only. All other tensors are on every stage, unless their
+    /// rule has a [`stage`](Rules::stage).
+    pub fn pipeline(mut self, layers: impl AsRef<str>, count: impl Into<Option<u64>>, how: StageSplit) -> Rules {
+        self.pipeline = Some(Pipeline { pattern: Pattern::new(layers.as_ref()), layers: count.into(), how });
+        self
+    }
+
+    /// Divides the layers of the [`pipeline`](Rules::pipeline) in another way.
+    pub fn stage_split(mut self, how: StageSplit) -> Rules {
+        match &mut self.pipeline {
+            Some(pipeline) => pipeline.how = how,
+            None => self.mistake("stages", "nothing says which tensors are of layers"),
+        }
+        self
+    }
+
+    /// How modules that a quantiser made are stored.
+    pub fn quantization(mut self, quantization: Quantization) -> Rules {
+        self.quantization = quantization;
+        self
     }
 
     /// Matching tensors lie whole on one rank and nowhere else.
@@ -201,8 +348,13 @@ impl Rules {
     /// A further destination `name` that shares the memory of the destination `of` (tied weights), which is no alias
     /// itself. If `of` is left out by [`keeping`](Rules::keeping) or [`skipping`](Rules::skipping), its first alias
     /// that is not holds its bytes instead.
-    pub fn alias(mut self, name: impl Into<String>, of: impl Into<String>) -> Rules {
-        self.aliases.push(AliasRule { name: name.into(), of: of.into() });
+    pub fn alias(self, name: impl Into<String>, of: impl Into<String>) -> Rules {
+        self.alias_on(Stage::All, name, of)
+    }
+
+    /// An [`alias`](Rules::alias) that only these pipeline stages have, all of which hold the original.
+    pub fn alias_on(mut self, stage: Stage, name: impl Into<String>, of: impl Into<String>) -> Rules {
+        self.aliases.push(AliasRule { name: name.into(), of: of.into(), stage });
         self
     }
 
@@ -233,6 +385,26 @@ impl Rules {
         self
     }
 
+    fn last_module(&mut self, what: &'static str) -> Option<&mut ModuleRule> {
+        if !matches!(self.rules.last(), Some(Rule { scope: Scope::Module(_), .. })) {
+            self.mistake(what, &format!("{what}() of no rule of modules"));
+        }
+        match self.rules.last_mut() {
+            Some(Rule { scope: Scope::Module(module), .. }) => Some(module),
+            _ => None,
+        }
+    }
+
+    /// What a destination's name has after the module's, where the rule says that.
+    fn renamed_suffix(&self, rule: u32, suffix: &'static str) -> &str {
+        match &self.rules[rule as usize].scope {
+            Scope::Module(ModuleRule { suffixes, .. }) => {
+                suffixes.iter().find(|(from, _)| *from == suffix).map_or(suffix, |(_, to)| to)
+            }
+            Scope::Tensors => suffix,
+        }
+    }
+
     pub(super) fn push(mut self, rule: Rule) -> Rules {
         self.rules.push(rule);
         self
@@ -249,7 +421,10 @@ impl Rules {
         }
         self.rules.iter().try_for_each(Rule::check)?;
         self.casting.map_or(Ok(()), castable)?;
-        for AliasRule { name, of } in &self.aliases {
+        if let Some(Pipeline { pattern, .. }) = &self.pipeline {
+            compiled("pattern", pattern)?;
+        }
+        for AliasRule { name, of, stage: _ } in &self.aliases {
             let wrong = |what: String| broken("alias", what).with_tensor(name.as_str());
             if let Some(what) = unusable(name) {
                 return Err(wrong(format!("alias of `{of}` is {what}")));
@@ -264,104 +439,6 @@ impl Rules {
     /// What all floats of 16 and 32 bits are cast to.
     pub(super) fn casts_to(&self) -> Option<Dtype> {
         self.casting
-    }
-
-    /// The type of what `rule` places, where its expression says that.
-    pub(super) fn dtype(&self, rule: u32) -> Option<Dtype> {
-        match &self.rules[rule as usize].placement {
-            Placement::Place { expr, .. } => expr.dtype(),
-            Placement::Part | Placement::Skip => None,
-        }
-    }
-
-    /// What the rules say about each tensor, whether it is filtered out or not.
-    ///
-    /// # Errors
-    /// What makes no sense for any checkpoint, and what does not for this one.
-    pub(super) fn matches(&self, checkpoint: &Checkpoint) -> Result<Matches> {
-        self.check()?;
-        let tensors = checkpoint.tensors();
-        let matched: Vec<Option<u32>> = tensors
-            .par_iter()
-            .with_min_len(TENSORS_PER_TASK)
-            .map(|tensor| self.rules.iter().position(|rule| rule.matches(&tensor.name)).map(|rule| rule as u32))
-            .collect();
-        self.refuse_unused(tensors, &matched)?;
-        let naming: Vec<bool> = self.rules.iter().map(|rule| rule.placement.names() > 0).collect();
-        let mut named = Vec::new();
-        let mut is_part = vec![false; if naming.contains(&true) { tensors.len() } else { 0 }];
-        for (tensor, rule) in (0..).zip(&matched) {
-            let Some(rule) = rule.filter(|&rule| naming[rule as usize]) else { continue };
-            let sources = self.sources(rule, &tensors[tensor as usize].name, checkpoint)?;
-            sources.iter().for_each(|&source| is_part[source as usize] = true);
-            named.push((tensor, sources));
-        }
-        let is_part = |at: usize| is_part.get(at).copied().unwrap_or(false);
-        let verdict = |(at, (tensor, matched)): (usize, (&TensorMeta, Option<u32>))| {
-            let Some(rule) = matched else {
-                return match is_part(at) {
-                    true => Ok(Verdict::Part),
-                    false if !self.wants(&[&tensor.name]) => Ok(Verdict::Skipped),
-                    false => Err(unmatched(tensor)),
-                };
-            };
-            match self.rules[rule as usize].placement {
-                Placement::Skip => Ok(Verdict::Skipped),
-                Placement::Place { .. } => Ok(Verdict::Rule(rule)),
-                Placement::Part if is_part(at) => Ok(Verdict::Part),
-                Placement::Part => {
-                    let what = format!("rule `{}`: no destination has this part", self.pattern(rule));
-                    Err(broken("unused-part", what).with_tensor(tensor.name.as_str()))
-                }
-            }
-        };
-        let verdicts = tensors.iter().zip(matched).enumerate().map(verdict).collect::<Result<_>>()?;
-        Ok(Matches { verdicts, named })
-    }
-
-    /// The tensors that the expression of `rule` names for the tensor of this name.
-    fn sources(&self, rule: u32, name: &str, checkpoint: &Checkpoint) -> Result<Box<[u32]>> {
-        let Rule { pattern: Ok(pattern), placement: Placement::Place { expr, .. }, .. } = &self.rules[rule as usize]
-        else {
-            return Ok(Box::default());
-        };
-        let captures = pattern.captures(name).unwrap_or_default();
-        let mut sources = Vec::new();
-        expr.for_each_name(&mut |template| {
-            let wrong = |what: String| broken("source", format!("rule `{}`: {what}", pattern.text())).with_tensor(name);
-            let source = Template::new(template).map_err(wrong)?.fill(name, &captures);
-            match checkpoint.position(&source) {
-                Some(position) => sources.push(position as u32),
-                None => return Err(wrong(format!("no tensor `{source}` for its destination"))),
-            }
-            Ok(())
-        })?;
-        Ok(sources.into())
-    }
-
-    /// The destination's name for a tensor that `rule` matched.
-    pub(super) fn destination(&self, rule: u32, name: &str) -> Result<String> {
-        let Rule { pattern: Ok(pattern), rename: Some(Ok(template)), .. } = &self.rules[rule as usize] else {
-            return Ok(name.to_owned());
-        };
-        let filled = pattern.captures(name).map_or_else(|| name.to_owned(), |found| template.fill(name, &found));
-        match unusable(&filled) {
-            None => Ok(filled),
-            Some(what) => {
-                Err(broken("rename", format!("rule `{}` renames to {what}", pattern.text())).with_tensor(name))
-            }
-        }
-    }
-
-    /// What a tensor of type `from` is cast to that `rule` places.
-    pub(super) fn cast_to(&self, rule: u32, from: Dtype) -> Option<Dtype> {
-        match &self.rules[rule as usize].placement {
-            Placement::Place { expr, .. } => {
-                let all = self.casting.filter(|_| matches!(from, Dtype::Bf16 | Dtype::F16 | Dtype::F32));
-                expr.cast_to().or(all)
-            }
-            Placement::Part | Placement::Skip => None,
-        }
     }
 
     /// Whether a destination is loaded that goes by these names.
@@ -392,22 +469,6 @@ impl Rules {
     /// The pattern of a rule, as it was written.
     pub(super) fn pattern(&self, rule: u32) -> &str {
         self.rules[rule as usize].text()
-    }
-
-    fn refuse_unused(&self, tensors: &[TensorMeta], matched: &[Option<u32>]) -> Result<()> {
-        let mut used = vec![false; self.rules.len()];
-        for rule in matched.iter().flatten() {
-            used[*rule as usize] = true;
-        }
-        for (rule, used) in self.rules.iter().zip(used) {
-            if !used && !rule.optional {
-                let text = rule.text();
-                let shadowed = tensors.iter().any(|tensor| rule.matches(&tensor.name));
-                let why = if shadowed { "earlier rules leave nothing to rule" } else { "no tensor matches rule" };
-                return Err(broken("unused-rule", format!("{why} `{text}`")));
-            }
-        }
-        Ok(())
     }
 }
 
@@ -448,6 +509,13 @@ impl ShardRule {
     }
 }
 
+impl ShardRule {
+    /// The matched tensor's, or module's, parts.
+    pub fn expr(self) -> Expr {
+        Expr::shard(self.dim, self.cut)
+    }
+}
+
 impl From<usize> for ShardRule {
     fn from(dim: usize) -> ShardRule {
         ShardRule::dim(dim)
@@ -461,11 +529,19 @@ impl From<ShardRule> for Placement {
 }
 
 impl Placement {
-    /// How many tensors it names besides the one that was matched.
-    fn names(&self) -> usize {
+    /// What it makes of a tensor.
+    fn expr(&self) -> Option<&Expr> {
         match self {
-            Placement::Place { expr, .. } => expr.names(),
-            Placement::Part | Placement::Skip => 0,
+            Placement::Place { expr, .. } => Some(expr),
+            Placement::Part | Placement::Skip => None,
+        }
+    }
+
+    /// Which ranks have it.
+    pub(super) fn owner(&self) -> Option<&Owner> {
+        match self {
+            Placement::Place { owner, .. } => Some(owner),
+            Placement::Part | Placement::Skip => None,
         }
     }
 
@@ -480,22 +556,38 @@ impl Placement {
 
 impl Owner {
     /// Whether `rank` holds the parameter.
-    pub(super) fn has(self, rank: Rank) -> bool {
+    pub(super) fn has(&self, mesh: Mesh, rank: Rank) -> Result<bool> {
+        let size = mesh.size();
         match self {
-            Owner::All => true,
-            Owner::Only(owner) => owner == rank,
+            Owner::All => Ok(true),
+            Owner::Only(owner) if owner.0 >= size => {
+                Err(broken("rank", "no such rank").with_expected(format!("a rank below {size}"), owner))
+            }
+            Owner::Only(owner) => Ok(*owner == rank),
+            Owner::Where(by, part) => match by.of(mesh, rank)? {
+                (_, n) if *part >= n => Err(no_part(n, *part)),
+                (i, _) => Ok(i == *part),
+            },
         }
     }
 }
 
 impl Rule {
     fn new(pattern: &str, placement: Placement) -> Rule {
-        Rule { pattern: Pattern::new(pattern), placement, rename: None, optional: false }
+        Rule {
+            pattern: Pattern::new(pattern),
+            scope: Scope::Tensors,
+            placement,
+            stage: None,
+            among: None,
+            rename: None,
+            optional: false,
+        }
     }
 
     /// Refuses what makes no sense for any tensor.
     fn check(&self) -> Result<()> {
-        let Rule { pattern, placement, rename, optional: _ } = self;
+        let Rule { pattern, placement, rename, among, .. } = self;
         let pattern = compiled("pattern", pattern)?;
         let of_rule = |error: Error| error.in_context(format_args!("rule `{}`", pattern.text()));
         if let Placement::Place { expr, .. } = placement {
@@ -512,6 +604,13 @@ impl Rule {
                 Ok(_) => Ok(()),
                 Err(what) => Err(of_rule(broken("source", what))),
             })?;
+        }
+        if let Some(Among { wildcard, cut, .. }) = among {
+            cut.by.check().map_err(of_rule)?;
+            if !(1..=pattern.wildcards()).contains(wildcard) {
+                return Err(of_rule(broken("among", "there is no such wildcard"))
+                    .with_expected(format!("1 to {}", pattern.wildcards()), wildcard));
+            }
         }
         let Some(template) = rename else { return Ok(()) };
         let wrong = |what: String| of_rule(broken("rename", what));
@@ -535,6 +634,41 @@ impl Rule {
 
     fn matches(&self, name: &str) -> bool {
         self.pattern.as_ref().is_ok_and(|pattern| pattern.matches(name))
+    }
+
+    /// Which one of several like tensors this is, and of how many.
+    pub(super) fn number(&self, among: &Among, subject: &str) -> Result<u64> {
+        let captures = self.pattern.as_ref().ok().and_then(|pattern| pattern.captures(subject));
+        let text = captures
+            .as_ref()
+            .and_then(|captures| captures.get(among.wildcard - 1))
+            .map(|range| &subject[range.clone()]);
+        let number = text.and_then(|text| text.parse().ok()).filter(|number| *number < among.count);
+        number.ok_or_else(|| {
+            broken("among", format!("rule `{}`: not the number of one", self.text()))
+                .with_expected(format!("a number below {}", among.count), text.unwrap_or("nothing"))
+        })
+    }
+}
+
+impl Among {
+    pub(super) fn count(&self) -> u64 {
+        self.count
+    }
+}
+
+impl Pipeline {
+    /// The layer that a tensor is of.
+    pub(super) fn layer(&self, name: &str) -> Result<Option<u64>> {
+        let Some(captures) = self.pattern.as_ref().ok().and_then(|pattern| pattern.captures(name)) else {
+            return Ok(None);
+        };
+        match captures.iter().find_map(|range| name[range.clone()].parse().ok()) {
+            Some(layer) if self.layers.is_some_and(|layers| layer >= layers) => Err(broken("stages", "no such layer")
+                .with_expected(format!("a layer below {}", self.layers.unwrap_or_default()), layer)
+                .with_tensor(name)),
+            layer => Ok(layer),
+        }
     }
 }
 
@@ -569,9 +703,11 @@ fn unmatched(tensor: &TensorMeta) -> Error {
         .with_tensor(tensor.name.as_str())
 }
 
+/// Why nobody holds a parameter.
+fn no_part(n: u32, part: u32) -> Error {
+    broken("coordinate", "there is no such part").with_expected(format!("one below {n}"), part)
+}
+
 fn broken(rule: &'static str, message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Rules, message).with_rule(rule)
 }
-
-/// Fewest tensors whose names one task of the pool looks at: matching this many costs far more than handing them over.
-pub(super) const TENSORS_PER_TASK: usize = 512;

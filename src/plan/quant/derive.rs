@@ -1,0 +1,318 @@
+//! What a rule says of a logical matrix, said of one of the tensors that are stored for it.
+
+use smallvec::SmallVec;
+
+use super::recognise::UNKNOWN;
+use super::{Dim, Linear, Merged, Stored};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+use crate::limits::REFINED_BLOCK_MIN;
+use crate::plan::cut::{Cut, Split, gcd, lcm};
+use crate::plan::expr::Expr;
+use crate::plan::world::Mesh;
+
+/// What a derivation asks for: the modules that an expression names, and the ranks that it is for.
+pub(in crate::plan) struct Parts<'a> {
+    /// The module that the rule matched.
+    pub(in crate::plan) matched: &'a Linear,
+    /// The module that the expression names.
+    pub(in crate::plan) named: &'a dyn Fn(&str) -> Result<Linear>,
+    /// The ranks.
+    pub(in crate::plan) mesh: Mesh,
+    /// The size of FP8 blocks that scales are repeated for, if they are.
+    pub(in crate::plan) refined: Option<u64>,
+}
+
+/// The expression for the tensor with this suffix.
+pub(in crate::plan) fn derive(expr: &Expr, suffix: &str, parts: &Parts<'_>) -> Result<Expr> {
+    Deriver { suffix, parts }.derive(expr).map(|derived| derived.expr)
+}
+
+/// The size of smaller FP8 blocks that no cut of the expression falls inside, if one falls inside the blocks as they are
+/// (vLLM's rule: what divides the block's sides, the part that each rank gets, and the side that is not cut).
+pub(in crate::plan) fn refined(expr: &Expr, parts: &Parts<'_>) -> Result<Option<u64>> {
+    let below = |smallest: Option<u64>, block: Option<u64>| smallest.into_iter().chain(block).min();
+    let inner =
+        expr.inner().iter().try_fold(None, |block, inner| Ok::<_, Error>(below(block, refined(inner, parts)?)))?;
+    let Expr::Shard { x, dim, cut } = expr else { return Ok(inner) };
+    let linear = match **x {
+        Expr::Source => parts.matched.clone(),
+        Expr::Tensor(ref name) => (parts.named)(name)?,
+        _ => return Ok(inner),
+    };
+    let (Some(block), Some(&size)) = (linear.block, linear.sizes.get(*dim)) else { return Ok(inner) };
+    let count = cut.part(size, parts.mesh, Rank(0))?.1;
+    let unit = lcm(cut.unit, linear.align(*dim));
+    if count <= 1 || !size.is_multiple_of(count) || (size / count).is_multiple_of(unit) {
+        return Ok(inner);
+    }
+    let sides = linear.sizes.iter().rev().take(2).copied().chain([size / count]);
+    let refined = sides.fold(gcd(block[0], block[1]), gcd);
+    Ok(below(inner, (refined >= REFINED_BLOCK_MIN).then_some(refined)))
+}
+
+struct Deriver<'a> {
+    suffix: &'a str,
+    parts: &'a Parts<'a>,
+}
+
+/// An expression of a stored tensor, and what is known of the logical matrix that it is of.
+struct Derived {
+    expr: Expr,
+    dims: SmallVec<[Dim; 4]>,
+    merged: Merged,
+    logical: SmallVec<[Logical; 3]>,
+    is_dense: bool,
+    whole_inputs: Option<&'static str>,
+}
+
+/// A logical dimension.
+#[derive(Debug, Clone, Copy)]
+struct Logical {
+    /// Its size; `None` where ranks have different parts.
+    size: Option<u64>,
+    /// So many indices that no tensor of the module divides.
+    align: u64,
+    /// Whether the last of these groups has fewer.
+    ragged: bool,
+}
+
+impl Logical {
+    fn of(size: u64, align: u64) -> Logical {
+        Logical { size: Some(size).filter(|&size| size != UNKNOWN), align, ragged: !size.is_multiple_of(align) }
+    }
+}
+
+impl Deriver<'_> {
+    fn derive(&self, expr: &Expr) -> Result<Derived> {
+        match expr {
+            Expr::Source => self.leaf(Expr::Source, self.parts.matched),
+            Expr::Tensor(name) => self.leaf(Expr::Tensor(format!("{name}{}", self.suffix)), &(self.parts.named)(name)?),
+            Expr::Shard { x, dim, cut } => self.derive(x)?.shard(*dim, cut, self.parts.mesh),
+            Expr::Slice { x, dim, start, len, step } => self.derive(x)?.slice(*dim, *start, *len, *step),
+            Expr::Pad { x, dim, to, fill } => {
+                let derived = self.derive(x)?;
+                let logical = derived.logical(*dim)?;
+                if !to.is_multiple_of(logical.align) {
+                    return Err(inside("padding", logical.align, format!("{to} indices")));
+                }
+                let at = Dim::find(&derived.dims, *dim);
+                Ok(derived.with(*dim, Logical::of(*to, logical.align), |x| match at {
+                    Some((dim, per, of)) => Expr::Pad { x, dim, to: to / of * per, fill: fill.clone() },
+                    None => *x,
+                }))
+            }
+            Expr::On { x, by, part, fill } => {
+                let derived = self.derive(x)?;
+                let on = |x| Expr::On { x, by: by.clone(), part: *part, fill: fill.clone() };
+                Ok(Derived { expr: on(Box::new(derived.expr)), ..derived })
+            }
+            Expr::Cast { x, to } => {
+                let derived = self.derive(x)?;
+                if !derived.is_dense {
+                    return Err(broken("cast", "quantised weights are not cast"));
+                }
+                Ok(Derived { expr: Expr::Cast { x: Box::new(derived.expr), to: *to }, ..derived })
+            }
+            Expr::Concat { dim, parts } => self.concat(*dim, parts),
+            Expr::Stack { parts } => self.stack(parts),
+            Expr::View { .. }
+            | Expr::Permute { .. }
+            | Expr::Repeat { .. }
+            | Expr::Const { .. }
+            | Expr::Select { .. } => {
+                Err(broken("module", "a rule of modules has no view, permute, repeat, const or lone select")
+                    .with_expected("shard, slice, pad, on, cast, concat or stack", "one of them"))
+            }
+        }
+    }
+
+    fn leaf(&self, expr: Expr, linear: &Linear) -> Result<Derived> {
+        let refined = self.parts.refined.filter(|_| linear.block.is_some()).map(|block| linear.refine(block));
+        let linear = refined.as_ref().unwrap_or(linear);
+        let stored = linear.stored(self.suffix).ok_or_else(|| {
+            let all: Vec<&str> = linear.stored.iter().map(|stored| stored.suffix).collect();
+            broken("module", format!("module has no `{}`", self.suffix))
+                .with_expected("as its other parts", all.join(", "))
+        })?;
+        let logical = linear.sizes.iter().enumerate().map(|(dim, &size)| Logical::of(size, linear.align(dim)));
+        Ok(Derived {
+            expr: stored.refine(expr),
+            dims: stored.dims.clone(),
+            merged: stored.merged,
+            logical: logical.collect(),
+            is_dense: linear.is_dense(),
+            whole_inputs: linear.whole_inputs,
+        })
+    }
+
+    /// The parts, where a selection is derived in each of its own; and what the first of all is.
+    fn parts(&self, parts: &[Expr], see: &mut dyn FnMut(&Derived) -> Result<()>) -> Result<(Vec<Expr>, Derived)> {
+        let mut exprs = Vec::with_capacity(parts.len());
+        let mut first = None;
+        let mut each = |expr: &Expr| -> Result<Expr> {
+            let derived = self.derive(expr)?;
+            see(&derived)?;
+            let expr = derived.expr.clone();
+            first.get_or_insert(derived);
+            Ok(expr)
+        };
+        for part in parts {
+            exprs.push(match part {
+                Expr::Select { by, of } => {
+                    Expr::Select { by: by.clone(), of: of.iter().map(&mut each).collect::<Result<_>>()? }
+                }
+                part => each(part)?,
+            });
+        }
+        let first = first.ok_or_else(|| broken("concat", "nothing is put together"))?;
+        Ok((exprs, first))
+    }
+
+    fn concat(&self, dim: usize, parts: &[Expr]) -> Result<Derived> {
+        let (mut whole, mut last) = (Some(0), None::<Logical>);
+        let (exprs, first) = self.parts(parts, &mut |derived| {
+            let part = derived.logical(dim)?;
+            if let Some(Logical { size, align, ragged: true }) = last {
+                let size = size.map_or_else(|| "some".to_owned(), |size| size.to_string());
+                return Err(inside("the end of a part that others follow", align, format!("{size} indices")));
+            }
+            whole = whole.zip(part.size).map(|(whole, size): (u64, u64)| whole.saturating_add(size));
+            last = Some(part);
+            Ok(())
+        })?;
+        let Some(part) = last else { return Err(broken("concat", "nothing is put together")) };
+        let at = Dim::find(&first.dims, dim);
+        let merged = match (at, first.merged) {
+            (Some((dim, ..)), _) => Expr::Concat { dim, parts: exprs },
+            (None, Merged::Each) if first.dims.is_empty() => Expr::Stack { parts: exprs },
+            (None, Merged::Each) => Expr::Concat { dim: 0, parts: exprs },
+            (None, Merged::First) => {
+                let own = first.dims.first().and_then(|own| match *own {
+                    Dim::Of { dim, per, of } => first.logical.get(dim)?.size.map(|size| size.div_ceil(of) * per),
+                    Dim::Own => None,
+                });
+                let len =
+                    own.ok_or_else(|| broken("module", format!("parts with `{}` are cut before", self.suffix)))?;
+                Expr::Slice { x: Box::new(Expr::Concat { dim: 0, parts: exprs }), dim: 0, start: 0, len, step: 1 }
+            }
+        };
+        Ok(first.with(dim, Logical { size: whole, ..part }, |_| merged))
+    }
+
+    fn stack(&self, parts: &[Expr]) -> Result<Derived> {
+        let (exprs, mut first) = self.parts(parts, &mut |_| Ok(()))?;
+        for dim in &mut first.dims {
+            if let Dim::Of { dim, .. } = dim {
+                *dim += 1;
+            }
+        }
+        first.dims.insert(0, Dim::same(0));
+        first.logical.insert(0, Logical { size: None, align: 1, ragged: false });
+        Ok(Derived { expr: Expr::Stack { parts: exprs }, ..first })
+    }
+}
+
+impl Derived {
+    fn logical(&self, dim: usize) -> Result<Logical> {
+        self.logical.get(dim).copied().ok_or_else(|| {
+            broken("dimension", "module has no such dimension")
+                .with_expected(format!("a dimension below {}", self.logical.len()), dim)
+        })
+    }
+
+    /// The same with another expression, and a logical dimension that it changed.
+    fn with(mut self, dim: usize, logical: Logical, expr: impl FnOnce(Box<Expr>) -> Expr) -> Derived {
+        self.expr = expr(Box::new(self.expr));
+        self.logical[dim] = logical;
+        self
+    }
+
+    fn shard(self, dim: usize, cut: &Cut, mesh: Mesh) -> Result<Derived> {
+        let logical = self.logical(dim)?;
+        let unit = lcm(cut.unit, logical.align);
+        if unit != cut.unit && matches!(cut.how, Split::RoundRobin | Split::Table(_)) {
+            return Err(inside("a unit of the cut", logical.align, format!("units of {}", cut.unit)));
+        }
+        let whole = Cut { unit, units: None, replicate_units: cut.replicate_units && unit == cut.unit, ..cut.clone() };
+        if let Some(size) = logical.size {
+            cut.check_units(size)?;
+            whole.take(size, mesh, Rank(0))?;
+            let count = whole.part(size, mesh, Rank(0))?.1;
+            if let Some(why) = self.whole_inputs.filter(|_| count > 1 && dim + 1 == self.logical.len()) {
+                return Err(broken("quantization", why).with_expected("1 part", format!("{count} parts")));
+            }
+        }
+        let at = Dim::find(&self.dims, dim);
+        Ok(self.with(dim, Logical { size: None, ..logical }, |x| match at {
+            Some((dim, per, of)) => Expr::Shard { x, dim, cut: Cut { unit: unit / of * per, ..whole } },
+            None => *x,
+        }))
+    }
+
+    fn slice(self, dim: usize, start: u64, len: u64, step: u64) -> Result<Derived> {
+        let logical = self.logical(dim)?;
+        let Logical { size, align, .. } = logical;
+        let ends = len.is_multiple_of(align) || size.is_some_and(|size| start.checked_add(len) == Some(size));
+        if !start.is_multiple_of(align) || !ends || (step != 1 && align != 1) {
+            return Err(inside("slice", align, format!("{len} from {start} by {step}")));
+        }
+        let at = Dim::find(&self.dims, dim);
+        Ok(self.with(dim, Logical::of(len, align), |x| match at {
+            Some((dim, per, of)) => {
+                Expr::Slice { x, dim, start: start / of * per, len: len.div_ceil(of).saturating_mul(per), step }
+            }
+            None => *x,
+        }))
+    }
+}
+
+impl Linear {
+    /// Whether its weight is one tensor of plain numbers.
+    fn is_dense(&self) -> bool {
+        self.block.is_none()
+            && self.stored.iter().all(|stored| matches!(stored.suffix, "" | ".weight" | ".bias" | "_bias"))
+    }
+
+    /// The same with smaller FP8 blocks.
+    fn refine(&self, to: u64) -> Linear {
+        let mut refined = self.clone();
+        let Some(block) = self.block else { return refined };
+        for Stored { dims, refined: repeats, .. } in &mut refined.stored {
+            let [.., Dim::Of { dim: rows, of: of_rows, .. }, Dim::Of { dim: columns, of: of_columns, .. }] =
+                &mut dims[..]
+            else {
+                continue;
+            };
+            if [*of_rows, *of_columns] == block {
+                *repeats = Some([
+                    (*of_rows / to, self.sizes[*rows].div_ceil(to)),
+                    (*of_columns / to, self.sizes[*columns].div_ceil(to)),
+                ]);
+                (*of_rows, *of_columns) = (to, to);
+            }
+        }
+        refined
+    }
+}
+
+impl Stored {
+    /// The scales of smaller blocks.
+    fn refine(&self, expr: Expr) -> Expr {
+        let Some(repeats) = self.refined else { return expr };
+        let first = self.dims.len() - 2;
+        repeats.into_iter().enumerate().fold(expr, |x, (at, (times, len))| {
+            let repeated = Expr::Repeat { x: Box::new(x), dim: first + at, times };
+            Expr::Slice { x: Box::new(repeated), dim: first + at, start: 0, len, step: 1 }
+        })
+    }
+}
+
+/// Why tensors of a module cannot be divided alike.
+fn inside(what: &str, align: u64, found: String) -> Error {
+    broken("unit", format!("{what} falls inside a group")).with_expected(format!("a multiple of {align}"), found)
+}
+
+fn broken(rule: &'static str, message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::Rules, message).with_rule(rule)
+}

@@ -1,0 +1,143 @@
+//! Rules of modules: what is said of a linear module once, for each of the tensors that are stored for it.
+
+use std::collections::HashMap;
+
+use super::matching::{Match, Placed};
+use super::pattern::{Captures, Template};
+use super::{ModuleRule, Rule, Rules, Scope, broken};
+use crate::checkpoint::{Checkpoint, TensorMeta};
+use crate::dtype::Dtype;
+use crate::error::{Error, Result};
+use crate::plan::expr::Expr;
+use crate::plan::quant::{self, Known, Linear, Parts};
+use crate::plan::world::Mesh;
+use crate::shape::Shape;
+
+/// Derives what rules say of modules, once for all modules that are stored alike.
+pub(super) struct Modules<'a> {
+    rules: &'a Rules,
+    checkpoint: &'a Checkpoint,
+    mesh: Mesh,
+    /// The tensors of each module that a rule of modules matches.
+    tensors: HashMap<&'a str, Vec<(&'static str, u32)>>,
+    /// A number for each way in which a module is stored.
+    signatures: HashMap<Vec<(&'static str, Dtype, Shape)>, u32>,
+    signature_of: HashMap<&'a str, u32>,
+    /// What was derived: by rule, suffix, and the signatures of all modules that the rule speaks of.
+    derived: HashMap<(u32, &'static str, Vec<u32>), u32>,
+}
+
+impl<'a> Modules<'a> {
+    pub(super) fn new(rules: &'a Rules, checkpoint: &'a Checkpoint, mesh: Mesh, matched: &[Option<Match>]) -> Self {
+        let mut tensors: HashMap<&str, Vec<_>> = HashMap::new();
+        for (at, (tensor, found)) in (0..).zip(checkpoint.tensors().iter().zip(matched)) {
+            if let Some(found) = found
+                && let Some(suffix) = found.suffix
+            {
+                tensors.entry(found.subject(&tensor.name)).or_default().push((suffix, at));
+            }
+        }
+        let signature_of = HashMap::with_capacity(tensors.len());
+        Modules { rules, checkpoint, mesh, tensors, signatures: HashMap::new(), signature_of, derived: HashMap::new() }
+    }
+
+    /// Where in `placed` stands what becomes of this tensor.
+    pub(super) fn placed(&mut self, tensor: usize, found: &Match, placed: &mut Vec<Placed>) -> Result<u32> {
+        let Match { rule, suffix: Some(suffix) } = *found else {
+            unreachable!("bug in shardlift: a tensor of no module")
+        };
+        let Rule { pattern: Ok(pattern), placement, scope: Scope::Module(how), .. } = &self.rules.rules[rule as usize]
+        else {
+            return Ok(rule);
+        };
+        let Some(expr) = placement.expr() else { return Ok(rule) };
+        let name = &self.checkpoint.tensors()[tensor].name;
+        let module = found.subject(name);
+        let captures = pattern.captures(module).unwrap_or_default();
+        let mut signatures = vec![self.signature(module)];
+        let filler = Filler { module, captures };
+        expr.for_each_name(&mut |template| {
+            let named = filler.fill(template)?;
+            // Modules that no rule matches have no signature.
+            let known = self.tensors.get_key_value(named.as_str()).map(|(&name, _)| name);
+            signatures.push(known.map_or(u32::MAX, |name| self.signature(name)));
+            Ok(())
+        })?;
+        let key = (rule, suffix, signatures);
+        if let Some(&known) = self.derived.get(&key) {
+            return Ok(known);
+        }
+        let expr = self.derive(expr, how, suffix, &filler).map_err(|error| {
+            let error = error.in_context(format_args!("rule `{}`", pattern.text()));
+            if error.tensor().is_some() { error } else { error.with_tensor(name.as_str()) }
+        })?;
+        let at = placed.len() as u32;
+        placed.push(Placed { rule, suffix: Some(suffix), expr });
+        self.derived.insert(key, at);
+        Ok(at)
+    }
+
+    fn derive(&self, expr: &Expr, how: &ModuleRule, suffix: &str, filler: &Filler<'_>) -> Result<Expr> {
+        let outputs = outputs(expr);
+        let known = Known { quantization: &self.rules.quantization, orientation: how.orientation, outputs };
+        let linear = |module: &str| -> Result<Linear> {
+            let tensor = |name: &str| -> Option<&TensorMeta> { self.checkpoint.tensor(name) };
+            quant::recognise(module, known, tensor)?
+                .ok_or_else(|| broken("module", format!("no tensor is the weight of `{module}`")))
+        };
+        let matched = linear(filler.module)?;
+        let named = |template: &str| linear(&filler.fill(template)?);
+        let mut parts = Parts { matched: &matched, named: &named, mesh: self.mesh, refined: None };
+        if self.rules.quantization.refine {
+            parts.refined = quant::refined(expr, &parts)?;
+        }
+        let derived = quant::derive(expr, suffix, &parts)?;
+        Ok(match &how.bias {
+            Some((by, part, fill)) if matches!(suffix, ".bias" | "_bias") => {
+                Expr::On { x: Box::new(derived), by: by.clone(), part: *part, fill: fill.clone() }
+            }
+            _ => derived,
+        })
+    }
+
+    /// How a module is stored.
+    fn signature(&mut self, module: &'a str) -> u32 {
+        if let Some(&known) = self.signature_of.get(module) {
+            return known;
+        }
+        let tensors = self.tensors.get(module).map(Vec::as_slice).unwrap_or_default();
+        let mut stored: Vec<_> = tensors
+            .iter()
+            .map(|&(suffix, at)| {
+                let TensorMeta { dtype, shape, .. } = &self.checkpoint.tensors()[at as usize];
+                (suffix, *dtype, shape.clone())
+            })
+            .collect();
+        stored.sort_unstable_by_key(|(suffix, ..)| *suffix);
+        let next = self.signatures.len() as u32;
+        let signature = *self.signatures.entry(stored).or_insert(next);
+        self.signature_of.insert(module, signature);
+        signature
+    }
+}
+
+/// Fills templates with what a pattern matched of a module's name.
+struct Filler<'a> {
+    module: &'a str,
+    captures: Captures,
+}
+
+impl Filler<'_> {
+    fn fill(&self, template: &str) -> Result<String> {
+        let template = Template::new(template).map_err(|what| Error::from(broken("source", what)))?;
+        Ok(template.fill(self.module, &self.captures))
+    }
+}
+
+/// The outputs of the module, where a cut says how many units of them there are.
+fn outputs(expr: &Expr) -> Option<u64> {
+    match expr {
+        Expr::Shard { x, dim: 0, cut } if matches!(**x, Expr::Source) => cut.units?.checked_mul(cut.unit),
+        _ => None,
+    }
+}
