@@ -11,7 +11,7 @@ use super::cover::{Strided, Times};
 use super::digest::digest;
 use super::expr::Expr;
 use super::extents::extents;
-use super::form::{Boxes, For, Form, Sources};
+use super::form::{Boxes, For, Form, Sources, no_part};
 use super::leaf::Leaf;
 use super::rules::{AliasRule, Matches, Owner, Placement, Rules, TENSORS_PER_TASK, Verdict};
 use super::uses::Uses;
@@ -143,12 +143,15 @@ impl<'a> Builder<'a> {
         let mut params = Vec::with_capacity(named.len());
         let mut declared = Vec::with_capacity(named.len());
         let scales = Scales::default();
+        let sources = |tensor: u32| {
+            let found = matches.named.binary_search_by_key(&tensor, |(matched, _)| *matched);
+            found.map_or(&[][..], |found| &*matches.named[found].1)
+        };
         for (param, entry) in (0..).zip(&named) {
             let (tensor, rule, alias_of) = match entry.made {
                 Made::From { tensor, rule } => {
-                    let sources = matches.named.binary_search_by_key(&tensor, |(matched, _)| *matched);
-                    let sources = sources.map(|found| matches.named[found].1.clone()).unwrap_or_default();
-                    declared.push(self.declare(Declared { param, tensor, rule, named: sources }, &scales)?);
+                    declared
+                        .push(self.declare(Declared { param, tensor, rule, named: sources(tensor).into() }, &scales)?);
                     (tensor, rule, None)
                 }
                 Made::AliasOf(of) => match find(&named, of).map(|original| (original, named[original].made)) {
@@ -156,11 +159,8 @@ impl<'a> Builder<'a> {
                     _ => unreachable!("bug in shardlift: alias was checked"),
                 },
             };
-            let from = self.tensors[tensor as usize].dtype;
-            let to = match self.rules.dtype(rule) {
-                Some(dtype) => dtype,
-                None => self.rules.cast_to(rule, from).unwrap_or(from),
-            };
+            let dtype = |tensor: u32| self.tensors[tensor as usize].dtype;
+            let (from, to) = self.rules.dtypes(rule, dtype(tensor), sources(tensor).first().copied().map(dtype));
             params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
         }
         let param = |(Named { name, .. }, (dtype, cast, alias_of))| Param { name, dtype, cast, alias_of };
@@ -237,11 +237,21 @@ impl<'a> Builder<'a> {
 
     fn declare(&self, entry: Declared, scales: &Scales<'a>) -> Result<Declared> {
         self.refuse_scaled(&entry, scales)?;
+        let wrong = |error: Error| {
+            let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(entry.rule)));
+            self.rules.located(error.with_tensor(self.tensors[entry.tensor as usize].name.as_str()))
+        };
         match self.owner(&entry) {
             Owner::Only(rank) if rank.0 >= self.world.size() => {
-                let what = format!("rule `{}`: no such rank", self.rules.pattern(entry.rule));
-                let error = broken("rank", what).with_tensor(self.tensors[entry.tensor as usize].name.as_str());
-                Err(self.rules.located(error.with_expected(format!("a rank below {}", self.world.size()), rank)))
+                let error = broken("rank", "no such rank");
+                Err(wrong(error.with_expected(format!("a rank below {}", self.world.size()), rank)))
+            }
+            Owner::Where(by, part) => {
+                let (_, n) = by.of(self.world.mesh(), Rank(0)).map_err(wrong)?;
+                match *part < n {
+                    true => Ok(entry),
+                    false => Err(wrong(no_part(n, *part))),
+                }
             }
             Owner::All | Owner::Only(_) => Ok(entry),
         }
@@ -264,9 +274,9 @@ impl<'a> Builder<'a> {
     }
 
     fn wanted_of(&self, entry: &Declared, into: &mut Vec<Wanted>) -> Result<()> {
-        let holders: SmallVec<[Rank; 8]> =
-            (0..self.world.size()).map(Rank).filter(|&rank| self.owner(entry).has(rank)).collect();
         let mesh = self.world.mesh();
+        let holders: SmallVec<[Rank; 8]> =
+            (0..self.world.size()).map(Rank).filter(|&rank| self.owner(entry).has(mesh, rank)).collect();
         if self.expr(entry).takes_of_parts() {
             // Nothing tells what they should be together.
             return holders.iter().try_for_each(|&rank| self.wanted_by(entry, For::Rank(mesh, rank), 1, true, into));
@@ -330,7 +340,7 @@ impl<'a> Builder<'a> {
                 }
             };
             let Some(entry) = entry else { unreachable!("bug in shardlift: parameter without a source") };
-            if !self.owner(entry).has(rank) {
+            if !self.owner(entry).has(self.world.mesh(), rank) {
                 continue;
             }
             let placed = |error| self.place(error, entry, rank);
@@ -365,10 +375,10 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn owner(&self, entry: &Declared) -> Owner {
-        match self.rules.rules[entry.rule as usize].placement {
+    fn owner(&self, entry: &Declared) -> &Owner {
+        match &self.rules.rules[entry.rule as usize].placement {
             Placement::Place { owner, .. } => owner,
-            Placement::Part | Placement::Skip => Owner::All,
+            Placement::Part | Placement::Skip => &Owner::All,
         }
     }
 

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use self::pattern::{Pattern, Template};
 use super::cut::{Cut, Split};
 use super::expr::{Expr, castable};
-use super::world::Coord;
+use super::world::{Coord, Mesh};
 use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -75,10 +75,12 @@ pub(super) enum Placement {
 }
 
 /// Which ranks hold a parameter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Owner {
     All,
     Only(Rank),
+    /// Those with this part of a division.
+    Where(Coord, u32),
 }
 
 #[derive(Debug, Clone)]
@@ -220,6 +222,19 @@ impl Rules {
         self
     }
 
+    /// Only the ranks that have `part` of the division `by` hold the destinations of the rule added last; the others have
+    /// no such destinations.
+    pub fn held_by(mut self, by: Coord, part: u32) -> Rules {
+        match self.rules.last_mut().map(|rule| &mut rule.placement) {
+            Some(Placement::Place { owner: owner @ Owner::All, .. }) => *owner = Owner::Where(by, part),
+            Some(Placement::Place { .. }) => self.mistake("where", "held_by() of what some ranks hold only"),
+            Some(Placement::Part) => self.mistake("where", "held_by() of a part of other destinations"),
+            Some(Placement::Skip) => self.mistake("where", "held_by() of a tensor that is skipped"),
+            None => self.mistake("where", "held_by() before any rule"),
+        }
+        self
+    }
+
     /// Makes what the rule added last places a part of another expression.
     fn wrap(mut self, what: &'static str, expr: impl FnOnce(Box<Expr>) -> Expr) -> Rules {
         match self.rules.last_mut().map(|rule| &mut rule.placement) {
@@ -266,11 +281,16 @@ impl Rules {
         self.casting
     }
 
-    /// The type of what `rule` places, where its expression says that.
-    pub(super) fn dtype(&self, rule: u32) -> Option<Dtype> {
-        match &self.rules[rule as usize].placement {
-            Placement::Place { expr, .. } => expr.dtype(),
-            Placement::Part | Placement::Skip => None,
+    /// The type of what `rule` places, and of the first elements that it is made of: those of the tensor that it matched,
+    /// or of the first that its expression names.
+    pub(super) fn dtypes(&self, rule: u32, matched: Dtype, named: Option<Dtype>) -> (Dtype, Dtype) {
+        let Placement::Place { expr, .. } = &self.rules[rule as usize].placement else { return (matched, matched) };
+        match expr.first() {
+            Expr::Const { dtype, .. } => (*dtype, expr.cast_to().unwrap_or(*dtype)),
+            first => {
+                let from = if matches!(first, Expr::Source) { matched } else { named.unwrap_or(matched) };
+                (from, self.cast_to(rule, from).unwrap_or(from))
+            }
         }
     }
 
@@ -480,10 +500,11 @@ impl Placement {
 
 impl Owner {
     /// Whether `rank` holds the parameter.
-    pub(super) fn has(self, rank: Rank) -> bool {
+    pub(super) fn has(&self, mesh: Mesh, rank: Rank) -> bool {
         match self {
             Owner::All => true,
-            Owner::Only(owner) => owner == rank,
+            Owner::Only(owner) => *owner == rank,
+            Owner::Where(by, part) => by.of(mesh, rank).is_ok_and(|(i, _)| i == *part),
         }
     }
 }
@@ -498,8 +519,11 @@ impl Rule {
         let Rule { pattern, placement, rename, optional: _ } = self;
         let pattern = compiled("pattern", pattern)?;
         let of_rule = |error: Error| error.in_context(format_args!("rule `{}`", pattern.text()));
-        if let Placement::Place { expr, .. } = placement {
+        if let Placement::Place { owner, expr } = placement {
             expr.check().map_err(of_rule)?;
+            if let Owner::Where(by, _) = owner {
+                by.check().map_err(of_rule)?;
+            }
         }
         let more = |what: &str, template: &Template| {
             let asks = format!("{what} `{}` asks for more than the pattern has", template.text());
