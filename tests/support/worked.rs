@@ -11,10 +11,18 @@ pub(crate) struct Case {
     pub(crate) model: Model,
     pub(crate) mesh: Mesh,
     pub(crate) rules: Rules,
+    /// A destination and its shape on the last rank.
+    pub(crate) last: (&'static str, &'static [u64]),
 }
 
 pub(crate) fn cases() -> Vec<Case> {
-    let case = |title, model, mesh, rules: Rules| Case { title, model, mesh, rules: rules.replicate("**") };
+    let case = |title, model, mesh, rules: Rules, name, shape| Case {
+        title,
+        model,
+        mesh,
+        rules: rules.replicate("**"),
+        last: (name, shape),
+    };
     let llama = || Llama { layers: 2, ..Llama::LLAMA_3_1_8B }.model();
     let bloom = || Bloom { layers: 2, ..Bloom::BLOOM_176B }.model();
     let phi = || Phi3 { layers: 2, ..Phi3::PHI_3_MEDIUM }.model();
@@ -22,41 +30,105 @@ pub(crate) fn cases() -> Vec<Case> {
     let mixtral = || Llama { layers: 1, ..Llama::MIXTRAL_8X7B }.model();
     let ep = |ep| Mesh { ep, ..Mesh::tp(ep) };
     vec![
-        case("Columns and rows", llama(), Mesh::tp(8), columns_and_rows()),
-        case("Key and value heads on more ranks than heads", llama(), Mesh::tp(16), shared_heads()),
-        case("Queries, keys and values of each head together", bloom(), Mesh::tp(8), heads(false)),
-        case("Queries, keys and values of each head, regrouped", bloom(), Mesh::tp(8), heads(true)),
+        case(
+            "Columns and rows",
+            llama(),
+            Mesh::tp(8),
+            columns_and_rows(),
+            "model.layers.1.self_attn.o_proj.weight",
+            &[4096, 512],
+        ),
+        case(
+            "Key and value heads on more ranks than heads",
+            llama(),
+            Mesh::tp(16),
+            shared_heads(),
+            "model.layers.1.self_attn.v_proj.weight",
+            &[1, 128, 4096],
+        ),
+        case(
+            "Queries, keys and values of each head together",
+            bloom(),
+            Mesh::tp(8),
+            heads(false),
+            "h.1.self_attention.query_key_value.bias",
+            &[14, 3, 128],
+        ),
+        case(
+            "Queries, keys and values of each head, regrouped",
+            bloom(),
+            Mesh::tp(8),
+            heads(true),
+            "h.1.self_attention.query_key_value.weight",
+            &[3, 14, 128, 14_336],
+        ),
         case(
             "Queries, keys and values of each group together",
             Falcon { layers: 2, ..Falcon::FALCON_40B }.model(),
             Mesh::tp(4),
             groups(),
+            "transformer.h.1.self_attention.query_key_value.weight",
+            &[2 * 18 * 64, 8192],
         ),
-        case("Queries, keys and values behind each other", phi(), Mesh::tp(20), phi_qkv()),
-        case("Gate and up in one tensor", phi(), Mesh::tp(20), fused_gate_up()),
-        case("Gate and up merged", llama(), Mesh::tp(8), merged_gate_up()),
-        case("Inputs before outputs", gpt2(), Mesh::tp(4), inputs_first()),
+        case(
+            "Queries, keys and values behind each other",
+            phi(),
+            Mesh::tp(20),
+            phi_qkv(),
+            "model.layers.1.self_attn.qkv_proj.weight",
+            &[4 * 128, 5120],
+        ),
+        case(
+            "Gate and up in one tensor",
+            phi(),
+            Mesh::tp(20),
+            fused_gate_up(),
+            "model.layers.1.mlp.gate_up_proj.weight",
+            &[2, 896, 5120],
+        ),
+        case(
+            "Gate and up merged",
+            llama(),
+            Mesh::tp(8),
+            merged_gate_up(),
+            "model.layers.1.mlp.gate_up_proj.weight",
+            &[2 * 1792, 4096],
+        ),
+        case("Inputs before outputs", gpt2(), Mesh::tp(4), inputs_first(), "h.1.attn.c_attn.weight", &[3, 192, 768]),
         case(
             "Each rank its experts",
             Llama { layers: 1, ..Llama::QWEN_3_30B_A3B }.model(),
             ep(8),
             experts(Coord::Axis(Ax::Ep), 128),
+            "model.layers.0.mlp.experts.gate_up_proj",
+            &[16, 2 * 768, 2048],
         ),
-        case("Each rank a part of every expert", mixtral(), Mesh::tp(8), cut_experts()),
+        case(
+            "Each rank a part of every expert",
+            mixtral(),
+            Mesh::tp(8),
+            cut_experts(),
+            "model.layers.0.block_sparse_moe.experts.w2",
+            &[8, 4096, 1792],
+        ),
         case(
             "Experts in one tensor, inputs before outputs",
             Llama4 { layers: 1, ..Llama4::LLAMA_4_SCOUT }.model(),
             Mesh::tp(8),
             stored_experts(),
+            "language_model.model.layers.0.feed_forward.experts.gate_up_proj",
+            &[16, 2, 1024, 5120],
         ),
-        case("A padded vocabulary", gpt2(), Mesh::tp(8), padded_vocabulary()),
+        case("A padded vocabulary", gpt2(), Mesh::tp(8), padded_vocabulary(), "wte.weight", &[6288, 768]),
         case(
             "Added tokens",
             Llama { layers: 1, vocab: 32_019, ..Llama::LLAMA_2_7B }.model(),
             Mesh::tp(8),
             added_tokens(),
+            "model.embed_tokens.weight",
+            &[4008 + 8, 4096],
         ),
-        case("One row more", gpt2(), Mesh::tp(8), one_row_more()),
+        case("One row more", gpt2(), Mesh::tp(8), one_row_more(), "wte.weight", &[6284, 768]),
         case(
             "Finer scales",
             Llama {
@@ -68,13 +140,24 @@ pub(crate) fn cases() -> Vec<Case> {
             .model(),
             Mesh::tp(8),
             finer_scales(),
+            "model.layers.0.mlp.experts.3.down_proj.weight_scale_inv",
+            &[64, 3],
         ),
-        case("Padded heads", GptOss { layers: 1, ..GptOss::GPT_OSS_20B }.model(), Mesh::tp(6), padded_heads()),
+        case(
+            "Padded heads",
+            GptOss { layers: 1, ..GptOss::GPT_OSS_20B }.model(),
+            Mesh::tp(6),
+            padded_heads(),
+            "model.layers.0.self_attn.sinks",
+            &[11],
+        ),
         case(
             "Biases that are added once",
             GptNeox { layers: 2, ..GptNeox::GPT_NEOX_20B }.model(),
             Mesh::tp(8),
             biases(),
+            "gpt_neox.layers.1.mlp.dense_4h_to_h.bias",
+            &[6144],
         ),
         case(
             "Tied weights",
@@ -84,9 +167,25 @@ pub(crate) fn cases() -> Vec<Case> {
                 .replicate("model.norm.weight")
                 .held_by(Coord::Axis(Ax::Pp), 1)
                 .alias("lm_head.weight", "model.embed_tokens.weight"),
+            "lm_head.weight",
+            &[151_936, 896],
         ),
-        case("Experts on several ranks", mixtral(), ep(4), redundant_experts()),
-        case("Rows in the order of other rotary embeddings", as_meta_stores_it(llama()), Mesh::tp(8), rotary()),
+        case(
+            "Experts on several ranks",
+            mixtral(),
+            ep(4),
+            redundant_experts(),
+            "model.layers.0.block_sparse_moe.experts.w13",
+            &[3, 2 * 14_336, 4096],
+        ),
+        case(
+            "Rows in the order of other rotary embeddings",
+            as_meta_stores_it(llama()),
+            Mesh::tp(8),
+            rotary(),
+            "model.layers.1.self_attn.k_proj.weight",
+            &[1, 2, 64, 4096],
+        ),
     ]
 }
 
