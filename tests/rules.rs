@@ -12,8 +12,8 @@ use std::process::Command;
 
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
-use shardlift::plan::Mesh;
-use shardlift::{Checkpoint, Plan, Rules, World};
+use shardlift::plan::{Ax, Coord, Mesh};
+use shardlift::{Checkpoint, Plan, Rank, Rules, World};
 
 use self::worked::Case;
 
@@ -78,6 +78,24 @@ fn what_does_not_fit_the_mesh_is_refused() {
         assert_eq!(error.rule(), Some(rule), "{said}");
         assert!(said.starts_with("rule `*.embed_tokens.*`: ") && said.contains(what), "{said}");
         assert_eq!(error.tensor(), Some("model.embed_tokens.weight"));
+    }
+}
+
+#[test]
+fn only_what_all_ranks_hold_is_held_by_some() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), true);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let tp = || Coord::Axis(Ax::Tp);
+    for rules in [
+        Rules::new(),
+        Rules::new().skip("**"),
+        Rules::new().only("**", Rank(0)),
+        Rules::new().part("**"),
+        Rules::new().replicate("**").held_by(tp(), 0),
+    ] {
+        let error = Plan::new(&checkpoint, &rules.held_by(tp(), 1), &World::host(2)).unwrap_err();
+        assert_eq!(error.rule(), Some("where"));
     }
 }
 

@@ -227,9 +227,7 @@ impl Rules {
     pub fn held_by(mut self, by: Coord, part: u32) -> Rules {
         match self.rules.last_mut().map(|rule| &mut rule.placement) {
             Some(Placement::Place { owner: owner @ Owner::All, .. }) => *owner = Owner::Where(by, part),
-            Some(Placement::Place { .. }) => self.mistake("where", "held_by() of what some ranks hold only"),
-            Some(Placement::Part) => self.mistake("where", "held_by() of a part of other destinations"),
-            Some(Placement::Skip) => self.mistake("where", "held_by() of a tensor that is skipped"),
+            Some(_) => self.mistake("where", "held_by() of what not all ranks hold"),
             None => self.mistake("where", "held_by() before any rule"),
         }
         self
