@@ -21,6 +21,14 @@ pub const INDEX_MAX: u64 = 100_000_000;
 /// Largest rules file that is accepted: a rule for each of 92,000 tensors takes 10 MB.
 pub const RULES_MAX: u64 = 16 << 20;
 
+/// Most expressions that one rules file makes, those of `each` counted as often as they are: three tensors with three
+/// operations each of 256 experts, in 100 layers that all differ.
+pub const EXPRESSIONS_MAX: usize = 1 << 18;
+
+/// Deepest nesting of expressions in a rules file, a step counted as one; each level takes some stack. Those of known
+/// models need fewer than 10.
+pub const EXPRESSION_DEPTH: usize = 64;
+
 /// Most threads that read headers at once: beyond this storage answers no faster.
 pub const HEADER_THREADS_MAX: usize = 32;
 

@@ -1,14 +1,21 @@
 //! Rules files as they are documented, and what the command line makes of rules that do not fit.
 #![cfg(feature = "cli")]
 
+#[path = "support/released/mod.rs"]
+mod released;
+#[path = "support/worked.rs"]
+mod worked;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
-use shardlift::plan::Mesh;
-use shardlift::{Checkpoint, Plan, Rules, World};
+use shardlift::plan::{Ax, Coord, Mesh};
+use shardlift::{Checkpoint, Plan, Rank, Rules, World};
+
+use self::worked::Case;
 
 #[test]
 fn every_documented_example_fits_a_model() {
@@ -16,14 +23,122 @@ fn every_documented_example_fits_a_model() {
     write(folder.path(), true);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let world = World::host(1).with_mesh(Mesh { cp: 2, ..Mesh::tp(4) });
-    let documented = examples("docs/rules.md");
-    assert_eq!(documented.len(), 10);
-    for example in documented {
-        let rules = Rules::from_toml(&example).unwrap_or_else(|error| panic!("{error}\n{example}"));
-        Plan::new(&checkpoint, &rules, &world).unwrap_or_else(|error| panic!("{error}\n{example}"));
+    let (grammar, _) = page();
+    assert_eq!(blocks(&grammar).len(), 13);
+    for example in blocks(&grammar) {
+        plan(&checkpoint, &parsed(&example), &world, &example);
     }
     // Its heads are a real model's.
-    examples("README.md").iter().for_each(|example| drop(Rules::from_toml(example).unwrap()));
+    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    blocks(&readme).iter().for_each(|example| drop(parsed(example)));
+}
+
+/// The worked files are about the models that they name, and mean what their expressions in Rust do.
+#[test]
+fn every_worked_file_means_its_expression() {
+    let (_, worked) = page();
+    let mut cases = worked::cases();
+    assert_eq!(cases.len(), 21);
+    for section in worked.split("\n### ").skip(1) {
+        let (title, text) = section.split_once('\n').unwrap();
+        let found = cases.iter().position(|case| case.title == title);
+        let Case { model, mesh, rules, last: (name, shape), .. } =
+            cases.swap_remove(found.unwrap_or_else(|| panic!("no case `{title}`")));
+        let folder = tempfile::tempdir().unwrap();
+        released::write(folder.path(), &model).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let world = World::host(1).with_mesh(mesh);
+        let [text] = &blocks(text)[..] else { panic!("one file in {title}") };
+        let file = plan(&checkpoint, &parsed(text), &world, title);
+        let rust = plan(&checkpoint, &rules, &world, title);
+        assert_eq!(file.digest(), rust.digest(), "{title}");
+        let param = file.params().iter().position(|param| param.name == name).unwrap_or_else(|| panic!("no {name}"));
+        let last = file.ranks().last().unwrap();
+        let dest = last.dests.iter().find(|dest| dest.param as usize == param).unwrap();
+        assert_eq!(dest.shape.dims(), shape, "{title}");
+    }
+    assert!(cases.is_empty());
+}
+
+#[test]
+fn what_does_not_fit_the_mesh_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), true);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    for (rest, rule, what) in [
+        ("shard = { dim = 0, split = { table = [['0..500'], ['500..1000']] } }", "table", "expected 4, found 2"),
+        ("shard = { dim = 0, split = { table = [[], [], [], ['0..999']] } }", "table", "none of 999..1000"),
+        ("replicate = true\nwhere = { by = 'tp', part = 4 }", "coordinate", "expected one below 4, found 4"),
+        ("replicate = true\nwhere = { by = { div = 'tp', by = 3 }, part = 0 }", "coordinate", "a divisor of 4 parts"),
+        ("expr = { stack = [{ select = { split = { table = [[0], [1]] }, of = [{}, {}] } }] }", "table", "found 2"),
+    ] {
+        let text = format!("[[rule]]\nmatch = '*.embed_tokens.*'\n{rest}\n[[rule]]\nmatch = '**'\nreplicate = true");
+        let error = Plan::new(&checkpoint, &parsed(&text), &World::host(4)).unwrap_err();
+        let said = error.to_string();
+        assert_eq!(error.rule(), Some(rule), "{said}");
+        assert!(said.starts_with("rule `*.embed_tokens.*`: ") && said.contains(what), "{said}");
+        assert_eq!(error.tensor(), Some("model.embed_tokens.weight"));
+    }
+}
+
+#[test]
+fn only_what_all_ranks_hold_is_held_by_some() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), true);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let tp = || Coord::Axis(Ax::Tp);
+    for rules in [
+        Rules::new(),
+        Rules::new().skip("**"),
+        Rules::new().only("**", Rank(0)),
+        Rules::new().part("**"),
+        Rules::new().replicate("**").held_by(tp(), 0),
+    ] {
+        let error = Plan::new(&checkpoint, &rules.held_by(tp(), 1), &World::host(2)).unwrap_err();
+        assert_eq!(error.rule(), Some("where"));
+    }
+}
+
+/// A destination has the type of what it is made of, whatever the tensor is of that the rule matched.
+#[test]
+fn types_are_those_of_what_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = released::Llama { inv_freq: true, layers: 1, ..released::Llama::TINY }.model();
+    released::write(folder.path(), &model).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let dtype = |expr: &str| {
+        let text =
+            format!("[[rule]]\nmatch = '**.inv_freq'\nexpr = {{ {expr} }}\n[[rule]]\nmatch = '**'\nreplicate = true");
+        let plan = plan(&checkpoint, &parsed(&text), &World::host(2), expr);
+        let param = plan.params().iter().find(|param| param.name.ends_with("inv_freq")).unwrap();
+        param.dtype
+    };
+    assert_eq!(dtype(""), shardlift::Dtype::F32);
+    assert_eq!(dtype("tensor = 'model.norm.weight'"), shardlift::Dtype::Bf16);
+    assert_eq!(dtype("tensor = 'model.norm.weight', steps = [{ cast = 'f16' }]"), shardlift::Dtype::F16);
+    assert_eq!(dtype("const = { dtype = 'i8', dims = [4], fill = 'one' }"), shardlift::Dtype::I8);
+}
+
+/// Ranks of other parts do not have the destination, nor do they have its aliases.
+#[test]
+fn a_part_of_a_division_holds_a_destination() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), true);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let text = "rule = [
+        { match = 'model.norm.weight', replicate = true, where = { by = { mod = 'tp', by = 2 }, part = 1 } },
+        { match = '**.o_proj.weight', shard = { dim = 1 }, where = { by = 'cp', part = 1 } },
+        { match = '**', replicate = true },
+    ]
+    alias = [{ name = 'norm', of = 'model.norm.weight' }]";
+    let world = World::host(1).with_mesh(Mesh { cp: 2, ..Mesh::tp(4) });
+    let plan = plan(&checkpoint, &parsed(text), &world, text);
+    for rank in plan.ranks() {
+        let names: Vec<&str> = rank.dests.iter().map(|dest| &*plan.params()[dest.param as usize].name).collect();
+        let odd = rank.rank.0 % 2 == 1;
+        assert_eq!((names.contains(&"model.norm.weight"), names.contains(&"norm")), (odd, odd));
+        assert_eq!(names.contains(&"model.layers.0.self_attn.o_proj.weight"), rank.rank.0 >= 4);
+    }
 }
 
 #[test]
@@ -31,7 +146,7 @@ fn a_renamed_model_is_named_as_documented() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), true);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let renaming = examples("docs/rules.md").into_iter().find(|example| example.contains("rename")).unwrap();
+    let renaming = blocks(&page().0).into_iter().find(|example| example.contains("rename")).unwrap();
     let plan = Plan::new(&checkpoint, &Rules::from_toml(&renaming).unwrap(), &World::host(1)).unwrap();
     for name in ["blocks.1.attention.wq", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"] {
         assert!(plan.params().iter().any(|param| param.name == name), "{name}");
@@ -141,11 +256,25 @@ fn too_many_ranks_are_an_error() {
     }
 }
 
-/// The TOML blocks of a page.
-fn examples(page: &str) -> Vec<String> {
-    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(page)).unwrap();
+/// What `docs/rules.md` says before its worked files, and these.
+fn page() -> (String, String) {
+    let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/rules.md")).unwrap();
+    let (grammar, worked) = text.split_once("\n## Worked files\n").expect("a section of worked files");
+    (grammar.to_owned(), worked.to_owned())
+}
+
+/// The TOML blocks of a text.
+fn blocks(text: &str) -> Vec<String> {
     let blocks = text.split("```toml\n").skip(1);
     blocks.map(|block| block.split_once("```").expect("a block ends").0.to_owned()).collect()
+}
+
+fn parsed(text: &str) -> Rules {
+    Rules::from_toml(text).unwrap_or_else(|error| panic!("{error}\n{text}"))
+}
+
+fn plan(checkpoint: &Checkpoint, rules: &Rules, world: &World, what: &str) -> Plan {
+    Plan::new(checkpoint, rules, world).unwrap_or_else(|error| panic!("{error}\n{what}"))
 }
 
 fn config() -> Value {

@@ -192,8 +192,8 @@ impl<'a> Builder<'a> {
             };
             of.push(self.holders(entry, tensor, placed, &mut holders)?);
             let placed = &self.placed[placed as usize];
-            let from = self.tensors[tensor as usize].dtype;
-            let to = placed.expr.dtype().or_else(|| self.rules.cast_to(placed, from)).unwrap_or(from);
+            let dtype = |tensor: u32| self.tensors[tensor as usize].dtype;
+            let (from, to) = self.rules.dtypes(placed, dtype(tensor), sources(tensor).first().copied().map(dtype));
             params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
         }
         let holders = ParamHolders { holders: holders.finish(), of };

@@ -164,10 +164,13 @@ impl Cut {
 }
 
 impl Split {
+    /// Those that a name says.
+    pub(super) const NAMED: [Split; 5] =
+        [Split::Even, Split::Ceil, Split::Balanced, Split::LastTakesRest, Split::RoundRobin];
+
     /// The split of this name, as it is displayed; a table has none.
     pub fn named(name: &str) -> Option<Split> {
-        let named = [Split::Even, Split::Ceil, Split::Balanced, Split::LastTakesRest, Split::RoundRobin];
-        named.into_iter().find(|split| split.to_string() == name)
+        Split::NAMED.into_iter().find(|split| split.to_string() == name)
     }
 
     /// Parses a [`Split::Table`]: a line for each part, on it units `7` and ranges of units `252..256` between blanks or
@@ -181,7 +184,7 @@ impl Split {
         for (at, line) in text.lines().enumerate() {
             let line = line.split('#').next().unwrap_or_default();
             let words = line.split([' ', '\t', ',']).filter(|word| !word.is_empty());
-            let part: Vec<Range<u64>> = words.map(|word| unit_range(word, at + 1)).collect::<Result<_>>()?;
+            let part: Vec<Range<u64>> = words.map(|word| on_line(word, at + 1)).collect::<Result<_>>()?;
             if !part.is_empty() {
                 parts.push(part);
             }
@@ -262,14 +265,18 @@ fn listed(parts: &[Vec<Range<u64>>], units: u64, i: u64, n: u64) -> Result<Small
     Ok(runs)
 }
 
-/// A unit or a range of units in a table.
-fn unit_range(word: &str, line: usize) -> Result<Range<u64>> {
+/// A unit `7` or a range of units `252..256`.
+pub(super) fn unit_range(word: &str) -> Option<Range<u64>> {
     let number = |digits: &str| digits.parse().ok().filter(|_| digits.bytes().all(|byte| byte.is_ascii_digit()));
-    let range = match word.split_once("..") {
+    match word.split_once("..") {
         Some((from, to)) => number(from).zip(number(to)).map(|(from, to)| from..to).filter(|it| it.start <= it.end),
         None => number(word).and_then(|unit: u64| Some(unit..unit.checked_add(1)?)),
-    };
-    range.ok_or_else(|| {
+    }
+}
+
+/// The same on a line of a table.
+fn on_line(word: &str, line: usize) -> Result<Range<u64>> {
+    unit_range(word).ok_or_else(|| {
         broken("table", format!("line {line} of a table of units"))
             .with_expected("units `7` and ranges `252..256`", format!("`{word}`"))
     })
@@ -283,8 +290,6 @@ fn broken(rule: &'static str, message: impl Into<String>) -> Error {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    const SPLITS: [Split; 5] = [Split::Even, Split::Ceil, Split::Balanced, Split::LastTakesRest, Split::RoundRobin];
 
     fn take(cut: &Cut, size: u64, rank: u32, n: u32) -> Result<SmallVec<[Taken; 1]>> {
         cut.take(size, Mesh::tp(n), Rank(rank))
@@ -437,7 +442,7 @@ mod tests {
 
     #[test]
     fn splits_have_names_and_tables_files() {
-        for split in SPLITS {
+        for split in Split::NAMED {
             assert_eq!(Split::named(&split.to_string()), Some(split));
         }
         assert_eq!(Split::named("table of 2 parts"), None);
@@ -452,7 +457,7 @@ mod tests {
 
     #[test]
     fn nothing_overflows() {
-        for split in SPLITS {
+        for split in Split::NAMED {
             for (unit, size) in [(1, u64::MAX), (7, u64::MAX), (u64::MAX, u64::MAX), (u64::MAX, 1), (3, 0)] {
                 for n in [1, 3, 8192] {
                     let _ = take(&Cut { how: split.clone(), unit, ..Cut::default() }, size, n - 1, n);
@@ -464,7 +469,7 @@ mod tests {
     proptest! {
         #[test]
         fn parts_have_each_index_once(
-            how in prop::sample::select(&SPLITS[..]), unit in 1..6u64, size in 0..200u64, n in 1..14u32
+            how in prop::sample::select(&Split::NAMED[..]), unit in 1..6u64, size in 0..200u64, n in 1..14u32
         ) {
             let even = how == Split::Even;
             prop_assume!(!even || size.is_multiple_of(unit * u64::from(n)));

@@ -163,6 +163,14 @@ impl Expr {
 
     /// Refuses what makes no sense for any tensor.
     pub(super) fn check(&self) -> Result<()> {
+        self.check_as(false)
+    }
+
+    /// The same of an expression that is a part of a concat or a stack, or not.
+    fn check_as(&self, part: bool) -> Result<()> {
+        if !part && matches!(self, Expr::Select { .. }) {
+            return Err(broken("select", "a selection is no part of a concat or a stack"));
+        }
         match self {
             Expr::Shard { cut: Cut { by, .. }, .. } | Expr::Select { by: Cut { by, .. }, .. } | Expr::On { by, .. } => {
                 by.check()?;
@@ -179,11 +187,8 @@ impl Expr {
             }
             _ => {}
         }
-        let in_parts = matches!(self, Expr::Concat { .. } | Expr::Stack { .. });
-        if !in_parts && self.inner().iter().any(|inner| matches!(inner, Expr::Select { .. })) {
-            return Err(broken("select", "a selection is no part of a concat or a stack"));
-        }
-        self.inner().iter().try_for_each(Expr::check)
+        let parts = matches!(self, Expr::Concat { .. } | Expr::Stack { .. });
+        self.inner().iter().try_for_each(|inner| inner.check_as(parts))
     }
 
     /// Whether bytes of the sources may be left out on purpose.
@@ -224,12 +229,9 @@ impl Expr {
         }
     }
 
-    /// The type of what holds one value in all places, or is a part of it.
-    pub(super) fn dtype(&self) -> Option<Dtype> {
-        match self {
-            Expr::Const { dtype, .. } => Some(*dtype),
-            _ => self.inner().iter().find_map(Expr::dtype),
-        }
+    /// What its first elements are.
+    pub(super) fn first(&self) -> &Expr {
+        self.inner().first().map_or(self, Expr::first)
     }
 
     /// How many tensors it names.

@@ -6,7 +6,7 @@ use smallvec::{SmallVec, smallvec};
 
 use super::{Dims, For, Form, Sources, broken};
 use crate::dtype::Dtype;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::extent::Rank;
 use crate::plan::cut::{Cut, Split, Taken};
 use crate::plan::expr::{Expr, Fill};
@@ -152,7 +152,7 @@ impl Maker<'_> {
         };
         let (i, n) = by.of(mesh, rank)?;
         if part >= n {
-            return Err(broken("coordinate", "there is no such part").with_expected(format!("one below {n}"), part));
+            return Err(no_part(n, part));
         }
         form.cut_into(n.into());
         match self.whom {
@@ -160,6 +160,11 @@ impl Maker<'_> {
             _ => Ok(form),
         }
     }
+}
+
+/// Refuses a part of a division that has fewer.
+pub(in crate::plan) fn no_part(n: u32, part: u32) -> Error {
+    broken("coordinate", "there is no such part").with_expected(format!("one below {n}"), part)
 }
 
 /// What all parts have of `count`.

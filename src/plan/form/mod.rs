@@ -21,6 +21,7 @@ use crate::shape::Shape;
 
 pub(crate) use self::boxes::{BoxOf, Boxes};
 use self::make::Maker;
+pub(super) use self::make::no_part;
 
 /// Indices, lengths or strides, one for each dimension of a destination.
 type Dims = SmallVec<[u64; 4]>;

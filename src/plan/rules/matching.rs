@@ -184,6 +184,18 @@ impl Rules {
         }
     }
 
+    /// The type of the first elements that a destination is made of, and its own: `matched` is that of the tensor that the
+    /// rule matched, `named` that of the first that the expression names.
+    pub(in crate::plan) fn dtypes(&self, placed: &Placed, matched: Dtype, named: Option<Dtype>) -> (Dtype, Dtype) {
+        match placed.expr.first() {
+            Expr::Const { dtype, .. } => (*dtype, placed.expr.cast_to().unwrap_or(*dtype)),
+            first => {
+                let from = if matches!(first, Expr::Source) { matched } else { named.unwrap_or(matched) };
+                (from, self.cast_to(placed, from).unwrap_or(from))
+            }
+        }
+    }
+
     /// What a tensor of type `from` is cast to where it is placed so.
     pub(in crate::plan) fn cast_to(&self, placed: &Placed, from: Dtype) -> Option<Dtype> {
         let all = self.casting.filter(|_| matches!(from, Dtype::Bf16 | Dtype::F16 | Dtype::F32));

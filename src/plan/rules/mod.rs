@@ -11,6 +11,7 @@ pub(super) use self::matching::{Matches, Placed, TENSORS_PER_TASK, Verdict};
 use self::pattern::{Pattern, Template};
 use super::cut::{Cut, Split};
 use super::expr::{Expr, Fill, castable};
+use super::form::no_part;
 use super::quant::{Orientation, Quantization};
 use super::stages::StageSplit;
 use super::world::{Coord, Mesh};
@@ -229,19 +230,6 @@ impl Rules {
         self
     }
 
-    /// Only the ranks that have `part` of the division `by` hold the destinations of the rule added last; the others have
-    /// no such destinations.
-    pub fn held_by(mut self, by: Coord, part: u32) -> Rules {
-        match self.rules.last_mut().map(|rule| &mut rule.placement) {
-            Some(Placement::Place { owner: owner @ Owner::All, .. }) => *owner = Owner::Where(by, part),
-            Some(Placement::Place { .. }) => self.mistake("where", "held_by() of what some ranks hold only"),
-            Some(Placement::Part) => self.mistake("where", "held_by() of a part of other destinations"),
-            Some(Placement::Skip) => self.mistake("where", "held_by() of a tensor that is skipped"),
-            None => self.mistake("where", "held_by() before any rule"),
-        }
-        self
-    }
-
     /// The tensors of the rule added last are `count` like ones, for instance a layer's experts, of which each rank
     /// holds those that `cut` gives it: the number of one is what wildcard `wildcard` of the pattern matched, the
     /// first wildcard being 1.
@@ -369,6 +357,17 @@ impl Rules {
     /// whatever the rules say.
     pub fn skipping(mut self, glob: impl AsRef<str>) -> Rules {
         self.drop.push(Filter::new(glob.as_ref()));
+        self
+    }
+
+    /// Only the ranks that have `part` of the division `by` hold the destinations of the rule added last; the others have
+    /// no such destinations.
+    pub fn held_by(mut self, by: Coord, part: u32) -> Rules {
+        match self.rules.last_mut().map(|rule| &mut rule.placement) {
+            Some(Placement::Place { owner: owner @ Owner::All, .. }) => *owner = Owner::Where(by, part),
+            Some(_) => self.mistake("where", "held_by() of what not all ranks hold"),
+            None => self.mistake("where", "held_by() before any rule"),
+        }
         self
     }
 
@@ -590,8 +589,11 @@ impl Rule {
         let Rule { pattern, placement, rename, among, .. } = self;
         let pattern = compiled("pattern", pattern)?;
         let of_rule = |error: Error| error.in_context(format_args!("rule `{}`", pattern.text()));
-        if let Placement::Place { expr, .. } = placement {
+        if let Placement::Place { owner, expr } = placement {
             expr.check().map_err(of_rule)?;
+            if let Owner::Where(by, _) = owner {
+                by.check().map_err(of_rule)?;
+            }
         }
         let more = |what: &str, template: &Template| {
             let asks = format!("{what} `{}` asks for more than the pattern has", template.text());
@@ -701,11 +703,6 @@ fn unmatched(tensor: &TensorMeta) -> Error {
     let line = format!("{{ match = {pattern}, replicate = true }}");
     broken("unmatched-tensor", format!("no rule matches; to load it whole on every rank add {line}"))
         .with_tensor(tensor.name.as_str())
-}
-
-/// Why nobody holds a parameter.
-fn no_part(n: u32, part: u32) -> Error {
-    broken("coordinate", "there is no such part").with_expected(format!("one below {n}"), part)
 }
 
 fn broken(rule: &'static str, message: impl Into<String>) -> Error {
