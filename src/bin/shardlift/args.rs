@@ -112,7 +112,8 @@ pub(crate) struct MeshArgs {
     /// Experts of each expert-parallel group: even, balanced, round-robin, or a FILE with a line for each group
     #[arg(long, value_name = "SPLIT", value_parser = OsStringValueParser::new().try_map(ep_split))]
     pub(crate) ep_split: Option<SplitChoice<Split>>,
-    /// How tensors are divided: auto (from config.json), replicate, hf-plan:FILE, or a rules FILE
+    /// How tensors are divided: auto (from config.json), replicate, hf-plan:FILE (a tp plan of transformers as
+    /// JSON), or a rules FILE
     #[arg(long, value_name = "RULES", default_value = "auto", value_parser = OsStringValueParser::new().try_map(rules))]
     pub(crate) rules: RulesChoice,
     /// Whose names and layouts the destinations have
@@ -155,7 +156,7 @@ pub(crate) enum Target {
 impl MeshArgs {
     /// Refuses what this build cannot do yet.
     pub(crate) fn supported(&self) -> Result<()> {
-        let MeshArgs { tp: _, pp, ep, dp: _, cp: _, order, pp_split, ep_split, rules, target } = self;
+        let MeshArgs { tp: _, pp, ep, dp: _, cp: _, order, pp_split, ep_split, rules: _, target } = self;
         if *pp > 1 {
             return Err(not_in_this_build(format!("--pp {pp}")));
         }
@@ -170,9 +171,6 @@ impl MeshArgs {
         }
         if let Some(split) = ep_split {
             return Err(not_in_this_build(format!("--ep-split {split}")));
-        }
-        if let RulesChoice::HfPlan(path) = rules {
-            return Err(not_in_this_build(format!("--rules hf-plan:{}", path.display())));
         }
         match target {
             Target::Plain => Ok(()),
@@ -501,7 +499,6 @@ mod tests {
             (&["--ep-split", "round-robin"], "--ep-split round-robin"),
             (&["--ep-split", "even"], "--ep-split even"),
             (&["--target", "vllm"], "--target vllm"),
-            (&["--rules", "hf-plan:p.json"], "hf-plan:p.json"),
             #[cfg(not(feature = "cuda"))]
             (&["--devices", "cuda:0"], "--devices cuda"),
             (&["--engine", "cufile"], "--engine cufile"),

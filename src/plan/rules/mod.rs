@@ -1,6 +1,7 @@
 //! [`Rules`]: patterns over tensor names -> placement. First match wins, and nothing is placed by default.
 
 mod file;
+mod hf_plan;
 mod pattern;
 
 use std::path::PathBuf;
@@ -457,6 +458,12 @@ impl From<usize> for ShardRule {
 impl From<ShardRule> for Placement {
     fn from(ShardRule { dim, cut }: ShardRule) -> Placement {
         Placement::Place { owner: Owner::All, expr: Expr::shard(dim, cut) }
+    }
+}
+
+impl From<Expr> for Placement {
+    fn from(expr: Expr) -> Placement {
+        Placement::Place { owner: Owner::All, expr }
     }
 }
 
