@@ -120,7 +120,10 @@ impl HfPlan {
     fn new(file: &Dictionaries<'_>, checkpoint: &Checkpoint, mesh: Mesh) -> Result<HfPlan> {
         let engine = file.engine;
         let names = checkpoint.tensors().iter().flat_map(|tensor| engine.names(&tensor.name));
-        let prefix = file.prefix(&names.map(|name| engine.generic(&name.text)).collect());
+        let mut names: HashSet<String> = names.map(|name| engine.generic(&name.text)).collect();
+        let scaled: Vec<String> = names.iter().filter_map(|name| names::scaled(name)).map(str::to_owned).collect();
+        names.extend(scaled);
+        let prefix = file.prefix(&names);
         let outer = prefix.rsplit_once('.').map_or("", |(outer, _)| outer);
         let mut plan = HfPlan { styles: HashMap::new(), engine };
         let experts = mesh.ep > 1 && !file.experts.is_empty();
