@@ -212,7 +212,6 @@ fn failures() {
         &["--pp-split", "hf"],
         &["--ep-split", "experts.txt"],
         &["--target", "hf"],
-        &["--rules", "hf-plan:plan.json"],
     ] {
         error(&[&["load", model][..], flags].concat(), 2, "unsupported");
     }

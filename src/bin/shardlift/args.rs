@@ -111,7 +111,8 @@ pub(crate) struct MeshArgs {
     /// Experts of each expert-parallel group: even, balanced, round-robin, or a FILE with a line for each group
     #[arg(long, value_name = "SPLIT", value_parser = OsStringValueParser::new().try_map(ep_split))]
     pub(crate) ep_split: Option<SplitChoice<Split>>,
-    /// How tensors are divided: auto (from config.json), replicate, hf-plan:FILE, or a rules FILE
+    /// How tensors are divided: auto (from config.json), replicate, hf-plan:FILE (a tp plan of transformers as
+    /// JSON), or a rules FILE
     #[arg(long, value_name = "RULES", default_value = "auto", value_parser = OsStringValueParser::new().try_map(rules))]
     pub(crate) rules: RulesChoice,
     /// Repeat scales of FP8 blocks that a cut falls inside, for smaller blocks
@@ -162,11 +163,7 @@ pub(crate) enum Target {
 impl MeshArgs {
     /// Refuses what this build cannot do yet.
     pub(crate) fn supported(&self) -> Result<()> {
-        let MeshArgs { rules, target, .. } = self;
-        if let RulesChoice::HfPlan(path) = rules {
-            return Err(not_in_this_build(format!("--rules hf-plan:{}", path.display())));
-        }
-        match target {
+        match self.target {
             Target::Plain => Ok(()),
             Target::Vllm => Err(not_in_this_build("--target vllm")),
             Target::Hf => Err(not_in_this_build("--target hf")),
@@ -486,7 +483,6 @@ mod tests {
     fn what_comes_later_is_refused_by_name() {
         for (flags, what) in [
             (&["--target", "vllm"][..], "--target vllm"),
-            (&["--rules", "hf-plan:p.json"], "hf-plan:p.json"),
             #[cfg(not(feature = "cuda"))]
             (&["--devices", "cuda:0"], "--devices cuda"),
             (&["--engine", "cufile"], "--engine cufile"),

@@ -83,7 +83,7 @@ pub(crate) fn rules(checkpoint: &Checkpoint, mesh: &MeshArgs, world: &World) -> 
             let rules = Rules::from_file(path)?;
             Ok(stages.into_iter().fold(rules, Rules::stage_split))
         }
-        RulesChoice::HfPlan(_) => Err(crate::args::not_in_this_build("--rules hf-plan")),
+        RulesChoice::HfPlan(path) => Rules::from_hf_plan(path, checkpoint, world.mesh()),
         RulesChoice::Auto => match (checkpoint.partition_of(), world.size()) {
             // Divided already: the configuration beside it is of the whole model.
             (Some(_), 1) => Ok(Rules::replicate_all()),

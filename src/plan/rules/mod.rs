@@ -1,6 +1,7 @@
 //! [`Rules`]: patterns over tensor names -> placement. First match wins, and nothing is placed by default.
 
 mod file;
+mod hf_plan;
 mod matching;
 mod module;
 mod pattern;
@@ -524,6 +525,12 @@ impl From<usize> for ShardRule {
 impl From<ShardRule> for Placement {
     fn from(ShardRule { dim, cut }: ShardRule) -> Placement {
         Placement::Place { owner: Owner::All, expr: Expr::shard(dim, cut) }
+    }
+}
+
+impl From<Expr> for Placement {
+    fn from(expr: Expr) -> Placement {
+        Placement::Place { owner: Owner::All, expr }
     }
 }
 

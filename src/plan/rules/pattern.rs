@@ -59,6 +59,11 @@ impl Pattern {
         like.join(".")
     }
 
+    /// A pattern that matches `name` and nothing else.
+    pub(super) fn exactly(name: &str) -> String {
+        escaped(name)
+    }
+
     /// The pattern as it was written.
     pub(super) fn text(&self) -> &str {
         &self.text
