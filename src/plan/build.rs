@@ -150,7 +150,7 @@ struct Builder<'a> {
 struct Named<'a> {
     name: String,
     made: Made<'a>,
-    /// The stages of an alias; those of others are their rules'.
+    /// The stages of an alias that has some of its own; those of others are their rules'.
     stage: Option<Stage>,
 }
 
@@ -248,7 +248,7 @@ impl<'a> Builder<'a> {
             let alias = |AliasRule { name, of, stage }: &'a AliasRule| Named {
                 name: name.clone(),
                 made: Made::AliasOf(of),
-                stage: Some(*stage),
+                stage: *stage,
             };
             named.extend(aliases.iter().map(alias));
             named.sort_by(|a, b| a.name.cmp(&b.name));

@@ -5,17 +5,19 @@ mod hf_plan;
 mod matching;
 mod module;
 mod pattern;
+mod rule;
 
 use std::path::PathBuf;
 
 pub(super) use self::matching::{Matches, Placed, TENSORS_PER_TASK, Verdict};
 use self::pattern::{Pattern, Template};
+pub(super) use self::rule::{AliasRule, Among, Owner, Pipeline, Placement, Rule};
+use self::rule::{Filter, ModuleRule, Scope};
 use super::cut::{Cut, Split};
 use super::expr::{Expr, Fill, castable};
-use super::form::no_part;
 use super::quant::{Orientation, Quantization};
 use super::stages::StageSplit;
-use super::world::{Coord, Mesh};
+use super::world::Coord;
 use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -75,86 +77,6 @@ pub enum Stage {
     Ends,
     /// All of them.
     All,
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct Rule {
-    pattern: Result<Pattern, String>,
-    scope: Scope,
-    pub(super) placement: Placement,
-    pub(super) stage: Option<Stage>,
-    pub(super) among: Option<Among>,
-    rename: Option<Result<Template, String>>,
-    optional: bool,
-}
-
-/// What names a rule's pattern is about.
-#[derive(Debug, Clone)]
-enum Scope {
-    Tensors,
-    Module(ModuleRule),
-}
-
-/// What holds for the tensors of a module.
-#[derive(Debug, Clone, Default)]
-struct ModuleRule {
-    orientation: Orientation,
-    /// Which ranks have the bias, and what the others have.
-    bias: Option<(Coord, u32, Fill)>,
-    /// What destinations' names have after the module's instead.
-    suffixes: Vec<(&'static str, String)>,
-}
-
-/// Which of several like tensors each rank holds.
-#[derive(Debug, Clone)]
-pub(super) struct Among {
-    /// The wildcard that matches the number of one, the first being 1.
-    wildcard: usize,
-    count: u64,
-    pub(super) cut: Cut,
-}
-
-/// The layers of pipeline stages.
-#[derive(Debug, Clone)]
-pub(super) struct Pipeline {
-    /// Matches the tensors of layers; the first wildcard that is a number is the layer's.
-    pattern: Result<Pattern, String>,
-    /// How many layers there are; nothing can be divided into stages without.
-    pub(super) layers: Option<u64>,
-    pub(super) how: StageSplit,
-}
-
-/// Who gets what of a matched tensor.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Placement {
-    /// The owner gets what the expression says.
-    Place { owner: Owner, expr: Expr },
-    /// It is a part of other destinations only, whose rules name it.
-    Part,
-    /// Nobody gets anything.
-    Skip,
-}
-
-/// Which ranks hold a parameter.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Owner {
-    All,
-    Only(Rank),
-    /// Those with this part of a division.
-    Where(Coord, u32),
-}
-
-#[derive(Debug, Clone)]
-pub(super) struct AliasRule {
-    pub(super) name: String,
-    pub(super) of: String,
-    pub(super) stage: Stage,
-}
-
-#[derive(Debug, Clone)]
-struct Filter {
-    glob: String,
-    pattern: Result<Pattern, String>,
 }
 
 impl Rules {
@@ -337,13 +259,14 @@ impl Rules {
     /// A further destination `name` that shares the memory of the destination `of` (tied weights), which is no alias
     /// itself. If `of` is left out by [`keeping`](Rules::keeping) or [`skipping`](Rules::skipping), its first alias
     /// that is not holds its bytes instead.
-    pub fn alias(self, name: impl Into<String>, of: impl Into<String>) -> Rules {
-        self.alias_on(Stage::All, name, of)
+    pub fn alias(mut self, name: impl Into<String>, of: impl Into<String>) -> Rules {
+        self.aliases.push(AliasRule { name: name.into(), of: of.into(), stage: None });
+        self
     }
 
     /// An [`alias`](Rules::alias) that only these pipeline stages have, all of which hold the original.
     pub fn alias_on(mut self, stage: Stage, name: impl Into<String>, of: impl Into<String>) -> Rules {
-        self.aliases.push(AliasRule { name: name.into(), of: of.into(), stage });
+        self.aliases.push(AliasRule { name: name.into(), of: of.into(), stage: Some(stage) });
         self
     }
 
@@ -519,175 +442,6 @@ impl ShardRule {
 impl From<usize> for ShardRule {
     fn from(dim: usize) -> ShardRule {
         ShardRule::dim(dim)
-    }
-}
-
-impl From<ShardRule> for Placement {
-    fn from(ShardRule { dim, cut }: ShardRule) -> Placement {
-        Placement::Place { owner: Owner::All, expr: Expr::shard(dim, cut) }
-    }
-}
-
-impl From<Expr> for Placement {
-    fn from(expr: Expr) -> Placement {
-        Placement::Place { owner: Owner::All, expr }
-    }
-}
-
-impl Placement {
-    /// What it makes of a tensor.
-    fn expr(&self) -> Option<&Expr> {
-        match self {
-            Placement::Place { expr, .. } => Some(expr),
-            Placement::Part | Placement::Skip => None,
-        }
-    }
-
-    /// Which ranks have it.
-    pub(super) fn owner(&self) -> Option<&Owner> {
-        match self {
-            Placement::Place { owner, .. } => Some(owner),
-            Placement::Part | Placement::Skip => None,
-        }
-    }
-
-    fn replicate() -> Placement {
-        Placement::Place { owner: Owner::All, expr: Expr::Source }
-    }
-
-    fn only(rank: Rank) -> Placement {
-        Placement::Place { owner: Owner::Only(rank), expr: Expr::Source }
-    }
-}
-
-impl Owner {
-    /// Whether `rank` holds the parameter.
-    pub(super) fn has(&self, mesh: Mesh, rank: Rank) -> Result<bool> {
-        let size = mesh.size();
-        match self {
-            Owner::All => Ok(true),
-            Owner::Only(owner) if owner.0 >= size => {
-                Err(broken("rank", "no such rank").with_expected(format!("a rank below {size}"), owner))
-            }
-            Owner::Only(owner) => Ok(*owner == rank),
-            Owner::Where(by, part) => match by.of(mesh, rank)? {
-                (_, n) if *part >= n => Err(no_part(n, *part)),
-                (i, _) => Ok(i == *part),
-            },
-        }
-    }
-}
-
-impl Rule {
-    fn new(pattern: &str, placement: Placement) -> Rule {
-        Rule {
-            pattern: Pattern::new(pattern),
-            scope: Scope::Tensors,
-            placement,
-            stage: None,
-            among: None,
-            rename: None,
-            optional: false,
-        }
-    }
-
-    /// Refuses what makes no sense for any tensor.
-    fn check(&self) -> Result<()> {
-        let Rule { pattern, placement, rename, among, .. } = self;
-        let pattern = compiled("pattern", pattern)?;
-        let of_rule = |error: Error| error.in_context(format_args!("rule `{}`", pattern.text()));
-        if let Placement::Place { owner, expr } = placement {
-            expr.check().map_err(of_rule)?;
-            if let Owner::Where(by, _) = owner {
-                by.check().map_err(of_rule)?;
-            }
-        }
-        let more = |what: &str, template: &Template| {
-            let asks = format!("{what} `{}` asks for more than the pattern has", template.text());
-            of_rule(broken("rename", asks))
-                .with_expected(format!("at most {} wildcards", pattern.wildcards()), template.wildcards())
-        };
-        if let Placement::Place { expr, .. } = placement {
-            expr.for_each_name(&mut |name| match Template::new(name) {
-                Ok(template) if template.wildcards() > pattern.wildcards() => Err(more("source", &template)),
-                Ok(_) => Ok(()),
-                Err(what) => Err(of_rule(broken("source", what))),
-            })?;
-        }
-        if let Some(Among { wildcard, cut, .. }) = among {
-            cut.by.check().map_err(of_rule)?;
-            if !(1..=pattern.wildcards()).contains(wildcard) {
-                return Err(of_rule(broken("among", "there is no such wildcard"))
-                    .with_expected(format!("1 to {}", pattern.wildcards()), wildcard));
-            }
-        }
-        let Some(template) = rename else { return Ok(()) };
-        let wrong = |what: String| of_rule(broken("rename", what));
-        let template = compiled("rename", template).map_err(of_rule)?;
-        if let Placement::Part | Placement::Skip = placement {
-            return Err(wrong("a tensor that is skipped or a part has no name to change".into()));
-        }
-        if template.wildcards() > pattern.wildcards() {
-            return Err(more("rename", template));
-        }
-        match unusable(template.text()) {
-            Some(what) => Err(wrong(format!("renames to {what}"))),
-            None => Ok(()),
-        }
-    }
-
-    /// The pattern as it was written.
-    fn text(&self) -> &str {
-        self.pattern.as_ref().map_or("", |pattern| pattern.text())
-    }
-
-    fn matches(&self, name: &str) -> bool {
-        self.pattern.as_ref().is_ok_and(|pattern| pattern.matches(name))
-    }
-
-    /// Which one of several like tensors this is, and of how many.
-    pub(super) fn number(&self, among: &Among, subject: &str) -> Result<u64> {
-        let captures = self.pattern.as_ref().ok().and_then(|pattern| pattern.captures(subject));
-        let text = captures
-            .as_ref()
-            .and_then(|captures| captures.get(among.wildcard - 1))
-            .map(|range| &subject[range.clone()]);
-        let number = text.and_then(|text| text.parse().ok()).filter(|number| *number < among.count);
-        number.ok_or_else(|| {
-            broken("among", format!("rule `{}`: not the number of one", self.text()))
-                .with_expected(format!("a number below {}", among.count), text.unwrap_or("nothing"))
-        })
-    }
-}
-
-impl Among {
-    pub(super) fn count(&self) -> u64 {
-        self.count
-    }
-}
-
-impl Pipeline {
-    /// The layer that a tensor is of.
-    pub(super) fn layer(&self, name: &str) -> Result<Option<u64>> {
-        let Some(captures) = self.pattern.as_ref().ok().and_then(|pattern| pattern.captures(name)) else {
-            return Ok(None);
-        };
-        match captures.iter().find_map(|range| name[range.clone()].parse().ok()) {
-            Some(layer) if self.layers.is_some_and(|layers| layer >= layers) => Err(broken("stages", "no such layer")
-                .with_expected(format!("a layer below {}", self.layers.unwrap_or_default()), layer)
-                .with_tensor(name)),
-            layer => Ok(layer),
-        }
-    }
-}
-
-impl Filter {
-    fn new(glob: &str) -> Filter {
-        Filter { glob: glob.to_owned(), pattern: Pattern::new(glob) }
-    }
-
-    fn matches(&self, name: &str) -> bool {
-        self.pattern.as_ref().is_ok_and(|pattern| pattern.matches(name))
     }
 }
 
