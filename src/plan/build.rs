@@ -143,12 +143,15 @@ impl<'a> Builder<'a> {
         let mut params = Vec::with_capacity(named.len());
         let mut declared = Vec::with_capacity(named.len());
         let scales = Scales::default();
+        let sources = |tensor: u32| {
+            let found = matches.named.binary_search_by_key(&tensor, |(matched, _)| *matched);
+            found.map_or(&[][..], |found| &*matches.named[found].1)
+        };
         for (param, entry) in (0..).zip(&named) {
             let (tensor, rule, alias_of) = match entry.made {
                 Made::From { tensor, rule } => {
-                    let sources = matches.named.binary_search_by_key(&tensor, |(matched, _)| *matched);
-                    let sources = sources.map(|found| matches.named[found].1.clone()).unwrap_or_default();
-                    declared.push(self.declare(Declared { param, tensor, rule, named: sources }, &scales)?);
+                    declared
+                        .push(self.declare(Declared { param, tensor, rule, named: sources(tensor).into() }, &scales)?);
                     (tensor, rule, None)
                 }
                 Made::AliasOf(of) => match find(&named, of).map(|original| (original, named[original].made)) {
@@ -156,11 +159,8 @@ impl<'a> Builder<'a> {
                     _ => unreachable!("bug in shardlift: alias was checked"),
                 },
             };
-            let from = self.tensors[tensor as usize].dtype;
-            let to = match self.rules.dtype(rule) {
-                Some(dtype) => dtype,
-                None => self.rules.cast_to(rule, from).unwrap_or(from),
-            };
+            let dtype = |tensor: u32| self.tensors[tensor as usize].dtype;
+            let (from, to) = self.rules.dtypes(rule, dtype(tensor), sources(tensor).first().copied().map(dtype));
             params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
         }
         let param = |(Named { name, .. }, (dtype, cast, alias_of))| Param { name, dtype, cast, alias_of };

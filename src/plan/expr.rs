@@ -2,7 +2,7 @@
 
 use smallvec::{SmallVec, smallvec};
 
-use super::cut::Cut;
+use super::cut::{Cut, Split};
 use super::world::Coord;
 use crate::cast::Cast;
 use crate::dtype::Dtype;
@@ -195,7 +195,7 @@ impl Expr {
     pub(super) fn takes_of_parts(&self) -> bool {
         let own = match self {
             Expr::View { x, .. } => x.is_cut(),
-            Expr::Slice { x, dim, .. } => x.cuts(*dim),
+            Expr::Slice { x, dim, .. } | Expr::Shard { x, dim, cut: Cut { how: Split::Table(_), .. } } => x.cuts(*dim),
             _ => false,
         };
         own || self.inner().iter().any(Expr::takes_of_parts)
@@ -224,12 +224,9 @@ impl Expr {
         }
     }
 
-    /// The type of what holds one value in all places, or is a part of it.
-    pub(super) fn dtype(&self) -> Option<Dtype> {
-        match self {
-            Expr::Const { dtype, .. } => Some(*dtype),
-            _ => self.inner().iter().find_map(Expr::dtype),
-        }
+    /// What its first elements are.
+    pub(super) fn first(&self) -> &Expr {
+        self.inner().first().map_or(self, Expr::first)
     }
 
     /// How many tensors it names.
@@ -250,6 +247,17 @@ impl Expr {
 }
 
 impl Fill {
+    /// The same value in another type.
+    pub(super) fn cast(&self, from: Dtype, to: Dtype) -> Result<Fill> {
+        if from == to || !matches!(self, Fill::Bytes(_)) {
+            return Ok(self.clone());
+        }
+        let cast = Cast::new(from, to)?;
+        let mut converted = vec![0; cast.destination_bytes()];
+        cast.convert(&self.element(from)?, &mut converted);
+        Ok(Fill::Bytes(converted))
+    }
+
     /// An element of this type.
     pub(super) fn element(&self, dtype: Dtype) -> Result<SmallVec<[u8; 8]>> {
         let bytes = dtype.bits().div_ceil(8) as usize;

@@ -266,11 +266,16 @@ impl Rules {
         self.casting
     }
 
-    /// The type of what `rule` places, where its expression says that.
-    pub(super) fn dtype(&self, rule: u32) -> Option<Dtype> {
-        match &self.rules[rule as usize].placement {
-            Placement::Place { expr, .. } => expr.dtype(),
-            Placement::Part | Placement::Skip => None,
+    /// The type of what `rule` places, and of the first elements that it is made of: those of the tensor that it matched,
+    /// or of the first that its expression names.
+    pub(super) fn dtypes(&self, rule: u32, matched: Dtype, named: Option<Dtype>) -> (Dtype, Dtype) {
+        let Placement::Place { expr, .. } = &self.rules[rule as usize].placement else { return (matched, matched) };
+        match expr.first() {
+            Expr::Const { dtype, .. } => (*dtype, expr.cast_to().unwrap_or(*dtype)),
+            first => {
+                let from = if matches!(first, Expr::Source) { matched } else { named.unwrap_or(matched) };
+                (from, self.cast_to(rule, from).unwrap_or(from))
+            }
         }
     }
 
