@@ -99,16 +99,26 @@ fn expected_of_boxes(boxes: Boxes, files: &mut Files<'_>) -> Result<u64> {
     for part in boxes.bands(limits::CHECK_BAND)? {
         band.clear();
         band.resize(part.bytes()? as usize, 0);
-        let element = u64::from(part.dtype().bits()) / 8;
+        let bits = u64::from(part.dtype().bits());
         part.for_each(|placed| {
             let bytes = match placed.what {
                 BoxOf::Fill(element) => Cow::Borrowed(element),
                 BoxOf::Leaf(leaf) => Cow::Owned(elements(leaf, &mut files.window(leaf.tensor)?)?),
             };
-            let mut rows = bytes.chunks_exact(element as usize).cycle();
+            if bits.is_multiple_of(8) {
+                let element = bits as usize / 8;
+                let mut rows = bytes.chunks_exact(element).cycle();
+                place(&placed.lens, &placed.strides, placed.offset, &mut |at| {
+                    let to = at as usize * element;
+                    band[to..to + element].copy_from_slice(rows.next().expect("bug in shardlift: an empty box"));
+                });
+                return Ok(());
+            }
+            let mut from = (0..bytes.len() as u64 * 8).cycle();
             place(&placed.lens, &placed.strides, placed.offset, &mut |at| {
-                let to = (at * element) as usize;
-                band[to..to + element as usize].copy_from_slice(rows.next().expect("bug in shardlift: an empty box"));
+                for (to, from) in (at * bits..(at + 1) * bits).zip(&mut from) {
+                    band[to as usize / 8] |= (bytes[from as usize / 8] >> (from % 8) & 1) << (to % 8);
+                }
             });
             Ok(())
         })?;

@@ -2,7 +2,7 @@
 
 use smallvec::{SmallVec, smallvec};
 
-use super::cut::Cut;
+use super::cut::{Cut, Split};
 use super::world::Coord;
 use crate::cast::Cast;
 use crate::dtype::Dtype;
@@ -200,7 +200,7 @@ impl Expr {
     pub(super) fn takes_of_parts(&self) -> bool {
         let own = match self {
             Expr::View { x, .. } => x.is_cut(),
-            Expr::Slice { x, dim, .. } => x.cuts(*dim),
+            Expr::Slice { x, dim, .. } | Expr::Shard { x, dim, cut: Cut { how: Split::Table(_), .. } } => x.cuts(*dim),
             _ => false,
         };
         own || self.inner().iter().any(Expr::takes_of_parts)
@@ -252,6 +252,17 @@ impl Expr {
 }
 
 impl Fill {
+    /// The same value in another type.
+    pub(super) fn cast(&self, from: Dtype, to: Dtype) -> Result<Fill> {
+        if from == to || !matches!(self, Fill::Bytes(_)) {
+            return Ok(self.clone());
+        }
+        let cast = Cast::new(from, to)?;
+        let mut converted = vec![0; cast.destination_bytes()];
+        cast.convert(&self.element(from)?, &mut converted);
+        Ok(Fill::Bytes(converted))
+    }
+
     /// An element of this type.
     pub(super) fn element(&self, dtype: Dtype) -> Result<SmallVec<[u8; 8]>> {
         let bytes = dtype.bits().div_ceil(8) as usize;

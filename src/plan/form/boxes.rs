@@ -65,17 +65,21 @@ impl Boxes {
     pub(crate) fn for_each(&self, mut show: impl FnMut(BoxAt<'_>) -> Result<()>) -> Result<()> {
         let strides = self.0.strides();
         for Placed { spots, what } in &self.0.boxes {
-            let element;
-            let (what, lens) = match what {
-                What::Leaf(leaf) => (BoxOf::Leaf(leaf), leaf.shape().iter().copied().collect::<Dims>()),
-                What::Fill(fill, lens) => {
-                    element = fill.element(self.0.dtype)?;
-                    (BoxOf::Fill(&element), lens.clone())
-                }
+            let lens = match what {
+                What::Leaf(leaf) => leaf.shape().iter().copied().collect::<Dims>(),
+                What::Fill(_, lens) => lens.clone(),
             };
             if lens.contains(&0) {
                 continue;
             }
+            let element;
+            let what = match what {
+                What::Leaf(leaf) => BoxOf::Leaf(leaf),
+                What::Fill(fill, _) => {
+                    element = fill.element(self.0.dtype)?;
+                    BoxOf::Fill(&element)
+                }
+            };
             let offset = spots.iter().zip(&strides).map(|(spot, stride)| spot.first * stride).sum();
             let strides = spots.iter().zip(&strides).map(|(spot, stride)| spot.step * stride).collect();
             show(BoxAt { what, lens, offset, strides })?;

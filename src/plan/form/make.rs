@@ -38,7 +38,10 @@ impl Maker<'_> {
             }
             Expr::Permute { x, order } => self.make(x)?.permute(order),
             Expr::Cast { x, to } => self.make(x)?.cast(*to),
-            Expr::Concat { dim, parts } => Form::concat(*dim, self.parts(parts)?.0),
+            Expr::Concat { dim, parts } => match self.parts(parts)? {
+                (forms, Some(sample)) if forms.is_empty() => sample.slice(*dim, 0, 0, 1),
+                (forms, _) => Form::concat(*dim, forms),
+            },
             Expr::Stack { parts } => self.stack(parts),
             Expr::Select { .. } => Err(broken("select", "a selection is no part of a concat or a stack")),
             Expr::Pad { x, dim, to, fill } => {
@@ -72,6 +75,9 @@ impl Maker<'_> {
                 let parts = cut.part(size, mesh, Rank(0))?.1;
                 form.cut_into(parts);
                 let Split::Table(table) = &cut.how else { return Ok(form) };
+                if size == 0 {
+                    return Ok(form); // no units to be listed
+                }
                 let runs = table.iter().flatten().map(|run| {
                     let (start, end) = (run.start * cut.unit, (run.end * cut.unit).min(size));
                     form.clone().slice(dim, start.min(end), end.saturating_sub(start), 1)
@@ -171,7 +177,8 @@ pub(in crate::plan) fn no_part(n: u32, part: u32) -> Error {
 fn all_of(cut: &Cut, count: u64) -> SmallVec<[Taken; 1]> {
     match &cut.how {
         Split::Table(table) => {
-            let run = |run: &Range<u64>| Taken { start: run.start, len: run.end.min(count) - run.start, step: 1 };
+            let at = |unit: u64| unit.saturating_mul(cut.unit).min(count);
+            let run = |run: &Range<u64>| Taken { start: at(run.start), len: at(run.end) - at(run.start), step: 1 };
             table.iter().flatten().map(run).collect()
         }
         _ => smallvec![Taken { start: 0, len: count, step: 1 }],

@@ -284,8 +284,9 @@ impl Form {
 
     fn cast(mut self, to: Dtype) -> Result<Form> {
         for placed in &mut self.boxes {
-            if let What::Leaf(leaf) = &mut placed.what {
-                *leaf = leaf.clone().cast(to)?;
+            match &mut placed.what {
+                What::Leaf(leaf) => *leaf = leaf.clone().cast(to)?,
+                What::Fill(fill, _) => *fill = fill.cast(self.dtype, to)?,
             }
         }
         self.dtype = to;

@@ -1,0 +1,57 @@
+//! Which inputs or outputs of a linear map a rank has: heads, groups, blocks, in the order in which its shard has them.
+
+use std::ops::Range;
+
+/// What a dimension of a weight consists of.
+#[derive(Debug, Clone)]
+pub(crate) enum Features {
+    /// So many, all on every rank.
+    Whole(u64),
+    /// So many heads of so many features each, divided evenly.
+    Heads(u64, u64),
+    /// Key-value heads: with more ranks than heads, neighbours share one.
+    Shared(u64, u64),
+    /// Blocks behind each other, each divided on its own.
+    Blocks(Vec<Features>),
+}
+
+use Features::{Blocks, Heads, Shared, Whole};
+
+impl Features {
+    /// So many features, divided evenly.
+    pub(crate) fn even(count: u64) -> Features {
+        Heads(count, 1)
+    }
+
+    pub(crate) fn count(&self) -> u64 {
+        match self {
+            Whole(count) => *count,
+            Heads(count, size) | Shared(count, size) => count * size,
+            Blocks(blocks) => blocks.iter().map(Features::count).sum(),
+        }
+    }
+
+    /// The features of `rank` of `ranks`; `None` if they do not divide.
+    pub(crate) fn of(&self, rank: u64, ranks: u64) -> Option<Vec<u64>> {
+        let heads = |range: Range<u64>, size: u64| Some((range.start * size..range.end * size).collect());
+        match self {
+            Whole(count) => Some((0..*count).collect()),
+            Heads(count, size) | Shared(count, size) if count % ranks == 0 => {
+                heads(rank * (count / ranks)..(rank + 1) * (count / ranks), *size)
+            }
+            Shared(count, size) if ranks % count == 0 => {
+                let head = rank / (ranks / count);
+                heads(head..head + 1, *size)
+            }
+            Heads(..) | Shared(..) => None,
+            Blocks(blocks) => {
+                let (mut all, mut start) = (Vec::new(), 0);
+                for block in blocks {
+                    all.extend(block.of(rank, ranks)?.into_iter().map(|feature| start + feature));
+                    start += block.count();
+                }
+                Some(all)
+            }
+        }
+    }
+}
