@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 use smallvec::SmallVec;
+use tracing::debug_span;
 
 use super::audit::{CHUNK, Wanted, audit};
 use super::cover::{Strided, Times};
@@ -37,15 +38,21 @@ impl Plan {
     /// [`Plan::new`] with another order of reads.
     pub fn with_order(checkpoint: &Checkpoint, rules: &Rules, world: &World, order: ReadOrder) -> Result<Plan> {
         world.check()?;
-        let matches = rules.matches(checkpoint).map_err(|error| rules.located(error))?;
         let builder = Builder { tensors: checkpoint.tensors(), rules, world };
-        let (params, declared) = builder.params(matches)?;
-        let ranks: Vec<Result<RankPlan>> =
-            (0..world.size()).into_par_iter().map(|rank| builder.rank(Rank(rank), &params, &declared)).collect();
-        let ranks = ranks.into_iter().collect::<Result<Vec<_>>>()?;
-        let uses = Uses::new(checkpoint.tensors().len(), ranks.iter())?;
-        audit(checkpoint, &ranks, &uses, &builder.wanted_bytes(&declared)?)?;
-        let (extents, consumers) = extents(checkpoint, world, &ranks, &uses, order)?;
+        let (params, declared) = debug_span!("rules").in_scope(|| {
+            let matches = rules.matches(checkpoint).map_err(|error| rules.located(error))?;
+            builder.params(matches)
+        })?;
+        let (ranks, uses) = debug_span!("partition").in_scope(|| -> Result<_> {
+            let ranks: Vec<Result<RankPlan>> =
+                (0..world.size()).into_par_iter().map(|rank| builder.rank(Rank(rank), &params, &declared)).collect();
+            let ranks = ranks.into_iter().collect::<Result<Vec<_>>>()?;
+            let uses = Uses::new(checkpoint.tensors().len(), ranks.iter())?;
+            Ok((ranks, uses))
+        })?;
+        debug_span!("audit").in_scope(|| audit(checkpoint, &ranks, &uses, &builder.wanted_bytes(&declared)?))?;
+        let (extents, consumers) =
+            debug_span!("reads").in_scope(|| extents(checkpoint, world, &ranks, &uses, order))?;
         let digest = digest(checkpoint, world, &params, &ranks);
         Ok(Plan {
             inner: Arc::new(Inner {

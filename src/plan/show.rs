@@ -3,53 +3,13 @@
 use std::fmt::{self, Write};
 
 use super::audit::{fills, pieces};
-use super::cover::{Covered, cover};
 use super::expr::list;
-use super::uses::Uses;
-use super::{BoxCopy, BoxFill, Inner, Plan, RankPlan, ReadExtent, ReadOrder};
+use super::report::Size;
+use super::{BoxCopy, BoxFill, Inner, Plan, RankPlan, ReadOrder};
 use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, OneLine, Result};
-use crate::extent::Rank;
 
 impl Plan {
-    /// Bytes of all destinations of a rank, whichever process drives it; an alias has none.
-    ///
-    /// # Panics
-    /// If the world has no such rank, as [`rank`](Plan::rank).
-    pub fn bytes_on(&self, rank: Rank) -> u64 {
-        self.rank(rank).dests.iter().map(|dest| dest.bytes).sum()
-    }
-
-    /// Bytes of the checkpoint that at least one of these ranks wants. A rank outside the world wants nothing.
-    pub fn needed_bytes(&self, ranks: &[Rank]) -> u64 {
-        let Inner { checkpoint, ranks: all, .. } = &*self.inner;
-        let tensors = checkpoint.tensors();
-        let asked = all.iter().filter(|partition| ranks.contains(&partition.rank));
-        let uses = Uses::new(tensors.len(), asked).expect("bug in shardlift: some ranks have more pieces than all");
-        let mut needed = 0;
-        for (tensor, meta) in (0..).zip(tensors) {
-            let pieces = uses.of(tensor).iter().map(|of| &all[of.rank.index()].pieces[of.piece as usize]);
-            let set = pieces.map(|copy| copy.source(meta.start)).collect();
-            let regular = cover(set, meta.bytes(), &mut |Covered { from, to, repeats, times }| {
-                if times.are > 0 {
-                    needed += (to - from) * repeats;
-                }
-            });
-            debug_assert!(regular.is_some(), "bug in shardlift: the audit covered the same pieces");
-        }
-        needed
-    }
-
-    /// Bytes that this process reads from storage, before any padding that an engine adds.
-    pub fn storage_bytes(&self) -> u64 {
-        self.own_extents().map(ReadExtent::bytes).sum()
-    }
-
-    /// The extents that this process reads.
-    fn own_extents(&self) -> impl Iterator<Item = &ReadExtent> {
-        self.extents().iter().filter(|extent| self.world().drives(extent.reader))
-    }
-
     /// What happens to one tensor, as a few lines of text: `name` is a destination, or a tensor of the checkpoint.
     ///
     /// # Errors
@@ -174,20 +134,6 @@ impl fmt::Display for BoxFill {
         }
         write!(f, "{} bytes of ", self.run)?;
         self.element.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-/// Bytes with a decimal prefix.
-struct Size(u64);
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            bytes @ ..1_000 => write!(f, "{bytes} B"),
-            bytes @ ..1_000_000 => write!(f, "{:.1} kB", bytes as f64 / 1e3),
-            bytes @ ..1_000_000_000 => write!(f, "{:.1} MB", bytes as f64 / 1e6),
-            bytes => write!(f, "{:.2} GB", bytes as f64 / 1e9),
-        }
     }
 }
 
