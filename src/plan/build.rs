@@ -9,6 +9,7 @@ use tracing::debug_span;
 
 use super::audit::{CHUNK, Wanted, audit};
 use super::cover::{Strided, Times};
+use super::cut::Split;
 use super::digest::digest;
 use super::expr::Expr;
 use super::extents::extents;
@@ -274,12 +275,34 @@ impl<'a> Builder<'a> {
         let holders: SmallVec<[Rank; 8]> =
             (0..self.world.size()).map(Rank).filter(|&rank| self.owner(entry).has(rank)).collect();
         let mesh = self.world.mesh();
+        if let Some(parts) = self.parts_of_whole(entry)? {
+            let times = Times { are: 0, should: (holders.len() as u64 / parts).max(1) };
+            let run = self.tensors[entry.tensor as usize].bytes();
+            let bytes = Strided { start: 0, loops: SmallVec::new(), run, times };
+            into.extend((run > 0).then_some(Wanted { tensor: entry.tensor, bytes, partial: false }));
+            return Ok(());
+        }
         if self.expr(entry).takes_of_parts() {
             // Nothing tells what they should be together.
             return holders.iter().try_for_each(|&rank| self.wanted_by(entry, For::Rank(mesh, rank), 1, true, into));
         }
         let partial = self.expr(entry).is_partial();
         self.wanted_by(entry, For::All(mesh), holders.len() as u64, partial, into)
+    }
+
+    /// How many parts there are of a matched tensor that the ranks have whole, or divided once: most are one of these,
+    /// and need no form to say so.
+    fn parts_of_whole(&self, entry: &Declared) -> Result<Option<u64>> {
+        Ok(match self.expr(entry) {
+            Expr::Source => Some(1),
+            Expr::Shard { x, dim, cut } if matches!(**x, Expr::Source) && !matches!(cut.how, Split::Table(_)) => {
+                match self.tensors[entry.tensor as usize].shape.get(*dim) {
+                    Some(&size) => Some(cut.part(size, self.world.mesh(), Rank(0))?.1),
+                    None => None,
+                }
+            }
+            _ => None,
+        })
     }
 
     /// What is declared for some of the ranks, `holders` of them.

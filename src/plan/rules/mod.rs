@@ -281,11 +281,8 @@ impl Rules {
     pub(super) fn matches(&self, checkpoint: &Checkpoint) -> Result<Matches> {
         self.check()?;
         let tensors = checkpoint.tensors();
-        let matched: Vec<Option<u32>> = tensors
-            .par_iter()
-            .with_min_len(TENSORS_PER_TASK)
-            .map(|tensor| self.rules.iter().position(|rule| rule.matches(&tensor.name)).map(|rule| rule as u32))
-            .collect();
+        let matched: Vec<Option<u32>> =
+            tensors.par_iter().with_min_len(TENSORS_PER_TASK).map(|tensor| self.first_match(&tensor.name)).collect();
         self.refuse_unused(tensors, &matched)?;
         let naming: Vec<bool> = self.rules.iter().map(|rule| rule.placement.names() > 0).collect();
         let mut named = Vec::new();
@@ -387,6 +384,11 @@ impl Rules {
             Some(file) if error.kind() == ErrorKind::Rules => error.with_file(file),
             _ => error,
         }
+    }
+
+    /// The rule that decides about the tensor of this name.
+    pub(super) fn first_match(&self, name: &str) -> Option<u32> {
+        self.rules.iter().position(|rule| rule.matches(name)).map(|rule| rule as u32)
     }
 
     /// The pattern of a rule, as it was written.
