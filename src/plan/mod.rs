@@ -7,6 +7,7 @@ mod build;
 mod cover;
 mod cut;
 mod digest;
+mod explain;
 mod expr;
 mod extents;
 mod family;

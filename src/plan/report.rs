@@ -167,7 +167,7 @@ impl ClassReport {
         over_read(self.read_bytes, self.needed_bytes)
     }
 
-    fn add(&mut self, other: ClassReport) {
+    pub(super) fn add(&mut self, other: ClassReport) {
         self.tensors += other.tensors;
         self.needed_bytes += other.needed_bytes;
         self.read_bytes += other.read_bytes;
