@@ -83,25 +83,23 @@ struct Counting {
 impl Multiplicity {
     /// What it means that bytes are held so often, in words.
     pub fn meaning(&self, times: u64) -> String {
-        let several = |count: u64| if count == 1 { "1 rank".into() } else { format!("{count} ranks") };
         match times {
-            0 if self.holders > 0 => "left out by its rule".into(),
             0 => match (&self.skipped_by[..], self.filtered) {
-                ([], _) => "left out by a filter".into(),
+                ([], true) => "left out by a filter".into(),
+                ([], false) => "left out by its rule".into(),
                 (patterns, filtered) => {
                     let quoted: Vec<String> = patterns.iter().map(|it| format!("`{}`", OneLine(it))).collect();
                     let more = if filtered { " and a filter" } else { "" };
                     format!("skipped by {}{more}", quoted.join(", "))
                 }
             },
-            _ if times == u64::from(self.ranks) => match times {
-                1 => "on the only rank".into(),
-                _ => format!("replicated on all {}", several(times)),
-            },
+            1 if self.ranks == 1 => "on the only rank".into(),
             1 if self.holders == 1 => "on one rank".into(),
-            1 => format!("sharded over {}", several(self.holders.into())),
-            _ if times >= u64::from(self.holders) => format!("replicated on {}", several(self.holders.into())),
-            _ => format!("each part shared by {}", several(times)),
+            1 => format!("sharded over {} ranks", self.holders),
+            _ if times == u64::from(self.ranks) => format!("replicated on all {times} ranks"),
+            _ if times == u64::from(self.holders) => format!("replicated on {times} ranks"),
+            _ if times > u64::from(self.holders) => format!("repeated on {} ranks", self.holders),
+            _ => format!("each part shared by {times} ranks"),
         }
     }
 }

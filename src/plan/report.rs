@@ -213,9 +213,8 @@ impl fmt::Display for PlanReport {
         )?;
         writeln!(
             f,
-            "  {}; on GPUs {}, and at most {} of staging",
+            "  {}; on GPUs {launches} kernel launches, and at most {} of staging",
             plural(*pieces, "piece"),
-            plural(*launches, "kernel launch").replace("launchs", "launches"),
             Size(*peak_staging_bytes),
         )
     }

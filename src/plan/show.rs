@@ -35,7 +35,7 @@ impl fmt::Display for Plan {
         };
         writeln!(
             f,
-            "  storage     {} read by this process in {reads} extents, {} needed, by {by}",
+            "  storage     {} asked for by this process in {reads} extents, {} needed, by {by}",
             Size(self.storage_bytes()),
             Size(self.needed_bytes(world.driven())),
         )?;

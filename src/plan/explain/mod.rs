@@ -202,12 +202,12 @@ impl Plan {
         lines.add(
             "read",
             format!(
-                "{} of {} needed, in {}: {} (over-read {:.2})",
+                "{} for {} needed (over-read {:.2}) in {}: {}",
                 Size(read.read_bytes),
                 Size(read.needed_bytes),
+                read.over_read(),
                 counted(read.reads, "read"),
                 read.how(),
-                read.over_read(),
             ),
         );
     }
