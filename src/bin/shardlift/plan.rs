@@ -93,7 +93,13 @@ fn audited(plan: &Plan, output: &mut Output) -> Value {
     let held = |class: &Multiplicity, &(times, bytes): &(u64, u64)| json!({ "times": times, "bytes": bytes, "meaning": class.meaning(times) });
     let object = |class: &Multiplicity| {
         let multiplicity: Vec<Value> = class.bytes.iter().map(|bytes| held(class, bytes)).collect();
-        json!({ "class": class.class, "tensors": class.tensors, "holders": class.holders, "multiplicity": multiplicity })
+        json!({
+            "class": class.class,
+            "tensors": class.tensors,
+            "holders": class.holders,
+            "skipped_by": class.skipped_by,
+            "multiplicity": multiplicity,
+        })
     };
     let classes: Vec<Value> = classes.iter().map(object).collect();
     json!({ "passed": true, "destinations": destinations, "pieces": pieces, "classes": classes })
