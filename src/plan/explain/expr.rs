@@ -91,8 +91,9 @@ fn keys(expr: &Expr, f: &mut fmt::Formatter<'_>) -> fmt::Result {
 
 /// A list of parts, the matched and named tensors as themselves.
 fn list(parts: &[Expr], f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let shown = if parts.len() > PARTS_SHOWN { 2 } else { PARTS_SHOWN };
     f.write_str("[")?;
-    for (at, part) in parts.iter().take(PARTS_SHOWN).enumerate() {
+    for (at, part) in parts.iter().take(shown).enumerate() {
         f.write_str(if at > 0 { ", " } else { "" })?;
         match part {
             Expr::Source => f.write_str("{ source = true }")?,
@@ -104,8 +105,8 @@ fn list(parts: &[Expr], f: &mut fmt::Formatter<'_>) -> fmt::Result {
             }
         }
     }
-    if parts.len() > PARTS_SHOWN {
-        write!(f, ", ... {} more", parts.len() - PARTS_SHOWN)?;
+    if parts.len() > shown {
+        write!(f, ", ... {} more", parts.len() - shown)?;
     }
     f.write_str("]")
 }
@@ -131,7 +132,7 @@ fn cut_keys(cut: &Cut, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     Ok(())
 }
 
-/// Parts of a list that are written.
+/// Most parts of a list that is written whole; of a longer one two are enough to see what it is.
 const PARTS_SHOWN: usize = 4;
 
 #[cfg(test)]
@@ -167,7 +168,7 @@ mod tests {
         let by = Cut { by: Coord::Axis(Ax::Ep), ..Cut::default() };
         assert_eq!(
             Expr::Stack { parts: vec![Expr::Select { by, of: experts }] }.to_string(),
-            "stack = [{ select = { of = [\"e.0\", \"e.1\", \"e.2\", \"e.3\", ... 2 more], by = \"ep\" } }]"
+            "stack = [{ select = { of = [\"e.0\", \"e.1\", ... 4 more], by = \"ep\" } }]"
         );
     }
 }

@@ -6,7 +6,7 @@ mod words;
 
 use std::fmt::Display;
 
-use self::words::{Lines, indices, numbers, value};
+use self::words::{Lines, group_lines, indices, numbers, value};
 use super::audit::pieces;
 use super::build::Declared;
 use super::expr::{Expr, list};
@@ -72,7 +72,7 @@ impl Plan {
         }
         let expr = self.expr_of(entry);
         let text = expr.map(ToString::to_string).unwrap_or_default();
-        lines.add("rule", format!("`{}`: {}", OneLine(rules.pattern(entry.rule)), OneLine(text)));
+        lines.add_some("rule", format!("`{}`: {}", OneLine(rules.pattern(entry.rule)), OneLine(text)));
         if let Some(Cast { from, to }) = params[param as usize].cast {
             lines.add("cast", format!("cast from {from} to {to}"));
         }
@@ -100,24 +100,31 @@ impl Plan {
                 None => groups.push((words, vec![rank.rank])),
             }
         }
-        let last = groups.len() - 1;
-        let mut left_out = 0;
-        for (at, (mut words, ranks)) in groups.into_iter().enumerate() {
+        let told = |(mut words, ranks): (Vec<String>, Vec<Rank>)| {
             words[0] = format!("{}: {}", self.who(&ranks), words[0]);
             if let Some(dest) = self.rank(ranks[0]).dest_of(param) {
                 words.extend(self.landing_words(ranks[0], dest));
             }
-            // The last is always told, so that one sees how far they go.
-            if at < last && !lines.has_room(words.len()) {
+            (group_lines(&words), ranks.len())
+        };
+        // The first and the last are always told, so that one sees how far they go.
+        let Some((last, _)) = (groups.len() > 1).then(|| groups.pop()).flatten().map(told) else {
+            groups.into_iter().map(told).for_each(|(group, _)| lines.extend(group));
+            return Ok(());
+        };
+        let (mut at, mut left_out) = (0, 0);
+        for (words, ranks) in groups {
+            if at > 0 && (left_out > 0 || !lines.has_room(words.len() + COPIES + 1 + last.len())) {
                 left_out += ranks.len();
                 continue;
             }
-            if left_out > 0 {
-                lines.group(vec![format!("and {left_out} ranks between, each with another part")]);
-                left_out = 0;
-            }
-            lines.group(words);
+            lines.extend(told((words, ranks)).0);
+            at += 1;
         }
+        if left_out > 0 {
+            lines.extend(group_lines(&[format!("and {left_out} ranks between")]));
+        }
+        lines.extend(last);
         Ok(())
     }
 
@@ -214,14 +221,13 @@ impl Plan {
 
     /// A tensor that has its own name for another destination, or none.
     fn named_alike(&self, tensor: u32, param: u32, lines: &mut Lines) {
-        let of_param = |entry: &Declared| entry.param == param && self.sources_of(entry).contains(&tensor);
-        self.inner.declared.iter().filter(|entry| !of_param(entry)).for_each(|entry| {
-            if self.sources_of(entry).contains(&tensor) {
-                let name = &self.inner.params[entry.param as usize].name;
-                lines.add("also", format!("the checkpoint's tensor of this name is a part of {}", OneLine(name)));
-            }
-        });
-        if self.inner.declared.iter().all(|entry| !self.sources_of(entry).contains(&tensor)) {
+        let users: Vec<u32> =
+            self.inner.declared.iter().filter(|entry| self.takes(entry, tensor)).map(|entry| entry.param).collect();
+        for &user in users.iter().filter(|&&user| user != param).take(SOURCES) {
+            let name = OneLine(&self.inner.params[user as usize].name);
+            lines.add("also", format!("the checkpoint's tensor of this name is a part of {name}"));
+        }
+        if users.is_empty() {
             lines.add("", format!("the checkpoint's tensor of this name is {}", self.left_out_words(tensor)));
         }
     }
@@ -230,7 +236,7 @@ impl Plan {
     fn no_destination(&self, tensor: u32, lines: &mut Lines) {
         let Inner { params, declared, .. } = &*self.inner;
         let name = OneLine(&self.tensor(tensor).name);
-        let parts: Vec<&Declared> = declared.iter().filter(|entry| self.sources_of(entry).contains(&tensor)).collect();
+        let parts: Vec<&Declared> = declared.iter().filter(|entry| self.takes(entry, tensor)).collect();
         if parts.is_empty() {
             lines.title(format!("{name}: {} on every rank", self.left_out_words(tensor)));
             lines.add("in", self.source_words(tensor));
@@ -241,7 +247,8 @@ impl Plan {
         for entry in parts.iter().take(SOURCES) {
             lines.add("part of", OneLine(&params[entry.param as usize].name).to_string());
             let text = self.expr_of(entry).map(ToString::to_string).unwrap_or_default();
-            lines.add("by rule", format!("`{}`: {}", OneLine(self.inner.rules.pattern(entry.rule)), OneLine(text)));
+            lines
+                .add_some("by rule", format!("`{}`: {}", OneLine(self.inner.rules.pattern(entry.rule)), OneLine(text)));
         }
         if parts.len() > SOURCES {
             lines.add("", format!("and of {} more destinations", parts.len() - SOURCES));
@@ -270,6 +277,11 @@ impl Plan {
         let mut seen = std::collections::HashSet::new();
         sources.retain(|source| seen.insert(*source));
         sources
+    }
+
+    /// Whether a destination is made of this tensor, too.
+    fn takes(&self, entry: &Declared, tensor: u32) -> bool {
+        entry.named.contains(&tensor) || entry.tensor == tensor && self.expr_of(entry).is_some_and(takes_source)
     }
 
     fn expr_of(&self, entry: &Declared) -> Option<&Expr> {
@@ -314,10 +326,10 @@ fn counted(count: u64, what: impl Display) -> String {
 }
 
 /// Tensors, aliases and destinations of each kind that are told one by one.
-const SOURCES: usize = 4;
+const SOURCES: usize = 3;
 
 /// Boxes of a destination that are told one by one.
-const BOXES: usize = 4;
+const BOXES: usize = 3;
 
 /// Copies of a destination that are told one by one.
 const COPIES: usize = 2;

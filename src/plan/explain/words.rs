@@ -15,41 +15,54 @@ impl Lines {
 
     /// A line with what it is about.
     pub(super) fn add(&mut self, about: &str, line: String) {
-        self.wrapped(&format!("  {about:<8}"), &line, 10);
+        self.extend(wrapped(&format!("  {about:<8}"), &line, 10));
     }
 
-    /// Lines about some ranks, the first not so far in as the others.
-    pub(super) fn group(&mut self, lines: Vec<String>) {
-        for (at, line) in lines.iter().enumerate() {
-            self.wrapped(if at == 0 { "  " } else { "    " }, line, 6);
+    /// The same of what may be long: its beginning.
+    pub(super) fn add_some(&mut self, about: &str, line: String) {
+        let mut lines = wrapped(&format!("  {about:<8}"), &line, 10);
+        if lines.len() > SOME {
+            lines.truncate(SOME);
+            lines[SOME - 1] += "...";
         }
+        self.extend(lines);
     }
 
-    /// Whether so many more lines fit, and the last ones after them.
+    pub(super) fn extend(&mut self, lines: Vec<String>) {
+        self.0.extend(lines);
+    }
+
+    /// Whether so many more lines fit.
     pub(super) fn has_room(&self, lines: usize) -> bool {
-        self.0.len() + lines + LAST <= SCREEN
+        self.0.len() + lines < SCREEN
     }
 
     pub(super) fn done(self) -> String {
         self.0.into_iter().map(|line| line + "\n").collect()
     }
+}
 
-    /// A line, broken between words; the rest begins `further` columns in.
-    fn wrapped(&mut self, before: &str, line: &str, further: usize) {
-        let (mut current, mut empty) = (before.to_owned(), true);
-        for word in line.split(' ') {
-            if !empty && current.chars().count() + 1 + word.chars().count() > COLUMNS {
-                self.0.push(std::mem::replace(&mut current, " ".repeat(further)));
-                empty = true;
-            }
-            if !empty {
-                current.push(' ');
-            }
-            current.push_str(word);
-            empty = false;
+/// Lines about some ranks, the first not so far in as the others.
+pub(super) fn group_lines(words: &[String]) -> Vec<String> {
+    let line = |(at, line)| wrapped(if at == 0 { "  " } else { "    " }, line, 6);
+    words.iter().map(String::as_str).enumerate().flat_map(line).collect()
+}
+
+/// A line, broken between words; what goes on begins `further` columns in.
+fn wrapped(before: &str, line: &str, further: usize) -> Vec<String> {
+    let mut lines = Vec::new();
+    let (mut current, mut empty) = (before.to_owned(), true);
+    for word in line.split(' ') {
+        if !empty && current.chars().count() + 1 + word.chars().count() > COLUMNS {
+            lines.push(std::mem::replace(&mut current, " ".repeat(further)));
+            empty = true;
         }
-        self.0.push(current);
+        current.push_str(if empty { "" } else { " " });
+        current.push_str(word);
+        empty = false;
     }
+    lines.push(current);
+    lines
 }
 
 /// Indices of a dimension of `size`.
@@ -97,8 +110,8 @@ const COLUMNS: usize = 100;
 /// Lines of a screen.
 const SCREEN: usize = 40;
 
-/// Lines that are kept for the last ranks and what comes after them.
-const LAST: usize = 10;
+/// Lines of what may be long.
+const SOME: usize = 4;
 
 /// Ranges of numbers that are told one by one.
 const RUNS: usize = 6;
