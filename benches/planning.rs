@@ -6,6 +6,8 @@
 //! `scripts/count-instructions [--record]` counts instructions (`-- --count`, `-- --record`) and holds them against
 //! `benches/record/instructions.json`: a count repeats where a time does not, so it can fail a push.
 
+#[path = "support/phases.rs"]
+mod phases;
 #[path = "../tests/support/released/mod.rs"]
 mod released;
 
@@ -70,26 +72,47 @@ fn main() -> io::Result<ExitCode> {
 fn time(folder: &Path, runs: usize) -> io::Result<()> {
     let rules = Rules::from_toml(RULES).map_err(io::Error::other)?;
     for (name, Model { tensors, files, .. }) in models() {
-        let (mut open, mut plan) = (Vec::new(), Vec::new());
+        let (mut open, mut plan, mut audit) = (Vec::new(), Vec::new(), Vec::new());
+        let mut phases: Vec<(&str, Vec<f64>)> = Vec::new();
         for _ in 0..runs {
             let began = Instant::now();
             let checkpoint = Checkpoint::open(folder.join(name)).map_err(io::Error::other)?;
             open.push(began.elapsed().as_secs_f64());
             let began = Instant::now();
-            let planned = Plan::new(&checkpoint, &rules, &World::host(RANKS)).map_err(io::Error::other)?;
+            let (planned, spent) = phases::of(|| Plan::new(&checkpoint, &rules, &World::host(RANKS)));
+            let planned = planned.map_err(io::Error::other)?;
             plan.push(began.elapsed().as_secs_f64());
+            audit.push(
+                spent.iter().filter(|(name, _)| *name == "audit").map(|(_, seconds)| seconds).sum::<f64>()
+                    / plan[plan.len() - 1],
+            );
+            for (name, seconds) in spent {
+                match phases.iter_mut().find(|(known, _)| *known == name) {
+                    Some((_, all)) => all.push(seconds),
+                    None => phases.push((name, vec![seconds])),
+                }
+            }
             assert_eq!(planned.params().len(), tensors.len(), "every tensor is planned");
             assert_eq!(planned.storage_bytes(), checkpoint.bytes(), "every byte is read once");
         }
         open.sort_by(f64::total_cmp);
         plan.sort_by(f64::total_cmp);
+        audit.sort_by(f64::total_cmp);
+        let phases: Map<String, Value> =
+            phases.iter_mut().map(|(name, all)| ((*name).into(), json!(median(all)))).collect();
         let result = json!({
             "model": name, "tensors": tensors.len(), "files": files, "ranks": RANKS,
-            "open_seconds": open[runs / 2], "plan_seconds": plan[runs / 2], "peak_bytes": peak_bytes()?,
+            "open_seconds": open[runs / 2], "plan_seconds": plan[runs / 2],
+            "phases": phases, "audit_share": audit[runs / 2], "peak_bytes": peak_bytes()?,
         });
         writeln!(io::stdout(), "{result}")?;
     }
     Ok(())
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// What valgrind runs: each part does what the one before it does, and one thing more.

@@ -53,12 +53,24 @@ pub const BLOCK_MAX: u64 = 1 << 30;
 /// for more (statx says) is read through the page cache.
 pub const DIRECT_ALIGNMENT: u64 = 4096;
 
-/// Unneeded bytes between two needed ranges that are read rather than skipped: below this a second request costs
-/// more than the bytes do (sharding.md 13, B/Q of 6 to 40 KB for current NVMe).
-pub const COALESCE_GAP: u64 = 32 << 10;
-
-/// What a separate read costs, in bytes that the storage could have moved instead (sharding.md 13: B/Q).
+/// What any read costs, however short, in bytes that the storage could have moved instead: its bandwidth over the reads
+/// that it answers per second. Between the 6 and 8 KB of fast NVMe (6 GB/s and 1 million reads per second, 12 GB/s and
+/// 1.5 million) and the 40 KB of a slow one (12 GB/s, 0.3 million); all from sharding.md 13.
 pub const READ_COST: u64 = 16 << 10;
+
+/// What a read of so many bytes costs beside others, in bytes that the storage could have moved instead: the parts of
+/// pages at both its ends are read, too, one page together in the mean.
+pub const fn read_cost(bytes: u64) -> u64 {
+    let paged = bytes.saturating_add(DIRECT_ALIGNMENT);
+    if paged > READ_COST { paged } else { READ_COST }
+}
+
+/// Whether `gap` unneeded bytes before `next` needed ones are skipped rather than read: the decision rule of sharding.md
+/// 13, by which pieces of `next` bytes every `gap + next` are read one by one where that costs less than all of it. What
+/// repeats within a page never is.
+pub const fn is_skipped(gap: u64, next: u64) -> bool {
+    read_cost(next) < gap.saturating_add(next)
+}
 
 /// Most strided loops of a copy descriptor (design invariant 4).
 pub const LOOPS_MAX: usize = 5;

@@ -2,6 +2,8 @@
 
 use smallvec::SmallVec;
 
+use crate::limits::{PITCH_MAX, RECTS_MAX};
+
 /// The loops of a strided copy, outermost first.
 pub type Loops = SmallVec<[Loop; 1]>;
 
@@ -36,4 +38,12 @@ pub(crate) fn source_span(loops: &[Loop], run: u64) -> u64 {
 /// Bytes that the loops move.
 pub(crate) fn bytes_moved(loops: &[Loop], run: u64) -> u64 {
     loops.iter().map(|l| l.count).product::<u64>() * run
+}
+
+/// Whether a strided copy is few enough copies of rows, the only cut that a copy engine makes.
+pub(crate) fn is_rows(loops: &[Loop], run: u64) -> bool {
+    let Some((inner, outer)) = loops.split_last() else { return false };
+    let pitches = [inner.src_stride, inner.dst_stride];
+    let rects: u64 = outer.iter().map(|outer| outer.count).product();
+    pitches.iter().all(|pitch| (run..=PITCH_MAX).contains(pitch)) && rects <= RECTS_MAX
 }

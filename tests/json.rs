@@ -58,6 +58,59 @@ fn plan() {
 }
 
 #[test]
+fn plan_tells_its_sizes_and_what_the_audit_counted() {
+    let (model, rules) = (model(), rules());
+    let args = ["plan", path(model.path()), "--tp", "2", "--rules", path(rules.path()), "--audit"];
+    let object = run(&args, 0);
+    assert_eq!((&object["needed_bytes"], &object["read_bytes"]), (&json!(136), &json!(136)));
+    assert_eq!((&object["over_read"], &object["reads"], &object["pieces"]), (&json!(1.0), &json!(2), &json!(4)));
+    let expected = json!({
+        "class": "a.weight", "tensors": 1, "needed_bytes": 128, "read_bytes": 128, "over_read": 1.0,
+        "lowering": ["contiguous"], "reading": ["fan-out"], "reads": 1, "pieces": 2, "kernel_launches": 0,
+    });
+    assert_eq!(object["classes"][0], expected);
+    let audit = &object["audit"];
+    assert_eq!((&audit["destinations"], &audit["pieces"]), (&json!(4), &json!(4)));
+    let held = |class: usize| {
+        let held = &audit["classes"][class];
+        (held["class"].as_str().unwrap(), held["holders"].as_u64().unwrap(), held["multiplicity"].clone())
+    };
+    let times = |times: u64, bytes: u64, meaning: &str| json!([{ "times": times, "bytes": bytes, "meaning": meaning }]);
+    assert_eq!(held(0), ("a.weight", 2, times(1, 128, "sharded over 2 ranks")));
+    assert_eq!(held(1), ("b.bias", 2, times(2, 8, "replicated on all 2 ranks")));
+    let one = run(&[&args[..], &["--rank", "1"]].concat(), 0);
+    assert_eq!((&one["needed_bytes"], &one["classes"][0]["reading"]), (&json!(64 + 8), &json!(["contiguous"])));
+
+    let text = String::from_utf8(shardlift(&args).stdout).unwrap();
+    for words in ["a.weight: contiguous, covered once, fanned out", "a.weight: {1} 128 B sharded over 2 ranks"] {
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn plan_predicts_from_what_doctor_measured() {
+    let model = model();
+    let file = model.path().join("doctor.out");
+    let predicted = |args: &[&str]| {
+        let args = [&["plan", path(model.path()), "--doctor", path(&file)], args].concat();
+        run(&args, 0)["predicted_seconds"].clone()
+    };
+    let doctor =
+        Command::new(env!("CARGO_BIN_EXE_shardlift")).args(["doctor", path(model.path()), "--json"]).output().unwrap();
+    fs::write(&file, doctor.stdout).unwrap();
+    predicted(&[]);
+    let device = json!({ "h2d_gb_per_s": 2.0, "h2d_together_gb_per_s": 0.5 });
+    let measured = json!({ "command": "doctor", "ok": true, "storage_gb_per_s": 1.0, "cuda": { "devices": [device] } });
+    fs::write(&file, measured.to_string()).unwrap();
+    assert_eq!(predicted(&[]), 136.0 / 0.5e9);
+    assert_eq!(predicted(&["--link", "4"]), 136.0 / 1e9);
+    assert_eq!(predicted(&["--storage", "0.125"]), 136.0 / 0.125e9);
+    fs::write(&file, "{}").unwrap();
+    let error = &run(&["plan", path(model.path()), "--doctor", path(&file)], 2)["error"];
+    assert_eq!((&error["kind"], &error["file"]), (&json!("usage"), &json!(path(&file))));
+}
+
+#[test]
 fn load() {
     let (model, rules) = (model(), rules());
     let args = ["load", path(model.path()), "--tp", "2", "--rules", path(rules.path()), "--check"];

@@ -5,7 +5,7 @@ use smallvec::SmallVec;
 
 use crate::device::{Op, RawCopy};
 use crate::limits::{self, CopyCosts};
-use crate::stride::{Loop, Loops, bytes_moved, for_each_run, source_span};
+use crate::stride::{Loop, Loops, bytes_moved, for_each_run, is_rows, source_span};
 
 /// A copy, and which allocation it goes to: what lies in several may not be one copy, also where they are neighbours.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ pub(crate) unsafe fn lower(parts: Vec<Part>, packable: bool, costs: &CopyCosts) 
             kernel.push(copy);
         } else if copy.loops.is_empty() {
             straight.push(Part { copy, allocation });
-        } else if is_rows(&copy) {
+        } else if is_rows(&copy.loops, copy.run) {
             strided.push(copy);
         } else {
             kernel.push(copy);
@@ -99,14 +99,6 @@ fn in_rows(parts: Vec<Part>) -> Vec<RawCopy> {
         all.push(part);
     }
     all.into_iter().map(|part| part.copy).collect()
-}
-
-/// Whether a strided copy is few enough copies of rows.
-fn is_rows(copy: &RawCopy) -> bool {
-    let Some((inner, outer)) = copy.loops.split_last() else { return false };
-    let pitches = [inner.src_stride, inner.dst_stride];
-    let rects: u64 = outer.iter().map(|outer| outer.count).product();
-    pitches.iter().all(|pitch| (copy.run..=limits::PITCH_MAX).contains(pitch)) && rects <= limits::RECTS_MAX
 }
 
 /// The copies of rows, one loop each, that a strided copy [is](is_rows).

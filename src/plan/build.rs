@@ -4,9 +4,12 @@ use std::cell::OnceCell;
 use std::sync::Arc;
 
 use rayon::prelude::*;
+use smallvec::SmallVec;
+use tracing::debug_span;
 
 use super::audit::{CHUNK, Wanted, audit};
 use super::cover::{Strided, Times};
+use super::cut::Split;
 use super::digest::digest;
 use super::expr::Expr;
 use super::extents::extents;
@@ -37,18 +40,25 @@ impl Plan {
     /// [`Plan::new`] with another order of reads.
     pub fn with_order(checkpoint: &Checkpoint, rules: &Rules, world: &World, order: ReadOrder) -> Result<Plan> {
         world.check()?;
-        let matches = rules.matches(checkpoint, world.mesh()).map_err(|error| rules.located(error))?;
-        let Matches { verdicts, placed, named } = matches;
+        let mesh = world.mesh();
+        let Matches { verdicts, placed, named } =
+            debug_span!("match").in_scope(|| rules.matches(checkpoint, mesh)).map_err(|error| rules.located(error))?;
         let builder = Builder { tensors: checkpoint.tensors(), rules, placed: &placed, world };
-        let Params { params, declared, holders } = builder.params(&verdicts, named)?;
-        let ranks: Vec<Result<RankPlan>> = (0..world.size())
-            .into_par_iter()
-            .map(|rank| builder.rank(Rank(rank), &params, &declared, &holders))
-            .collect();
-        let ranks = ranks.into_iter().collect::<Result<Vec<_>>>()?;
-        let uses = Uses::new(checkpoint.tensors().len(), ranks.iter())?;
-        audit(checkpoint, &ranks, &uses, &builder.wanted_bytes(&declared, &holders)?)?;
-        let (extents, consumers) = extents(checkpoint, world, &ranks, &uses, order)?;
+        let Params { params, declared, holders } =
+            debug_span!("rules").in_scope(|| builder.params(&verdicts, named))?;
+        let (ranks, uses) = debug_span!("partition").in_scope(|| -> Result<_> {
+            let ranks: Vec<Result<RankPlan>> = (0..world.size())
+                .into_par_iter()
+                .map(|rank| builder.rank(Rank(rank), &params, &declared, &holders))
+                .collect();
+            let ranks = ranks.into_iter().collect::<Result<Vec<_>>>()?;
+            let uses = Uses::new(checkpoint.tensors().len(), ranks.iter())?;
+            Ok((ranks, uses))
+        })?;
+        debug_span!("audit")
+            .in_scope(|| audit(checkpoint, &ranks, &uses, &builder.wanted_bytes(&declared, &holders)?))?;
+        let (extents, consumers) =
+            debug_span!("reads").in_scope(|| extents(checkpoint, world, &ranks, &uses, order))?;
         let digest = digest(checkpoint, world, &params, &ranks);
         Ok(Plan {
             inner: Arc::new(Inner {
@@ -312,17 +322,39 @@ impl<'a> Builder<'a> {
 
     fn wanted_of(&self, entry: &Declared, holders: &ParamHolders, into: &mut Vec<Wanted>) -> Result<()> {
         let mesh = self.world.mesh();
+        let count = holders.holders.count(holders.of[entry.param as usize]);
+        if count == 0 {
+            return Ok(());
+        }
+        if let Some(parts) = self.parts_of_whole(entry)? {
+            let times = Times { are: 0, should: (u64::from(count) / parts).max(1) };
+            let run = self.tensors[entry.tensor as usize].bytes();
+            let bytes = Strided { start: 0, loops: SmallVec::new(), run, times };
+            into.extend((run > 0).then_some(Wanted { tensor: entry.tensor, bytes, partial: false }));
+            return Ok(());
+        }
         if self.expr(entry).takes_of_parts() {
             // Nothing tells what they should be together.
             let mut ranks = (0..self.world.size()).map(Rank).filter(|&rank| holders.has(entry.param as usize, rank));
             return ranks.try_for_each(|rank| self.wanted_by(entry, For::Rank(mesh, rank), 1, true, into));
         }
         let partial = self.expr(entry).is_partial();
-        let count = holders.holders.count(holders.of[entry.param as usize]);
-        if count == 0 {
-            return Ok(());
-        }
         self.wanted_by(entry, For::All(mesh), count.into(), partial, into)
+    }
+
+    /// How many parts there are of a matched tensor that the ranks have whole, or divided once: most are one of these,
+    /// and need no form to say so.
+    fn parts_of_whole(&self, entry: &Declared) -> Result<Option<u64>> {
+        Ok(match self.expr(entry) {
+            Expr::Source => Some(1),
+            Expr::Shard { x, dim, cut } if matches!(**x, Expr::Source) && !matches!(cut.how, Split::Table(_)) => {
+                match self.tensors[entry.tensor as usize].shape.get(*dim) {
+                    Some(&size) => Some(cut.part(size, self.world.mesh(), Rank(0))?.1),
+                    None => None,
+                }
+            }
+            _ => None,
+        })
     }
 
     /// What is declared for some of the ranks, `holders` of them.

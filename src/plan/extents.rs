@@ -11,7 +11,7 @@ use super::{Consumer, RankPlan, ReadExtent, ReadOrder};
 use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::error::Result;
 use crate::extent::Rank;
-use crate::limits::{COALESCE_GAP, READ_COST};
+use crate::limits::{is_skipped, read_cost};
 
 /// All reads in the order asked for, and their consumers.
 pub(super) fn extents(
@@ -107,7 +107,7 @@ impl Reads {
         let (mut from, mut end) = (0, 0);
         for (at, next) in wanted.iter().enumerate() {
             let Strided { start, .. } = next.source;
-            if at > from && start > end + COALESCE_GAP {
+            if at > from && start > end && is_skipped(start - end, next.source.span()) {
                 self.push(covering(&base, &wanted[from], end), wanted[from..at].iter());
                 from = at;
             }
@@ -129,8 +129,8 @@ fn covering(base: &ReadExtent, first: &Wanted, end: u64) -> ReadExtent {
     ReadExtent { start, run: end - start, ..base.clone() }
 }
 
-/// How many of the outermost loops are worth separate reads: the cheapest of covering the span once and reading
-/// ranges, each of which costs [`READ_COST`] more than its bytes (sharding.md section 13).
+/// How many of the outermost loops are worth separate reads: the cheapest of covering the span once and of reading
+/// ranges, by what each [costs](read_cost).
 fn cheapest(source: &Strided) -> (SmallVec<[(u64, u64); 1]>, u64) {
     let inner = |depth: usize| {
         let loops = SmallVec::from_slice(&source.loops[depth..]);
@@ -138,7 +138,7 @@ fn cheapest(source: &Strided) -> (SmallVec<[(u64, u64); 1]>, u64) {
     };
     let cost = |depth: usize| {
         let ranges: u64 = source.loops[..depth].iter().map(|&(count, _)| count).product();
-        ranges.saturating_mul(inner(depth) + READ_COST)
+        ranges.saturating_mul(read_cost(inner(depth)))
     };
     let depth = (0..=source.loops.len()).min_by_key(|&depth| cost(depth)).unwrap_or(0);
     (SmallVec::from_slice(&source.loops[..depth]), inner(depth))

@@ -234,8 +234,9 @@ impl Cursor {
         while let Some(extent) = reads.extent(self.at) {
             let (range_start, range_end) = self.range(extent);
             let position = range_start + self.done;
-            let adjacent =
-                extent.file == file && position >= end && position - end <= limits::COALESCE_GAP && position < limit;
+            let adjacent = extent.file == file
+                && (end..limit).contains(&position)
+                && !limits::is_skipped(position - end, range_end - position);
             if end > start && !adjacent {
                 break;
             }

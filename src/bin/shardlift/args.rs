@@ -181,10 +181,10 @@ pub(crate) struct PlanArgs {
     /// Plan for the process that drives this rank only
     #[arg(long, value_name = "R")]
     pub(crate) rank: Option<u32>,
-    /// Show where each byte of this tensor goes
+    /// Tell the whole story of this tensor instead: rule, source, who gets which part, how it is read
     #[arg(long, value_name = "TENSOR")]
     pub(crate) explain: Option<String>,
-    /// Say what the audit proved
+    /// Say what the audit proved, and how many ranks hold the bytes of each class of tensors
     #[arg(long)]
     pub(crate) audit: bool,
     /// Rate of the storage in GB/s, for the prediction
@@ -193,6 +193,9 @@ pub(crate) struct PlanArgs {
     /// Rate of the link to each device in GB/s, for the prediction
     #[arg(long, value_name = "GB/s", value_parser = positive)]
     pub(crate) link: Option<f64>,
+    /// Take the rates that are not given from what `doctor --json` printed into this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) doctor: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,

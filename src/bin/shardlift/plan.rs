@@ -2,12 +2,12 @@
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
-use shardlift::plan::{Ax, BoxCopy, BoxFill, Dest, Mesh, RankPlan};
+use shardlift::plan::{Ax, BoxCopy, BoxFill, ClassReport, Dest, Mesh, Multiplicity, RankPlan};
 use shardlift::{Cast, Plan, Rank};
 
 use crate::args::{Devices, PlanArgs};
-use crate::model;
 use crate::output::{Answer, Array, Failure, Output, count, fields, hex};
+use crate::{model, rates};
 
 /// What `--json` shows of a plan.
 #[derive(Debug, Serialize)]
@@ -19,8 +19,9 @@ pub(crate) struct Planned {
 }
 
 pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failure> {
-    let PlanArgs { model, mesh, rank, explain, audit, storage, link, json: _ } = args;
+    let PlanArgs { model, mesh, rank, explain, audit, storage, link, doctor, json: _ } = args;
     mesh.supported()?;
+    let measured = doctor.as_deref().map(rates::measured).transpose()?.unwrap_or_default();
     let checkpoint = model::open(model)?;
     output.warn(checkpoint.warnings());
     let world = model::world(mesh, *rank, &Devices::Host)?;
@@ -28,25 +29,17 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failur
     let plan = Plan::new(&checkpoint, &rules, &world)?;
 
     let explanation = explain.as_ref().map(|tensor| plan.explain(tensor)).transpose()?;
-    let seconds = predict(&plan, *storage, *link);
-    for line in explanation.clone().unwrap_or_else(|| plan.to_string()).lines() {
+    let report = plan.report();
+    let seconds = report.predicted_seconds(storage.or(measured.storage), link.or(measured.link));
+    let told = explanation.clone().unwrap_or_else(|| format!("{plan}{report}"));
+    for line in told.lines() {
         output.line(format_args!("{line}"));
     }
     if let Some(seconds) = seconds {
         output.line(format_args!("predicted: {seconds:.3} s"));
     }
-    let counts = |of: fn(&RankPlan) -> usize| plan.ranks().iter().map(of).sum::<usize>();
-    let (destinations, pieces) = (counts(|rank| rank.dests.len()), counts(|rank| rank.pieces.len()));
-    if *audit {
-        // A plan that breaks an invariant does not exist: Plan::new audits every plan.
-        output.line(format_args!(
-            "audit: passed for {}, {}, {}",
-            count(plan.ranks().len(), "rank"),
-            count(destinations, "destination"),
-            count(pieces, "piece")
-        ));
-    }
-    let audited = json!({ "passed": true, "destinations": destinations, "pieces": pieces });
+    let audited = audit.then(|| audited(&plan, output));
+    let classes: Vec<Value> = report.classes.iter().map(class_object).collect();
     let fields = fields(json!({
         "path": checkpoint.path().to_string_lossy(),
         "plan_digest": hex(plan.digest()),
@@ -54,22 +47,62 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failur
         "checkpoint_bytes": checkpoint.bytes(),
         "storage_bytes": plan.storage_bytes(),
         "predicted_seconds": seconds,
+        "needed_bytes": report.needed_bytes,
+        "read_bytes": report.read_bytes,
+        "over_read": report.over_read(),
+        "reads": report.reads,
+        "pieces": report.pieces,
+        "kernel_launches": report.launches,
+        "peak_staging_bytes": report.peak_staging_bytes,
+        "classes": classes,
         "explain": explanation,
-        "audit": audit.then_some(audited),
+        "audit": audited,
     }));
     Ok(Answer::Planned(Box::new(Planned { fields, plan })))
 }
 
-/// Storage and links work at the same time, so the slower of them decides. Rates are in GB/s.
-fn predict(plan: &Plan, storage: Option<f64>, link: Option<f64>) -> Option<f64> {
-    let read = storage.map(|rate| plan.storage_bytes() as f64 / (rate * 1e9));
-    // Every device has a link of its own.
-    let most = plan.world().driven().iter().map(|rank| plan.bytes_on(*rank)).max().unwrap_or(0);
-    let copy = link.map(|rate| most as f64 / (rate * 1e9));
-    match (read, copy) {
-        (Some(read), Some(copy)) => Some(read.max(copy)),
-        (read, copy) => read.or(copy),
+fn class_object(of: &ClassReport) -> Value {
+    json!({
+        "class": of.class,
+        "tensors": of.tensors,
+        "needed_bytes": of.needed_bytes,
+        "read_bytes": of.read_bytes,
+        "over_read": of.over_read(),
+        "lowering": of.lowering.iter().map(|it| it.name()).collect::<Vec<_>>(),
+        "reading": of.reading.iter().map(|it| it.name()).collect::<Vec<_>>(),
+        "reads": of.reads,
+        "pieces": of.pieces,
+        "kernel_launches": of.launches,
+    })
+}
+
+/// What the audit proved and counted. A plan that breaks an invariant does not exist: `Plan::new` audits every plan.
+fn audited(plan: &Plan, output: &mut Output) -> Value {
+    let counts = |of: fn(&RankPlan) -> usize| plan.ranks().iter().map(of).sum::<usize>();
+    let (destinations, pieces) = (counts(|rank| rank.dests.len()), counts(|rank| rank.pieces.len()));
+    output.line(format_args!(
+        "audit: passed for {}, {}, {}; how many ranks hold the bytes of each class:",
+        count(plan.ranks().len(), "rank"),
+        count(destinations, "destination"),
+        count(pieces, "piece")
+    ));
+    let classes = plan.multiplicities();
+    for class in &classes {
+        output.line(format_args!("{class}"));
     }
+    let held = |class: &Multiplicity, &(times, bytes): &(u64, u64)| json!({ "times": times, "bytes": bytes, "meaning": class.meaning(times) });
+    let object = |class: &Multiplicity| {
+        let multiplicity: Vec<Value> = class.bytes.iter().map(|bytes| held(class, bytes)).collect();
+        json!({
+            "class": class.class,
+            "tensors": class.tensors,
+            "holders": class.holders,
+            "skipped_by": class.skipped_by,
+            "multiplicity": multiplicity,
+        })
+    };
+    let classes: Vec<Value> = classes.iter().map(object).collect();
+    json!({ "passed": true, "destinations": destinations, "pieces": pieces, "classes": classes })
 }
 
 pub(crate) fn mesh_object(mesh: Mesh) -> Value {

@@ -73,12 +73,8 @@ impl Rules {
     pub(in crate::plan) fn matches(&self, checkpoint: &Checkpoint, mesh: Mesh) -> Result<Matches> {
         self.check()?;
         let tensors = checkpoint.tensors();
-        let of_modules = self.rules.iter().any(|rule| matches!(rule.scope, Scope::Module(_)));
-        let matched: Vec<Option<Match>> = tensors
-            .par_iter()
-            .with_min_len(TENSORS_PER_TASK)
-            .map(|tensor| self.matching(&tensor.name, of_modules))
-            .collect();
+        let matched: Vec<Option<Match>> =
+            tensors.par_iter().with_min_len(TENSORS_PER_TASK).map(|tensor| self.matching(&tensor.name)).collect();
         self.refuse_unused(tensors, &matched)?;
 
         let mut placed: Vec<Placed> = Vec::with_capacity(self.rules.len());
@@ -129,9 +125,14 @@ impl Rules {
         Ok(Matches { verdicts, placed, named })
     }
 
+    /// The rule that decides about the tensor of this name.
+    pub(in crate::plan) fn first_match(&self, name: &str) -> Option<u32> {
+        self.matching(name).map(|found| found.rule)
+    }
+
     /// The first rule that matches a tensor of this name.
-    fn matching(&self, name: &str, of_modules: bool) -> Option<Match> {
-        let suffix = SUFFIXES.iter().copied().filter(|_| of_modules).find(|suffix| name.ends_with(suffix));
+    fn matching(&self, name: &str) -> Option<Match> {
+        let suffix = SUFFIXES.iter().copied().find(|suffix| name.ends_with(suffix));
         (0..).zip(&self.rules).find_map(|(rule, entry)| match entry.scope {
             Scope::Tensors => entry.matches(name).then_some(Match { rule, suffix: None }),
             Scope::Module(_) => {
