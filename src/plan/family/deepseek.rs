@@ -18,9 +18,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     let experts = Experts::new(config, config.count(&["n_routed_experts"])?, intermediate);
     let shared = intermediate.saturating_mul(config.find(&["n_shared_experts"])?.unwrap_or(1));
 
-    let layers = config.count(&["num_hidden_layers"])?;
-    let predicting = layers..layers + config.find(&["num_nextn_predict_layers"])?.unwrap_or(0);
-    let rules = predicting.fold(Rules::new(), |rules, layer| rules.skip(format!("model.layers.{layer}.**")).optional());
+    let rules = without_predicting_layers(Rules::new(), config)?;
     config
         .vocabulary(rules, "lm_head.weight", &["model.embed_tokens.weight"], false)?
         .whole("**.self_attn.{q_a_proj,kv_a_proj_with_mqa}")
@@ -40,4 +38,11 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .skip("**.rotary_emb.inv_freq")
         .optional()
         .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
+}
+
+/// Skips the layers behind the last, which only predict further tokens.
+pub(super) fn without_predicting_layers(rules: Rules, config: &Config<'_>) -> Result<Rules> {
+    let layers = config.count(&["num_hidden_layers"])?;
+    let predicting = layers..layers.saturating_add(config.find(&["num_nextn_predict_layers"])?.unwrap_or(0).min(64));
+    Ok(predicting.fold(rules, |rules, layer| rules.skip(format!("model.layers.{layer}.**")).optional()))
 }

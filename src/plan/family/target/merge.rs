@@ -1,0 +1,79 @@
+//! Modules that engines put together into one: expressions, and rules that rename.
+
+use crate::plan::cut::Cut;
+use crate::plan::expr::Expr;
+use crate::plan::family::parts::Experts;
+use crate::plan::rules::Rules;
+
+/// Experts that are modules of their own, on disk.
+pub(super) struct Names {
+    /// Of the module that has them: `mlp.experts`.
+    pub(super) experts: &'static str,
+    pub(super) gate: &'static str,
+    pub(super) up: &'static str,
+    pub(super) down: &'static str,
+}
+
+/// How an expert is divided, and what the stack of all is named.
+pub(super) struct Stacked<'a> {
+    pub(super) experts: &'a Experts,
+    /// How the intermediate dimension of each is cut; `None` where it is whole.
+    pub(super) inner: Option<Cut>,
+    /// The module of the stacked gates and ups, without what is before the experts' module.
+    pub(super) gate_up: &'static str,
+    /// The module of the stacked downs.
+    pub(super) down: &'static str,
+    /// What their names have after the module's.
+    pub(super) suffixes: &'a [(&'static str, &'static str)],
+}
+
+impl Rules {
+    /// Modules of which one is made, where there are any: `parts` are the last segments of their names, each with its
+    /// cut. The first of them is renamed to `into`.
+    pub(super) fn merged(self, below: &str, parts: &[(&str, Cut)], into: &str) -> Rules {
+        let Some((&(first, _), rest)) = parts.split_first() else { return self };
+        let exprs = parts.iter().enumerate().map(|(at, (name, cut))| {
+            let x = if at == 0 { Expr::Source } else { Expr::Tensor(format!("{{1}}.{below}.{name}")) };
+            Expr::Shard { x: Box::new(x), dim: 0, cut: cut.clone() }
+        });
+        let others: Vec<&str> = rest.iter().map(|(name, _)| *name).collect();
+        self.module(format!("**.{below}.{first}"), Expr::Concat { dim: 0, parts: exprs.collect() })
+            .rename(format!("{{1}}.{below}.{into}"))
+            .optional()
+            .module_part(format!("**.{below}.{{{}}}", others.join(",")))
+            .optional()
+    }
+
+    /// Experts that become two stacks: gates and ups `[experts, 2 * intermediate, hidden]`, downs
+    /// `[experts, hidden, intermediate]`.
+    pub(super) fn stacked(self, names: &Names, stacked: &Stacked<'_>) -> Rules {
+        let Names { experts: module, gate, up, down } = *names;
+        let Stacked { experts, ref inner, gate_up, down: stacked_down, suffixes } = *stacked;
+        let tensor = |expert: u64, name: &str, dim: usize| {
+            let x = Expr::Tensor(format!("{{1}}.{module}.{expert}.{name}"));
+            match inner {
+                Some(cut) => Expr::Shard { x: Box::new(x), dim, cut: cut.clone() },
+                None => x,
+            }
+        };
+        let stack = |of: &dyn Fn(u64) -> Expr| {
+            let of = (0..experts.count).map(of).collect();
+            Expr::Stack { parts: vec![Expr::Select { by: experts.cut(), of }] }
+        };
+        let both = stack(&|expert| Expr::Concat { dim: 0, parts: vec![tensor(expert, gate, 0), tensor(expert, up, 0)] });
+        let rows = stack(&|expert| tensor(expert, down, 1));
+        let outer = module.rsplit_once('.').map_or("", |(outer, _)| outer);
+        let rules = self
+            .module(format!("**.{module}.0.{gate}"), both)
+            .rename(format!("{{1}}.{outer}.{gate_up}"))
+            .suffixes(suffixes)
+            .module(format!("**.{module}.0.{down}"), rows)
+            .rename(format!("{{1}}.{outer}.{stacked_down}"))
+            .suffixes(suffixes);
+        rules.module_part(format!("**.{module}.*.{{{gate},{up},{down}}}"))
+    }
+
+    pub(super) fn suffixes(self, suffixes: &[(&'static str, &'static str)]) -> Rules {
+        suffixes.iter().fold(self, |rules, (from, to)| rules.suffix(from, *to))
+    }
+}

@@ -1,0 +1,67 @@
+//! mistral.rs 0.9: tensors of the files in even parts; embeddings, output head and quantised experts whole on every rank. It
+//! has one axis of ranks.
+
+use super::Kind;
+use super::merge::{Names, Stacked};
+use crate::error::{Error, ErrorKind, Result};
+use crate::plan::family::config::Config;
+use crate::plan::family::parts::{Block, Experts};
+use crate::plan::family::{Family, deepseek, llama};
+use crate::plan::rules::Rules;
+use crate::plan::world::{Ax, Mesh};
+
+pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
+    let Mesh { dp: _, pp, cp, tp: _, ep, order: _ } = config.options.mesh;
+    for (axis, size) in [("pp", pp), ("cp", cp), ("ep", ep)] {
+        if size > 1 {
+            return Err(Error::new(ErrorKind::Rules, format!("target mistralrs has no {axis}"))
+                .with_rule("target")
+                .with_expected(format!("{axis} 1"), size));
+        }
+    }
+    let stacked = |rules: Rules, names: &Names, count: u64, intermediate: u64, mlp: &str| {
+        let experts = Experts::new(config, count, intermediate);
+        // Those that are quantised are whole on every rank.
+        if config.is_quantised() {
+            let Names { experts, gate, up, down } = *names;
+            return rules.whole(format!("**.{experts}.*.{{{gate},{up},{down}}}"));
+        }
+        let (gate_up, down) = (format!("{mlp}.experts.gate_up_proj"), format!("{mlp}.experts.down_proj"));
+        let inner = Some(Block::new(intermediate, 1).cut(Ax::Tp));
+        let suffixes = &[(".weight", "")];
+        rules.stacked(names, &Stacked { experts: &experts, inner, gate_up: &gate_up, down: &down, suffixes })
+    };
+    let plain = |family: &Family| (family.rules)(config);
+    match kind {
+        Kind::Llama => plain(&llama::FAMILY),
+        Kind::Mixtral => {
+            let names = Names { experts: "block_sparse_moe.experts", gate: "w1", up: "w3", down: "w2" };
+            let (count, size) = (config.count(&["num_local_experts"])?, config.count(&["intermediate_size"])?);
+            Ok(stacked(llama::decoder(Rules::new(), config)?, &names, count, size, "block_sparse_moe")
+                .whole("**.block_sparse_moe.gate"))
+        }
+        Kind::Qwen3Moe => {
+            let (count, size) = (config.count(&["num_experts"])?, config.count(&["moe_intermediate_size"])?);
+            Ok(stacked(llama::decoder(Rules::new(), config)?, &PROJECTIONS, count, size, "mlp")
+                .whole("**.mlp.gate")
+                .optional_gated_mlp("**.mlp", config.count(&["intermediate_size"])?))
+        }
+        Kind::DeepSeek => {
+            let (count, size) = (config.count(&["n_routed_experts"])?, config.count(&["moe_intermediate_size"])?);
+            deepseek::decoder(stacked(Rules::new(), &PROJECTIONS, count, size, "mlp"), config)
+        }
+        Kind::GptOss => {
+            let heads = config.heads()?;
+            config
+                .vocabulary(Rules::new(), "lm_head.weight", &["model.embed_tokens.weight"], false)?
+                .attention(heads)
+                .replicate("**.self_attn.sinks")
+                .whole("**.mlp.router")
+                .whole("**.mlp.experts.{gate_up,down}_proj")
+                .common(config)
+        }
+    }
+}
+
+const PROJECTIONS: Names =
+    Names { experts: "mlp.experts", gate: "gate_proj", up: "up_proj", down: "down_proj" };
