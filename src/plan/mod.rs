@@ -45,7 +45,7 @@ use crate::shape::Shape;
 pub use crate::stride::{Loop, Loops};
 pub use cut::{Cut, Split};
 pub use expr::{Expr, Fill};
-pub use family::ModelOptions;
+pub use family::{ModelOptions, Target};
 pub(crate) use form::{BoxOf, Boxes};
 pub use leaf::{Factor, Leaf};
 pub use lowering::{Lowering, Reading};

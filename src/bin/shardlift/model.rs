@@ -6,7 +6,7 @@ use std::path::Path;
 use shardlift::plan::{Mesh, ModelOptions, Split, StageSplit};
 use shardlift::{Checkpoint, Error, ErrorKind, HubCache, Plan, Rank, Result, Rules, World, limits};
 
-use crate::args::{Devices, MeshArgs, RulesChoice};
+use crate::args::{Devices, MeshArgs, RulesChoice, Target};
 
 /// Opens MODEL; an existing path wins over a name in the Hugging Face cache.
 pub(crate) fn open(model: &Path) -> Result<Checkpoint> {
@@ -72,7 +72,12 @@ pub(crate) fn rules(checkpoint: &Checkpoint, mesh: &MeshArgs, world: &World) -> 
     let stages = mesh.pp_split.as_ref().map(|split| split.read(StageSplit::from_counts)).transpose()?;
     let experts = mesh.ep_split.as_ref().map(|split| split.read(Split::from_table)).transpose()?;
     let is_model = mesh.rules == RulesChoice::Auto;
-    for (flag, given) in [("--ep-split", experts.is_some()), ("--refine-scales", mesh.refine_scales)] {
+    let given = [
+        ("--ep-split", experts.is_some()),
+        ("--refine-scales", mesh.refine_scales),
+        ("--target", mesh.target != Target::Plain),
+    ];
+    for (flag, given) in given {
         if given && !is_model {
             return Err(Error::new(ErrorKind::Usage, format!("{flag} is for rules from config.json: --rules auto")));
         }
@@ -92,11 +97,13 @@ pub(crate) fn rules(checkpoint: &Checkpoint, mesh: &MeshArgs, world: &World) -> 
                 format!("this is the partition of rank {rank} already: load it on one rank, or divide the whole model"),
             )
             .with_file(checkpoint.path())),
-            (None, 1) if checkpoint.config().is_none() => Ok(Rules::replicate_all()),
+            (None, 1) if checkpoint.config().is_none() && mesh.target == Target::Plain => Ok(Rules::replicate_all()),
             (None, _) => {
                 let mut options = ModelOptions::default();
-                options.stages = stages.unwrap_or_default();
-                options.experts = experts.unwrap_or_default();
+                options.target = mesh.target.into();
+                options.mesh = world.mesh();
+                options.stages = stages;
+                options.experts = experts;
                 options.refine_scales = mesh.refine_scales;
                 Rules::for_model_with(checkpoint, &options)
             }

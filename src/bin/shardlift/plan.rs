@@ -20,7 +20,6 @@ pub(crate) struct Planned {
 
 pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failure> {
     let PlanArgs { model, mesh, rank, explain, audit, storage, link, doctor, json: _ } = args;
-    mesh.supported()?;
     let measured = doctor.as_deref().map(rates::measured).transpose()?.unwrap_or_default();
     let checkpoint = model::open(model)?;
     output.warn(checkpoint.warnings());

@@ -16,7 +16,6 @@ pub(crate) fn run(
     interrupt: &Interrupt,
 ) -> Result<Map<String, Value>, Failure> {
     let ReshardArgs { model, out, mesh, force, json: _ } = args;
-    mesh.supported()?;
     let checkpoint = model::open(model)?;
     output.warn(checkpoint.warnings());
     let world = model::world(mesh, None, &Devices::Host)?;

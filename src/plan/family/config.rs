@@ -120,12 +120,20 @@ impl<'a> Config<'a> {
         class.is_none_or(|class| class.ends_with("ForCausalLM") || class.ends_with("ForConditionalGeneration"))
     }
 
+    /// Whether modules are quantised.
+    pub(super) fn is_quantised(&self) -> bool {
+        self.quantization_config().is_some()
+    }
+
+    fn quantization_config(&self) -> Option<&'a Value> {
+        let of = |config: &'a Value| config.get("quantization_config").or_else(|| config.get("compression_config"));
+        of(self.root).or_else(|| of(self.json)).filter(|value| !value.is_null())
+    }
+
     /// How quantised modules are stored.
     pub(super) fn quantization(&self) -> Result<Quantization> {
-        let of = |config: &'a Value| config.get("quantization_config").or_else(|| config.get("compression_config"));
-        let found = of(self.root).or_else(|| of(self.json)).filter(|value| !value.is_null());
         let known = Quantization { refine: self.options.refine_scales, ..Quantization::default() };
-        let Some(json) = found else { return Ok(known) };
+        let Some(json) = self.quantization_config() else { return Ok(known) };
         let config = Config { json, ..*self };
         let method = json.get("quant_method").and_then(Value::as_str).unwrap_or("bitsandbytes");
         match method {

@@ -11,14 +11,24 @@ pub(super) const FAMILY: Family =
     Family { model_types: &["deepseek_v2", "deepseek_v3"], architectures: &["DeepseekV2", "DeepseekV3"], rules };
 
 fn rules(config: &Config<'_>) -> Result<Rules> {
+    let intermediate = config.count(&["moe_intermediate_size"])?;
+    let experts = Experts::new(config, config.count(&["n_routed_experts"])?, intermediate);
+    let rules = without_predicting_layers(Rules::new(), config)?.each_expert(
+        "**.mlp.experts.*.{gate,up}_proj",
+        "**.mlp.experts.*.down_proj",
+        &experts,
+    );
+    decoder(rules, config)
+}
+
+/// All but routed experts.
+pub(super) fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
     let heads = config.count(&["num_attention_heads"])?;
     let (nope, rope) = (config.count(&["qk_nope_head_dim"])?, config.count(&["qk_rope_head_dim"])?);
     let value = config.count(&["v_head_dim"])?;
-    let intermediate = config.count(&["moe_intermediate_size"])?;
-    let experts = Experts::new(config, config.count(&["n_routed_experts"])?, intermediate);
-    let shared = intermediate.saturating_mul(config.find(&["n_shared_experts"])?.unwrap_or(1));
+    let shared =
+        config.count(&["moe_intermediate_size"])?.saturating_mul(config.find(&["n_shared_experts"])?.unwrap_or(1));
 
-    let rules = without_predicting_layers(Rules::new(), config)?;
     config
         .vocabulary(rules, "lm_head.weight", &["model.embed_tokens.weight"], false)?
         .whole("**.self_attn.{q_a_proj,kv_a_proj_with_mqa}")
@@ -26,7 +36,6 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .column("**.self_attn.kv_b_proj", heads, nope + value)
         .row("**.self_attn.o_proj", heads, value)
         .norms("self_attn.{q_a,kv_a}_layernorm")
-        .each_expert("**.mlp.experts.*.{gate,up}_proj", "**.mlp.experts.*.down_proj", &experts)
         .optional_gated_mlp("**.mlp.shared_experts", shared)
         .optional_gated_mlp("**.mlp", config.count(&["intermediate_size"])?)
         .whole("**.mlp.gate")

@@ -8,28 +8,52 @@ mod deepseek;
 mod llama;
 mod moe;
 mod parts;
+mod target;
 #[cfg(test)]
 mod tests;
 
 use serde_json::Value;
 
 use self::config::Config;
+pub use self::target::Target;
 use super::cut::Split;
 use super::rules::Rules;
 use super::stages::StageSplit;
+use super::world::Mesh;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 
 /// What rules for a model depend on besides the model.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct ModelOptions {
-    /// Which layers each pipeline stage has.
-    pub stages: StageSplit,
-    /// Which experts each expert-parallel group has.
-    pub experts: Split,
+    /// Whose names and layouts the destinations have.
+    pub target: Target,
+    /// The ranks: some targets place experts in another way with expert parallelism than without, or have none.
+    pub mesh: Mesh,
+    /// Which layers each pipeline stage has; `None` is what the target does.
+    pub stages: Option<StageSplit>,
+    /// Which experts each expert-parallel group has; `None` is what the target does.
+    pub experts: Option<Split>,
     /// Repeats scales of FP8 blocks that a cut falls inside: see [`Quantization::refine`](super::Quantization::refine).
     pub refine_scales: bool,
+}
+
+impl Default for ModelOptions {
+    fn default() -> ModelOptions {
+        let (target, mesh) = (Target::Plain, Mesh::tp(1));
+        ModelOptions { target, mesh, stages: None, experts: None, refine_scales: false }
+    }
+}
+
+impl ModelOptions {
+    fn stages(&self) -> StageSplit {
+        self.stages.clone().unwrap_or_else(|| self.target.stages())
+    }
+
+    fn experts(&self) -> Split {
+        self.experts.clone().unwrap_or_else(|| self.target.experts())
+    }
 }
 
 /// A family: the `model_type`s that it covers, the class names its architectures begin with, and its rules.
@@ -88,7 +112,10 @@ impl Rules {
             (None, None) => false,
         });
         match family {
-            Some(family) => Ok((family.rules)(config)?.quantization(config.quantization()?)),
+            Some(family) => {
+                let rules = config.options.target.rules(family, config)?;
+                Ok(rules.quantization(config.quantization()?))
+            }
             None => Err(unknown(model_type.or(architecture))),
         }
     }

@@ -56,7 +56,7 @@ pub(super) struct Experts {
 
 impl Experts {
     pub(super) fn new(config: &Config<'_>, count: u64, intermediate: u64) -> Experts {
-        Experts { count, intermediate, split: config.options.experts.clone() }
+        Experts { count, intermediate, split: config.options.experts() }
     }
 
     /// Which experts a rank has.
@@ -145,7 +145,7 @@ impl Rules {
     /// Layers of the language model: their tensors match `pattern`, in which the first wildcard that is a number is the
     /// layer's. Their number is the first of these keys.
     pub(super) fn layers(self, pattern: &str, count: &[&str], config: &Config<'_>) -> Result<Rules> {
-        Ok(self.pipeline(pattern, config.find(count)?, config.options.stages.clone()))
+        Ok(self.pipeline(pattern, config.find(count)?, config.options.stages()))
     }
 }
 

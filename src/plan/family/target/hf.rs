@@ -20,15 +20,14 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
         Kind::Llama => decoder(Rules::new(), config)?.ceil_mlp("**.mlp").common(config),
         Kind::Mixtral => {
             let experts = Experts::new(config, config.count(&["num_local_experts"])?, 1);
-            let names = Names { experts: "block_sparse_moe.experts", gate: "w1", up: "w3", down: "w2" };
-            stacked(decoder(Rules::new(), config)?, config, &names, &experts, "mlp")
+            stacked(decoder(Rules::new(), config)?, config, &Names::MIXTRAL, &experts, "mlp")
                 .whole("**.block_sparse_moe.gate")
                 .rename("{1}.mlp.gate")
                 .common(config)
         }
         Kind::Qwen3Moe => {
             let experts = Experts::new(config, config.count(&["num_experts"])?, 1);
-            stacked(decoder(Rules::new(), config)?, config, &PROJECTIONS, &experts, "mlp")
+            stacked(decoder(Rules::new(), config)?, config, &Names::PROJECTIONS, &experts, "mlp")
                 .whole("**.mlp.gate")
                 .ceil_mlp("**.mlp")
                 .common(config)
@@ -38,7 +37,7 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
             let rules = vocabulary(without_predicting_layers(Rules::new(), config)?, config)?
                 .whole("**.self_attn.{q_proj,q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj}")
                 .norms("self_attn.{q_a,kv_a}_layernorm");
-            stacked(rules, config, &PROJECTIONS, &experts, "mlp")
+            stacked(rules, config, &Names::PROJECTIONS, &experts, "mlp")
                 .ceil_mlp("**.mlp.shared_experts")
                 .ceil_mlp("**.mlp")
                 .whole("**.mlp.gate")
@@ -58,9 +57,6 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
         }
     }
 }
-
-const PROJECTIONS: Names =
-    Names { experts: "mlp.experts", gate: "gate_proj", up: "up_proj", down: "down_proj" };
 
 /// Embeddings and attention of the Llama kind.
 fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {

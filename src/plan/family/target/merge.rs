@@ -6,6 +6,7 @@ use crate::plan::family::parts::Experts;
 use crate::plan::rules::Rules;
 
 /// Experts that are modules of their own, on disk.
+#[derive(Clone, Copy)]
 pub(super) struct Names {
     /// Of the module that has them: `mlp.experts`.
     pub(super) experts: &'static str,
@@ -14,15 +15,22 @@ pub(super) struct Names {
     pub(super) down: &'static str,
 }
 
+impl Names {
+    /// Those of most families.
+    pub(super) const PROJECTIONS: Names =
+        Names { experts: "mlp.experts", gate: "gate_proj", up: "up_proj", down: "down_proj" };
+    pub(super) const MIXTRAL: Names = Names { experts: "block_sparse_moe.experts", gate: "w1", up: "w3", down: "w2" };
+}
+
 /// How an expert is divided, and what the stack of all is named.
 pub(super) struct Stacked<'a> {
     pub(super) experts: &'a Experts,
     /// How the intermediate dimension of each is cut; `None` where it is whole.
     pub(super) inner: Option<Cut>,
-    /// The module of the stacked gates and ups, without what is before the experts' module.
-    pub(super) gate_up: &'static str,
+    /// The module of the stacked gates and ups, below the layer.
+    pub(super) gate_up: &'a str,
     /// The module of the stacked downs.
-    pub(super) down: &'static str,
+    pub(super) down: &'a str,
     /// What their names have after the module's.
     pub(super) suffixes: &'a [(&'static str, &'static str)],
 }
@@ -60,15 +68,15 @@ impl Rules {
             let of = (0..experts.count).map(of).collect();
             Expr::Stack { parts: vec![Expr::Select { by: experts.cut(), of }] }
         };
-        let both = stack(&|expert| Expr::Concat { dim: 0, parts: vec![tensor(expert, gate, 0), tensor(expert, up, 0)] });
+        let both =
+            stack(&|expert| Expr::Concat { dim: 0, parts: vec![tensor(expert, gate, 0), tensor(expert, up, 0)] });
         let rows = stack(&|expert| tensor(expert, down, 1));
-        let outer = module.rsplit_once('.').map_or("", |(outer, _)| outer);
         let rules = self
             .module(format!("**.{module}.0.{gate}"), both)
-            .rename(format!("{{1}}.{outer}.{gate_up}"))
+            .rename(format!("{{1}}.{gate_up}"))
             .suffixes(suffixes)
             .module(format!("**.{module}.0.{down}"), rows)
-            .rename(format!("{{1}}.{outer}.{stacked_down}"))
+            .rename(format!("{{1}}.{stacked_down}"))
             .suffixes(suffixes);
         rules.module_part(format!("**.{module}.*.{{{gate},{up},{down}}}"))
     }

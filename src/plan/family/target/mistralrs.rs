@@ -35,20 +35,20 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
     match kind {
         Kind::Llama => plain(&llama::FAMILY),
         Kind::Mixtral => {
-            let names = Names { experts: "block_sparse_moe.experts", gate: "w1", up: "w3", down: "w2" };
             let (count, size) = (config.count(&["num_local_experts"])?, config.count(&["intermediate_size"])?);
-            Ok(stacked(llama::decoder(Rules::new(), config)?, &names, count, size, "block_sparse_moe")
+            Ok(stacked(llama::decoder(Rules::new(), config)?, &Names::MIXTRAL, count, size, "block_sparse_moe")
                 .whole("**.block_sparse_moe.gate"))
         }
         Kind::Qwen3Moe => {
             let (count, size) = (config.count(&["num_experts"])?, config.count(&["moe_intermediate_size"])?);
-            Ok(stacked(llama::decoder(Rules::new(), config)?, &PROJECTIONS, count, size, "mlp")
+            Ok(stacked(llama::decoder(Rules::new(), config)?, &Names::PROJECTIONS, count, size, "mlp")
                 .whole("**.mlp.gate")
                 .optional_gated_mlp("**.mlp", config.count(&["intermediate_size"])?))
         }
         Kind::DeepSeek => {
             let (count, size) = (config.count(&["n_routed_experts"])?, config.count(&["moe_intermediate_size"])?);
-            deepseek::decoder(stacked(Rules::new(), &PROJECTIONS, count, size, "mlp"), config)
+            let rules = deepseek::without_predicting_layers(Rules::new(), config)?;
+            deepseek::decoder(stacked(rules, &Names::PROJECTIONS, count, size, "mlp"), config)
         }
         Kind::GptOss => {
             let heads = config.heads()?;
@@ -62,6 +62,3 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
         }
     }
 }
-
-const PROJECTIONS: Names =
-    Names { experts: "mlp.experts", gate: "gate_proj", up: "up_proj", down: "down_proj" };

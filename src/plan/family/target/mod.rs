@@ -2,8 +2,8 @@
 //! the models that they are known for (sharding.md sections 1 to 6).
 
 mod hf;
-mod mistralrs;
 mod merge;
+mod mistralrs;
 mod vllm;
 
 use std::fmt;
@@ -12,7 +12,7 @@ use super::config::Config;
 use super::{Family, broken};
 use crate::error::Result;
 use crate::plan::cut::Split;
-use crate::plan::rules::Rules;
+use crate::plan::rules::{Rules, Stage};
 use crate::plan::stages::StageSplit;
 
 /// Whose names and layouts the destinations of a model have.
@@ -65,6 +65,18 @@ impl Target {
     }
 }
 
+impl Rules {
+    /// What all decoders have: norms, pipeline stages, what is left out.
+    fn common(self, config: &Config<'_>) -> Result<Rules> {
+        self.norms("{input_layernorm,post_attention_layernorm}")
+            .norms("norm")
+            .stage(Stage::Last)
+            .skip("**.rotary_emb.inv_freq")
+            .optional()
+            .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
+    }
+}
+
 impl fmt::Display for Target {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -95,7 +107,7 @@ impl Kind {
             Kind::Mixtral => &super::moe::MIXTRAL,
             Kind::Qwen3Moe => &super::moe::QWEN3_MOE,
             Kind::DeepSeek => &super::deepseek::FAMILY,
-            Kind::GptOss => &super::gpt_oss::FAMILY,
+            Kind::GptOss => &super::bert::FAMILY,
         }
     }
 

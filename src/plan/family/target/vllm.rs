@@ -43,22 +43,18 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
         Kind::Mixtral => {
             let count = config.count(&["num_local_experts"])?;
             let experts = Experts::new(config, count, config.count(&["intermediate_size"])?);
-            let names = Names { experts: "block_sparse_moe.experts", gate: "w1", up: "w3", down: "w2" };
-            Ok(stacked(decoder(config)?, &names, &experts).whole("**.block_sparse_moe.gate"))
+            Ok(stacked(decoder(config)?, &Names::MIXTRAL, &experts).whole("**.block_sparse_moe.gate"))
         }
         Kind::Qwen3Moe => {
             let count = config.count(&["num_experts"])?;
             let experts = Experts::new(config, count, config.count(&["moe_intermediate_size"])?);
-            let rules = stacked(decoder(config)?, &PROJECTIONS, &experts).whole("**.mlp.gate");
+            let rules = stacked(decoder(config)?, &Names::PROJECTIONS, &experts).whole("**.mlp.gate");
             Ok(gate_up(rules, "mlp", config.count(&["intermediate_size"])?))
         }
         Kind::DeepSeek => deepseek(config),
         Kind::GptOss => gpt_oss(config),
     }
 }
-
-const PROJECTIONS: Names =
-    Names { experts: "mlp.experts", gate: "gate_proj", up: "up_proj", down: "down_proj" };
 
 /// All of a decoder of the Llama kind but its MLPs.
 fn decoder(config: &Config<'_>) -> Result<Rules> {
@@ -86,14 +82,10 @@ fn gate_up(rules: Rules, below: &str, intermediate: u64) -> Rules {
 }
 
 fn stacked(rules: Rules, names: &Names, experts: &Experts) -> Rules {
-    let stacked = Stacked {
-        experts,
-        inner: Some(experts.inner()),
-        gate_up: "experts.routed_experts.w13",
-        down: "experts.routed_experts.w2",
-        suffixes: EXPERT_SUFFIXES,
-    };
-    rules.stacked(names, &stacked)
+    let (gate_up, down) =
+        (format!("{}.routed_experts.w13", names.experts), format!("{}.routed_experts.w2", names.experts));
+    let (inner, suffixes) = (Some(experts.inner()), EXPERT_SUFFIXES);
+    rules.stacked(names, &Stacked { experts, inner, gate_up: &gate_up, down: &down, suffixes })
 }
 
 /// Embeddings and output head: rows padded with zeros and divided.
@@ -138,7 +130,7 @@ fn deepseek(config: &Config<'_>) -> Result<Rules> {
         .column("**.self_attn.kv_b_proj", heads, nope + value)
         .row("**.self_attn.o_proj", heads, value)
         .norms("self_attn.{q_a,kv_a}_layernorm");
-    let rules = stacked(rules, &PROJECTIONS, &experts);
+    let rules = stacked(rules, &Names::PROJECTIONS, &experts);
     let rules = match whole_shared_experts(config.options.mesh) {
         true => rules.whole("**.mlp.shared_experts.down_proj").optional().merged(
             "mlp.shared_experts",
@@ -226,21 +218,10 @@ impl Rules {
             .place(format!("{down}_bias"), zeros(mine(Expr::Source)))
             .rename(format!("{w2}_bias"))
     }
-
-    /// What all decoders have: norms, pipeline stages, what is left out.
-    fn common(self, config: &Config<'_>) -> Result<Rules> {
-        self.norms("{input_layernorm,post_attention_layernorm}")
-            .norms("norm")
-            .stage(Stage::Last)
-            .skip("**.rotary_emb.inv_freq")
-            .optional()
-            .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
-    }
 }
 
 /// What gpt-oss' tensors of experts are named after their module.
-const MXFP4_SUFFIXES: &[(&str, &str)] =
-    &[("_blocks", "_weight"), ("_scales", "_weight_scale"), ("_bias", "_bias")];
+const MXFP4_SUFFIXES: &[(&str, &str)] = &[("_blocks", "_weight"), ("_scales", "_weight_scale"), ("_bias", "_bias")];
 
 /// Inputs of a block of MXFP4.
 const MX_BLOCK: u64 = 32;
