@@ -1,0 +1,245 @@
+//! Targets against numbers worked out by hand from the engines' own conventions (sharding.md sections 1 to 6).
+
+mod support {
+    pub(crate) mod released;
+}
+
+use shardlift::plan::{DeviceSpec, Mesh, ModelOptions, RankPlan, Split, StageSplit, Target};
+use shardlift::{Checkpoint, Plan, Rank, Result, Rules, World};
+use support::released::{self, DeepSeek, GptOss, Kind, Llama, Model, Scheme};
+
+struct Planned(Plan);
+
+fn plan(model: &Model, target: Target, mesh: Mesh) -> Result<Planned> {
+    plan_with(model, target, mesh, |_| {})
+}
+
+fn plan_with(model: &Model, target: Target, mesh: Mesh, change: impl FnOnce(&mut ModelOptions)) -> Result<Planned> {
+    let folder = tempfile::tempdir().unwrap();
+    released::write(folder.path(), model).unwrap();
+    let checkpoint = Checkpoint::open(folder.path())?;
+    let mut options = ModelOptions::default();
+    (options.target, options.mesh) = (target, mesh);
+    change(&mut options);
+    let rules = Rules::for_model_with(&checkpoint, &options)?;
+    Plan::new(&checkpoint, &rules, &World::host(1).with_mesh(mesh)).map(Planned)
+}
+
+impl Planned {
+    fn find(&self, rank: u32, name: &str) -> Option<(&RankPlan, usize)> {
+        let param = self.0.params().iter().position(|param| param.name == name)? as u32;
+        let rank = self.0.rank(Rank(rank));
+        rank.dests.iter().position(|dest| dest.param == param).map(|dest| (rank, dest))
+    }
+
+    fn shape(&self, rank: u32, name: &str) -> Vec<u64> {
+        let (rank, dest) = self.find(rank, name).unwrap_or_else(|| panic!("no {name}"));
+        rank.dests[dest].shape.dims().to_vec()
+    }
+
+    /// The source of each piece: tensor, first byte in it, and bytes of a run.
+    fn pieces(&self, rank: u32, name: &str) -> Vec<(String, u64, u64)> {
+        let (rank, dest) = self.find(rank, name).unwrap_or_else(|| panic!("no {name}"));
+        let range = rank.dests[dest].pieces.clone();
+        let pieces = &rank.pieces[range.start as usize..range.end as usize];
+        let tell = |piece: &shardlift::plan::BoxCopy| {
+            let tensor = self.0.tensor(piece.tensor);
+            (tensor.name.clone(), piece.src - tensor.start, piece.run)
+        };
+        pieces.iter().map(tell).collect()
+    }
+
+    fn filled(&self, rank: u32, name: &str) -> u64 {
+        let (rank, dest) = self.find(rank, name).unwrap_or_else(|| panic!("no {name}"));
+        let fills = rank.dests[dest].fills.clone();
+        let fills = &rank.fills[fills.start as usize..fills.end as usize];
+        fills.iter().map(|fill| fill.run * fill.loops.iter().map(|(count, _)| count).product::<u64>()).sum()
+    }
+
+    fn has(&self, rank: u32, name: &str) -> bool {
+        self.find(rank, name).is_some()
+    }
+}
+
+const LAYER: &str = "model.layers.0";
+
+#[test]
+fn vllm_merges_and_pads_the_llama_kind() {
+    let model = Llama::LLAMA_3_1_8B.model();
+    let four = plan(&model, Target::Vllm, Mesh::tp(4)).unwrap();
+    let qkv = format!("{LAYER}.self_attn.qkv_proj.weight");
+    assert_eq!(four.shape(1, &qkv), [(8 + 2 + 2) * 128, 4096]);
+    let part = |name: &str, row: u64, rows: u64| (format!("{LAYER}.{name}.weight"), row * 8192, rows * 8192);
+    assert_eq!(four.pieces(1, &qkv), [
+        part("self_attn.q_proj", 1024, 1024),
+        part("self_attn.k_proj", 256, 256),
+        part("self_attn.v_proj", 256, 256)
+    ]);
+    let gate_up = format!("{LAYER}.mlp.gate_up_proj.weight");
+    assert_eq!(four.shape(3, &gate_up), [2 * 3584, 4096]);
+    assert_eq!(four.pieces(3, &gate_up), [part("mlp.gate_proj", 10752, 3584), part("mlp.up_proj", 10752, 3584)]);
+    assert_eq!(four.shape(3, &format!("{LAYER}.mlp.down_proj.weight")), [4096, 3584]);
+    assert!(!four.has(0, &format!("{LAYER}.self_attn.q_proj.weight")));
+    // 128256 rows are 2004 units of 64.
+    assert_eq!(four.shape(2, "model.embed_tokens.weight"), [32064, 4096]);
+    assert_eq!(four.filled(3, "lm_head.weight"), 0);
+    // 16 ranks share 8 key-value heads.
+    let sixteen = plan(&model, Target::Vllm, Mesh::tp(16)).unwrap();
+    assert_eq!(sixteen.shape(5, &qkv), [(2 + 1 + 1) * 128, 4096]);
+    assert_eq!(sixteen.pieces(5, &qkv)[1], part("self_attn.k_proj", 256, 128));
+    for refused in [3, 5, 12] {
+        assert_eq!(plan(&model, Target::Vllm, Mesh::tp(refused)).err().unwrap().rule(), Some("not-divisible"));
+    }
+}
+
+#[test]
+fn vllm_fills_the_padding_with_zeros_and_merges_biases() {
+    let model = Llama { vocab: 150, ..Llama::tiny(Kind::Qwen2) }.model();
+    let two = plan(&model, Target::Vllm, Mesh::tp(2)).unwrap();
+    let hidden = model.tensor("model.embed_tokens.weight").shape[1];
+    // 192 rows on 2 ranks: 96, and 54 with 42 of zeros.
+    assert_eq!(two.shape(1, "model.embed_tokens.weight"), [96, hidden]);
+    assert_eq!(two.pieces(1, "model.embed_tokens.weight")[0].1, 96 * hidden * 2);
+    assert_eq!((two.filled(0, "model.embed_tokens.weight"), two.filled(1, "model.embed_tokens.weight")), (0, 42 * hidden * 2));
+    assert_eq!(two.pieces(1, &format!("{LAYER}.self_attn.qkv_proj.bias")).len(), 3);
+}
+
+#[test]
+fn vllm_stacks_experts() {
+    let model = Llama::QWEN3_30B_A3B.model();
+    let mesh = Mesh { ep: 8, ..Mesh::tp(8) };
+    let groups = plan(&model, Target::Vllm, mesh).unwrap();
+    let (w13, w2) = (
+        format!("{LAYER}.mlp.experts.routed_experts.w13_weight"),
+        format!("{LAYER}.mlp.experts.routed_experts.w2_weight"),
+    );
+    // Case 31 of sharding.md section 15.
+    assert_eq!(groups.shape(3, &w13), [16, 1536, 2048]);
+    let pieces = groups.pieces(3, &w13);
+    assert_eq!((pieces.len(), pieces[0].2), (32, 3_145_728));
+    assert_eq!(pieces[0].0, format!("{LAYER}.mlp.experts.48.gate_proj.weight"));
+    assert_eq!(pieces[31].0, format!("{LAYER}.mlp.experts.63.up_proj.weight"));
+    assert_eq!(groups.shape(3, &w2), [16, 2048, 768]);
+    let inside = plan(&model, Target::Vllm, Mesh::tp(8)).unwrap();
+    assert_eq!((inside.shape(7, &w13), inside.shape(7, &w2)), (vec![128, 192, 2048], vec![128, 2048, 96]));
+    // Experts that do not divide evenly are balanced.
+    let six = plan(&model, Target::Vllm, Mesh { dp: 3, ep: 6, ..Mesh::tp(2) }).unwrap();
+    let counts: Vec<u64> = (0..6).map(|rank| six.shape(rank, &w13)[0]).collect();
+    assert_eq!(counts, [22, 22, 21, 21, 21, 21]);
+    let robin = |options: &mut ModelOptions| options.experts = Some(Split::RoundRobin);
+    let robin = plan_with(&model, Target::Vllm, mesh, robin).unwrap();
+    assert_eq!(robin.pieces(3, &w2)[1].0, format!("{LAYER}.mlp.experts.11.down_proj.weight"));
+}
+
+#[test]
+fn vllm_merges_what_deepseek_projects_down() {
+    let model = DeepSeek::V3.model();
+    let eight = plan(&model, Target::Vllm, Mesh { ep: 8, ..Mesh::tp(8) }).unwrap();
+    // Case 27.
+    let fused = format!("{LAYER}.self_attn.fused_qkv_a_proj.weight");
+    assert_eq!(eight.shape(5, &fused), [2112, 7168]);
+    assert_eq!(eight.shape(5, &format!("{fused}_scale_inv")), [17, 56]);
+    // Case 26.
+    let kv_b = format!("{LAYER}.self_attn.kv_b_proj.weight");
+    assert_eq!(eight.pieces(4, &kv_b), [(kv_b.clone(), 16384 * 512, 4096 * 512)]);
+    let scale = format!("{kv_b}_scale_inv");
+    assert_eq!(eight.pieces(4, &scale), [(scale.clone(), 2048, 512)]);
+    let experts = "model.layers.3.mlp.experts.routed_experts";
+    assert_eq!(eight.shape(5, &format!("{experts}.w13_weight")), [32, 4096, 7168]);
+    assert_eq!(eight.shape(5, &format!("{experts}.w13_weight_scale_inv")), [32, 32, 56]);
+    assert_eq!(eight.shape(5, &format!("{experts}.w2_weight_scale_inv")), [32, 56, 16]);
+    assert_eq!(eight.shape(5, "model.layers.3.mlp.shared_experts.gate_up_proj.weight"), [512, 7168]);
+    assert!(!eight.has(0, "model.layers.61.self_attn.o_proj.weight"));
+    // 64 rows of a block of 128.
+    let wide = Mesh::tp(32);
+    let error = plan(&model, Target::Vllm, wide).err().unwrap();
+    assert_eq!((error.rule(), error.expected()), (Some("not-divisible"), Some("a divisor of 16 units: 1, 2, 4, 8, 16")));
+}
+
+#[test]
+fn vllm_keeps_a_scale_for_each_part() {
+    let model = Llama { scheme: Scheme::Fp8Tensor, ..Llama::TINY }.model();
+    let two = plan(&model, Target::Vllm, Mesh::tp(2)).unwrap();
+    assert_eq!(two.shape(1, &format!("{LAYER}.self_attn.qkv_proj.weight_scale")), [3]);
+    assert_eq!(two.shape(1, &format!("{LAYER}.mlp.gate_up_proj.weight_scale")), [2]);
+    for scheme in released::schemes(16) {
+        let model = Llama { scheme, ..Llama::TINY }.model();
+        if scheme != Scheme::Nf4 {
+            plan(&model, Target::Vllm, Mesh::tp(2)).unwrap_or_else(|error| panic!("{scheme:?}: {error}"));
+        }
+    }
+}
+
+#[test]
+fn stages_are_those_of_the_target() {
+    let model = Llama { layers: 5, tied: true, ..Llama::TINY }.model();
+    let mesh = Mesh { pp: 2, ..Mesh::tp(1) };
+    for (target, split) in [(Target::Vllm, [3, 2]), (Target::Hf, [2, 3])] {
+        let plan = plan(&model, target, mesh).unwrap();
+        for (rank, layers) in (0..).zip(split) {
+            let held = (0..5).filter(|layer| plan.has(rank, &format!("model.layers.{layer}.input_layernorm.weight")));
+            assert_eq!(held.count(), layers, "{target}");
+        }
+        assert!(plan.has(0, "model.embed_tokens.weight") && plan.has(1, "model.embed_tokens.weight"));
+        assert!(!plan.has(0, "lm_head.weight") && plan.has(1, "lm_head.weight"));
+        assert!(!plan.has(0, "model.norm.weight") && plan.has(1, "model.norm.weight"));
+    }
+    let counted = |options: &mut ModelOptions| options.stages = Some(StageSplit::Counts(vec![1, 4]));
+    assert!(plan_with(&model, Target::Vllm, mesh, counted).unwrap().has(1, "model.layers.1.input_layernorm.weight"));
+}
+
+#[test]
+fn hf_cuts_as_torch_chunks() {
+    let model = Llama { intermediate: 130, ..Llama::TINY }.model();
+    let four = plan(&model, Target::Hf, Mesh::tp(4)).unwrap();
+    let hidden = model.tensor("model.norm.weight").shape[0];
+    let sizes = |name: &str, dim: usize| -> Vec<u64> {
+        (0..4).map(|rank| four.shape(rank, &format!("{LAYER}.{name}.weight"))[dim]).collect()
+    };
+    assert_eq!(sizes("mlp.gate_proj", 0), [33, 33, 33, 31]);
+    assert_eq!(sizes("mlp.down_proj", 1), [33, 33, 33, 31]);
+    assert_eq!(four.shape(2, "model.embed_tokens.weight"), model.tensor("model.embed_tokens.weight").shape[..]);
+    assert_eq!(four.shape(2, "lm_head.weight"), [model.tensor("lm_head.weight").shape[0].div_ceil(4), hidden]);
+    // Key-value heads are not shared.
+    assert_eq!(plan(&model, Target::Hf, Mesh::tp(16)).err().unwrap().rule(), Some("not-divisible"));
+    let experts = plan(&Llama::QWEN3_30B_A3B.model(), Target::Hf, Mesh::tp(8)).unwrap();
+    assert_eq!(experts.shape(7, &format!("{LAYER}.mlp.experts.gate_up_proj")), [128, 192, 2048]);
+    let groups = plan(&Llama::QWEN3_30B_A3B.model(), Target::Hf, Mesh { ep: 8, ..Mesh::tp(8) }).unwrap();
+    assert_eq!(groups.shape(7, &format!("{LAYER}.mlp.experts.down_proj")), [16, 2048, 768]);
+    let deepseek = plan(&DeepSeek::V3.model(), Target::Hf, Mesh::tp(8)).unwrap();
+    assert_eq!(deepseek.shape(1, &format!("{LAYER}.self_attn.o_proj.weight")), [7168, 16384]);
+    assert_eq!(deepseek.shape(1, "model.layers.3.mlp.experts.gate_up_proj_scale_inv"), [256, 4, 56]);
+    let mixtral = plan(&Llama::tiny(Kind::Mixtral).model(), Target::Hf, Mesh::tp(2)).unwrap();
+    assert!(mixtral.has(1, &format!("{LAYER}.mlp.gate.weight")));
+}
+
+#[test]
+fn mistralrs_has_one_axis() {
+    let eight = plan(&Llama::QWEN3_30B_A3B.model(), Target::MistralRs, Mesh::tp(8)).unwrap();
+    assert_eq!(eight.shape(7, &format!("{LAYER}.self_attn.k_proj.weight")), [128, 2048]);
+    assert_eq!(eight.shape(7, &format!("{LAYER}.mlp.experts.gate_up_proj")), [128, 192, 2048]);
+    assert_eq!(eight.shape(7, "lm_head.weight"), [151_936, 2048]);
+    let quantised = plan(&DeepSeek::V3.model(), Target::MistralRs, Mesh::tp(8)).unwrap();
+    assert_eq!(quantised.shape(7, "model.layers.3.mlp.experts.5.gate_proj.weight"), [2048, 7168]);
+    for mesh in [Mesh { pp: 2, ..Mesh::tp(2) }, Mesh { ep: 2, ..Mesh::tp(2) }] {
+        assert_eq!(plan(&Llama::TINY.model(), Target::MistralRs, mesh).err().unwrap().rule(), Some("target"));
+    }
+}
+
+#[test]
+fn every_target_plans_every_tiny_model_that_it_knows() {
+    for target in [Target::Vllm, Target::Hf, Target::MistralRs] {
+        for kind in [Kind::Llama, Kind::Mistral, Kind::Qwen2, Kind::Qwen3, Kind::Mixtral, Kind::Qwen3Moe] {
+            for tp in [1, 2] {
+                let planned = plan(&Llama::tiny(kind).model(), target, Mesh::tp(tp));
+                planned.unwrap_or_else(|error| panic!("{target} {kind:?} tp {tp}: {error}"));
+            }
+        }
+        for model in [DeepSeek::TINY_V2.model(), DeepSeek::TINY_V3.model()] {
+            plan(&model, target, Mesh::tp(2)).unwrap_or_else(|error| panic!("{target}: {error}"));
+        }
+        let error = plan(&released::Bloom::TINY.model(), target, Mesh::tp(2)).err().unwrap();
+        assert_eq!(error.rule(), Some("target"));
+        assert!(error.expected().unwrap().contains("deepseek_v3"), "{error}");
+    }
+}
