@@ -15,7 +15,6 @@ mod transform;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
-use std::ops::Range;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -331,19 +330,19 @@ fn edges_land_as_they_are_element_by_element() {
     let source = || Box::new(Expr::Source);
     let select = |by, of| Expr::Concat { dim: 0, parts: vec![Expr::Select { by, of }] };
     let t1 = || Expr::Tensor("t1".into());
-    let table = |parts: &[&[Range<u64>]]| Split::Table(parts.iter().map(|part| part.to_vec()).collect());
+    let table = |text| Split::from_table(text).unwrap();
     let halves = Expr::Shard { x: source(), dim: 0, cut: cut(Ax::Pp, Split::Even, 1) };
     let one = Fill::Bytes(vec![0x00, 0x3C]);
     let nothing = Expr::Const { dtype: U8, dims: vec![0, 4], fill: Fill::NegInf };
     let cases = [
         // A table of units of a selection.
-        (Bf16, [6, 4], select(cut(Ax::Tp, table(&[&[1..2], &[0..1]]), 2), vec![Expr::Source, t1(), t1()])),
+        (Bf16, [6, 4], select(cut(Ax::Tp, table("1\n0"), 2), vec![Expr::Source, t1(), t1()])),
         // A rank that gets none of a selection.
         (Bf16, [6, 4], select(cut(Ax::Tp, Split::Ceil, 1), vec![Expr::Source])),
         // A part of what was cut before, by a table of its own units.
-        (Bf16, [6, 4], Expr::Shard { x: Box::new(halves), dim: 0, cut: cut(Ax::Tp, table(&[&[2..3], &[0..2]]), 1) }),
+        (Bf16, [6, 4], Expr::Shard { x: Box::new(halves), dim: 0, cut: cut(Ax::Tp, table("2\n0..2"), 1) }),
         // The same of nothing.
-        (Bf16, [0, 4], Expr::Shard { x: source(), dim: 0, cut: cut(Ax::Tp, table(&[&[], &[]]), 1) }),
+        (Bf16, [0, 4], Expr::Shard { x: source(), dim: 0, cut: cut(Ax::Tp, table("0..0\n0..0"), 1) }),
         // Bytes that fill are cast, too.
         (F16, [6, 4], Expr::Cast { x: Box::new(Expr::Pad { x: source(), dim: 0, to: 8, fill: one }), to: Bf16 }),
         // A destination that has nothing of the tensor that was matched.
