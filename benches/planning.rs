@@ -2,7 +2,8 @@
 //! (30 files), planned for 8 ranks, written into FOLDER (default `target/bench`).
 //!
 //! `cargo bench --bench planning [-- FOLDER]` prints seconds (median of 7), those of the phases of planning, the
-//! audit's share of them, and the process's peak memory as JSON.
+//! audit's share of them, and the process's peak memory as JSON, then holds the shapes that have bounds ([`BOUNDS`])
+//! against these, each in a process of its own.
 //! `cargo test --bench planning` does it once: the results are checked, the figures mean nothing.
 //! `scripts/count-instructions [--record]` counts instructions (`-- --count`, `-- --record`) and holds them against
 //! `benches/record/instructions.json`: a count repeats where a time does not, so it can fail a push.
@@ -21,12 +22,36 @@ use std::time::Instant;
 
 use released::{DeepSeek, Llama, Model};
 use serde_json::{Map, Value, json};
+use shardlift::plan::Mesh;
 use shardlift::{Checkpoint, Plan, Rules, World};
 
 const RUNS: usize = 7;
 const RANKS: u32 = 8;
 const PART: &str = "--part";
+const BOUND: &str = "--bound";
 const RECORD: &str = "benches/record/instructions.json";
+
+/// What opening and planning may take, whoever asks.
+struct Bound {
+    name: &'static str,
+    model: fn() -> Model,
+    tp: u32,
+    ep: u32,
+    seconds: f64,
+    bytes: u64,
+}
+
+const BOUNDS: [Bound; 2] = [
+    Bound {
+        name: "llama-3.1-405b",
+        model: || Llama::LLAMA_3_1_405B.model(),
+        tp: 16,
+        ep: 1,
+        seconds: 0.06,
+        bytes: 500_000_000,
+    },
+    Bound { name: "deepseek-v3", model: || DeepSeek::V3.model(), tp: 8, ep: 8, seconds: 1.5, bytes: 500_000_000 },
+];
 
 /// Counts repeat where all of [`environment`] is equal. What is left is for unrelated changes that shift what the
 /// compiler inlines.
@@ -54,6 +79,12 @@ fn main() -> io::Result<ExitCode> {
     {
         return run_part(part, Path::new(model)).map(|()| ExitCode::SUCCESS);
     }
+    if let [flag, name, folder, runs] = &arguments[..]
+        && flag == BOUND
+    {
+        let bound = BOUNDS.iter().find(|bound| bound.name == name).ok_or_else(|| io::Error::other("no such bound"))?;
+        return bound.measure(Path::new(folder), runs.parse().map_err(io::Error::other)?);
+    }
     let flagged = |flag| arguments.iter().any(|argument| argument == flag);
     let folder = arguments.iter().find(|argument| !argument.starts_with('-'));
     let folder = folder.map_or_else(|| PathBuf::from("target/bench"), PathBuf::from);
@@ -62,12 +93,73 @@ fn main() -> io::Result<ExitCode> {
     }
     match flagged("--bench") {
         // `cargo test` does not say --bench.
-        false => time(&folder, 1)?,
+        false => {
+            time(&folder, 1)?;
+            bounds(&folder, 1)?;
+        }
         true if flagged("--record") => return instructions(&folder, true),
         true if flagged("--count") => return instructions(&folder, false),
-        true => time(&folder, RUNS)?,
+        true => {
+            time(&folder, RUNS)?;
+            return bounds(&folder, RUNS);
+        }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Holds every shape of [`BOUNDS`] against its bound: fails if one is over it.
+fn bounds(folder: &Path, runs: usize) -> io::Result<ExitCode> {
+    let mut within = true;
+    for Bound { name, model, .. } in &BOUNDS {
+        released::write(&folder.join(name), &model())?;
+        let status =
+            Command::new(std::env::current_exe()?).args([BOUND, name]).arg(folder).arg(runs.to_string()).status()?;
+        within &= status.success();
+    }
+    Ok(if within { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+impl Bound {
+    /// Opens and plans; fails if that takes too long or too much. One run alone proves nothing, and fails nothing.
+    fn measure(&self, folder: &Path, runs: usize) -> io::Result<ExitCode> {
+        let Bound { name, tp, ep, .. } = *self;
+        let world = World::host(tp).with_mesh(Mesh { ep, ..Mesh::tp(tp) });
+        let (mut open, mut plan, mut tensors) = (Vec::new(), Vec::new(), 0);
+        for _ in 0..runs {
+            let began = Instant::now();
+            let checkpoint = Checkpoint::open(folder.join(name)).map_err(io::Error::other)?;
+            open.push(began.elapsed().as_secs_f64());
+            let began = Instant::now();
+            let planned = Plan::new(&checkpoint, &rules(&checkpoint)?, &world).map_err(io::Error::other)?;
+            plan.push(began.elapsed().as_secs_f64());
+            assert_eq!(planned.storage_bytes(), planned.needed_bytes(world.driven()), "every byte is read once");
+            tensors = checkpoint.tensors().len();
+        }
+        open.sort_by(f64::total_cmp);
+        plan.sort_by(f64::total_cmp);
+        let (open, plan, peak) = (open[runs / 2], plan[runs / 2], peak_bytes()?);
+        let within = open + plan <= self.seconds && peak <= self.bytes;
+        let verdict = match (runs, within) {
+            (1, _) => "one run alone",
+            (_, true) => "ok",
+            (_, false) => "FAILED: over its bound",
+        };
+        let result = json!({
+            "model": name, "tensors": tensors, "tp": tp, "ep": ep, "open_seconds": open, "plan_seconds": plan,
+            "at_most_seconds": self.seconds, "peak_bytes": peak, "at_most_bytes": self.bytes, "verdict": verdict,
+        });
+        writeln!(io::stdout(), "{result}")?;
+        Ok(if within || runs == 1 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+/// The family's rules, or those of this bench where there is no such family yet.
+fn rules(checkpoint: &Checkpoint) -> io::Result<Rules> {
+    let rules = match Rules::for_model(checkpoint) {
+        Err(error) if error.rule() == Some("unknown-architecture") => Rules::from_toml(RULES),
+        rules => rules,
+    };
+    rules.map_err(io::Error::other)
 }
 
 fn time(folder: &Path, runs: usize) -> io::Result<()> {

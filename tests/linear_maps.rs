@@ -56,6 +56,10 @@ const PARTS: [&str; 18] = [
     "absmax",
 ];
 
+/// Those that say something besides the matrix that a module stands for.
+const ALONE: [&str; 7] =
+    ["bias", "weight_scale_2", "weight_global_scale", "input_scale", "input_global_scale", "k_scale", "v_scale"];
+
 /// Module and part of a tensor.
 fn split(name: &str) -> (&str, &str) {
     if let Some((module, part)) = name.rsplit_once('.').filter(|(_, part)| PARTS.contains(part)) {
@@ -205,13 +209,7 @@ impl Module<'_> {
                     .filter(|(dim, _)| *dim != gone)
                     .fold(whole.clone(), |whole, (dim, indices)| whole.take(dim - usize::from(*dim > gone), indices))
             };
-            for (extra, of_whole) in self.whole.iter().filter(|(part, _)| {
-                part.ends_with("bias")
-                    || part.starts_with("input_")
-                    || part.ends_with("weight_scale_2")
-                    || *part == "k_scale"
-                    || *part == "v_scale"
-            }) {
+            for (extra, of_whole) in self.whole.iter().filter(|(part, _)| ALONE.contains(&part.as_str())) {
                 let expected = match (extra.as_str(), is_map) {
                     ("bias", Some(input)) => left(of_whole, input),
                     ("bias", None) if self.whole.len() == 1 => continue, // it is what was compared
@@ -270,8 +268,25 @@ fn inputs(len: u64) -> Vec<f64> {
     (0..len).map(|_| next()).collect()
 }
 
+/// What the checkpoint has: modules, and their parts.
+fn modules(family: &Family) -> BTreeMap<&str, Parts> {
+    let mut modules: BTreeMap<&str, Parts> = BTreeMap::new();
+    for tensor in &family.model.tensors {
+        let (module, part) = split(&tensor.name);
+        let values = Matrix::decode(tensor.dtype, &tensor.shape, &tensor.random(SEED));
+        modules.entry(module).or_default().insert(part.to_owned(), values);
+    }
+    modules
+}
+
+/// What becomes of a module, and the number in its name.
+fn row<'a>(family: &'a Family, module: &str) -> (&'a Map, u64) {
+    let row = family.rows.iter().find_map(|(pattern, map)| Some((map, matches(pattern, module)?)));
+    row.unwrap_or_else(|| panic!("no row for {module}"))
+}
+
 /// Every module of a family's model on these ranks.
-fn check(family: &Family, whole: &BTreeMap<&str, BTreeMap<&str, Matrix>>, weights: &Weights, ranks: Ranks) {
+fn check(family: &Family, modules: &BTreeMap<&str, Parts>, weights: &Weights, ranks: Ranks) {
     let names: BTreeSet<&str> = family.model.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
     let mut shards = vec![BTreeMap::<&str, Parts>::new(); ranks.tp as usize];
     for tensor in weights.iter() {
@@ -280,18 +295,16 @@ fn check(family: &Family, whole: &BTreeMap<&str, BTreeMap<&str, Matrix>>, weight
             let tied = family.tied.iter().find(|(name, _)| *name == tensor.name());
             let (_, of) = tied.unwrap_or_else(|| panic!("{} is no tensor of the model", tensor.name()));
             let (module, part) = split(of);
-            assert!(values == whole[module][part], "{} is not {of}", tensor.name());
+            assert!(values == modules[module][part], "{} is not {of}", tensor.name());
             continue;
         }
         let (module, part) = split(tensor.name());
         shards[tensor.rank().index()].entry(module).or_default().insert(part.to_owned(), values);
     }
-    for (&name, parts) in whole {
-        let row = family.rows.iter().find_map(|(pattern, map)| Some((map, matches(pattern, name)?)));
-        let (map, number) = row.unwrap_or_else(|| panic!("no row for {name}"));
-        let whole = parts.iter().map(|(part, values)| ((*part).to_owned(), values.clone())).collect();
+    for (&name, whole) in modules {
+        let (map, number) = row(family, name);
         let shards = shards.iter().map(|shards| shards.get(name).cloned().unwrap_or_default()).collect();
-        Module { name, scheme: family.scheme, whole, shards }.check(map, number, ranks);
+        Module { name, scheme: family.scheme, whole: whole.clone(), shards }.check(map, number, ranks);
     }
 }
 
@@ -301,47 +314,129 @@ fn run(family: &Family, is_known: bool) -> Result<(), String> {
     released::write_random(folder.path(), &family.model, SEED).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let rules = match Rules::for_model(&checkpoint) {
-        Err(error) if !is_known && error.rule() == Some("unknown-architecture") => return Err(error.to_string()),
+        Err(error) if !is_known && error.rule() == Some("unknown-architecture") => {
+            return Err("unknown architecture".into());
+        }
         rules => rules.unwrap_or_else(|error| panic!("{}: {error}", family.name)),
     };
-    let mut whole: BTreeMap<&str, BTreeMap<&str, Matrix>> = BTreeMap::new();
-    for tensor in &family.model.tensors {
-        let (module, part) = split(&tensor.name);
-        let values = Matrix::decode(tensor.dtype, &tensor.shape, &tensor.random(SEED));
-        whole.entry(module).or_default().insert(part, values);
+    let modules = modules(family);
+    for ranks in all_ranks(family) {
+        let mut mesh = Mesh::tp(ranks.tp as u32);
+        mesh.ep = ranks.ep as u32;
+        let planned = Plan::new(&checkpoint, &rules, &World::host(1).with_mesh(mesh));
+        let divides = family.rows.iter().all(|(_, map)| ranks.divide(map));
+        let plan = match planned {
+            Err(error) if !divides => {
+                assert_eq!(error.kind(), ErrorKind::Rules, "{}: {error}", family.name);
+                continue;
+            }
+            Err(error) if !is_known => return Err(error.message().to_owned()),
+            planned => planned.unwrap_or_else(|error| panic!("{}, {ranks:?}: {error}", family.name)),
+        };
+        assert!(divides, "{} is planned for {ranks:?}, which do not divide it", family.name);
+        let (weights, _) = Loader::new().staging(2 << 20).load(&plan).unwrap();
+        assert!(weights.of_rank(Rank(ranks.tp as u32 - 1)).next().is_some());
+        check(family, &modules, &weights, ranks);
     }
+    Ok(())
+}
+
+/// All numbers of ranks, and of groups of them where there are experts.
+fn all_ranks(family: &Family) -> Vec<Ranks> {
     let has_experts = |(_, map): &(&str, Map)| match map {
         Map::Expert(..) | Map::Flat(..) => true,
         Map::Shared { cuts, .. } => cuts.iter().any(|cut| cut.by == By::Ep),
         Map::Skipped | Map::Buffer => false,
     };
     let has_experts = family.rows.iter().any(has_experts);
-    for tp in RANKS.into_iter().filter(|tp| !family.open.contains(tp)) {
-        for ep in [1, 2, 3, 4, 8].into_iter().filter(|&ep| ep == 1 || (has_experts && tp % ep == 0)) {
-            let ranks = Ranks { tp, ep };
-            let mut mesh = Mesh::tp(tp as u32);
-            mesh.ep = ep as u32;
-            let planned = Plan::new(&checkpoint, &rules, &World::host(1).with_mesh(mesh));
-            let divides = family.rows.iter().all(|(_, map)| ranks.divide(map));
-            let plan = match planned {
-                Err(error) if !divides => {
-                    assert_eq!(error.kind(), ErrorKind::Rules, "{}: {error}", family.name);
-                    continue;
-                }
-                Err(error) if !is_known => return Err(error.to_string()),
-                planned => planned.unwrap_or_else(|error| panic!("{}, {ranks:?}: {error}", family.name)),
+    let groups = |tp: u64| RANKS.into_iter().filter(move |&ep| ep == 1 || (has_experts && tp.is_multiple_of(ep)));
+    let tps = RANKS.into_iter().filter(|tp| !family.open.contains(tp));
+    tps.flat_map(|tp| groups(tp).map(move |ep| Ranks { tp, ep })).collect()
+}
+
+/// The shard of one part of a module whose whole is a matrix of these dimensions: what belongs to the indices taken of it.
+fn shard_of(scheme: Scheme, part: &str, values: &Matrix, dims: &[u64], taken: &[(usize, Vec<u64>)]) -> Matrix {
+    let transposed = matches!(scheme, Scheme::Gptq { .. } | Scheme::Awq { .. }) && part != "bias" && part != "weight";
+    let mut shard = values.clone();
+    for (dim, indices) in taken {
+        let whole_groups =
+            matches!(scheme, Scheme::Gptq { act_order: true, .. }) && ["scales", "qzeros"].contains(&part);
+        let at = match (part, dim) {
+            ("g_idx", 1) => 0,
+            ("g_idx", _) | ("weight_shape", _) => continue,
+            (_, 1) if whole_groups => continue,
+            _ if transposed => 1 - dim,
+            _ => *dim,
+        };
+        let Some(&size) = shard.dims.get(at).filter(|size| **size > 1 || dims[*dim] == 1) else { continue };
+        let each = dims[*dim].div_ceil(size);
+        let mut groups: Vec<u64> = indices.iter().map(|index| index / each).collect();
+        groups.dedup();
+        shard = shard.take(at, &groups);
+    }
+    shard
+}
+
+#[test]
+fn the_table_fits_the_models_and_the_checks() {
+    let schemes = released::schemes(16).into_iter().filter(|scheme| *scheme != Scheme::Nf4).map(families::quantised);
+    for family in families::all().into_iter().chain(schemes) {
+        let divide = |ranks: &Ranks| family.rows.iter().all(|(_, map)| ranks.divide(map));
+        for (name, whole) in modules(&family) {
+            let (map, number) = row(&family, name);
+            let (shared, flat) = match map {
+                Map::Skipped | Map::Buffer => continue,
+                Map::Expert(_, map) => (&**map, None),
+                Map::Flat(experts, map) => (&**map, Some(*experts)),
+                map => (map, None),
             };
-            assert!(divides, "{} is planned for {ranks:?}, which do not divide it", family.name);
-            let (weights, _) = Loader::new().staging(2 << 20).load(&plan).unwrap();
-            assert!(weights.of_rank(Rank(tp as u32 - 1)).next().is_some());
-            check(family, &whole, &weights, ranks);
+            let Map::Shared { input, cuts } = shared else { panic!("no linear map") };
+            let view = |values: &Matrix| match flat {
+                Some(experts) => values.clone().viewed(&[experts, values.dims[0] / experts, values.dims[1]]),
+                None => values.clone(),
+            };
+            let dims = view(&matrix(family.scheme, &whole)).dims;
+            assert!(cuts.iter().all(|cut| cut.of.count() == dims[cut.dim]), "{}: {name} {dims:?}", family.name);
+            for ranks in all_ranks(&family).into_iter().filter(divide) {
+                let shard = |rank| -> Parts {
+                    if let Map::Expert(count, _) = map
+                        && number / (count / ranks.ep) != ranks.part(By::Ep, rank).0
+                    {
+                        return Parts::new();
+                    }
+                    let taken = ranks.taken(cuts, rank).unwrap();
+                    let outputs = taken.iter().filter(|(dim, _)| Some(*dim) != *input);
+                    let outputs: Vec<_> = outputs
+                        .map(|(dim, of)| (dim - usize::from(input.is_some_and(|input| *dim > input)), of.clone()))
+                        .collect();
+                    let part = |(part, values): (&String, &Matrix)| {
+                        let shard = match part.as_str() {
+                            "bias" if whole.len() > 1 => {
+                                outputs.iter().fold(values.clone(), |all, (dim, of)| all.take(*dim, of))
+                            }
+                            part => {
+                                let shard = shard_of(family.scheme, part, &view(values), &dims, &taken);
+                                let last = shard.dims.last().copied().unwrap_or(1);
+                                if flat.is_some() {
+                                    shard.clone().viewed(&[shard.values.len() as u64 / last, last])
+                                } else {
+                                    shard
+                                }
+                            }
+                        };
+                        (part.clone(), shard)
+                    };
+                    whole.iter().map(part).collect()
+                };
+                let shards = (0..ranks.tp).map(shard).collect();
+                Module { name, scheme: family.scheme, whole: whole.clone(), shards }.check(map, number, ranks);
+            }
         }
     }
-    Ok(())
 }
 
 #[expect(clippy::print_stderr, reason = "a skipped test says so")]
-fn run_all<'a>(families: impl Iterator<Item = (String, Family)>, known: &[&'a str]) {
+fn run_all(families: impl Iterator<Item = (String, Family)>, known: &[&str]) {
     let mut ran = BTreeSet::new();
     for (name, family) in families {
         let known = known.iter().find(|known| name.split(' ').next() == Some(known));

@@ -4,9 +4,9 @@ mod support {
     pub(crate) mod released;
 }
 
-use shardlift::plan::{DeviceSpec, Mesh, ModelOptions, RankPlan, Split, StageSplit, Target};
+use shardlift::plan::{Mesh, ModelOptions, RankPlan, Split, StageSplit, Target};
 use shardlift::{Checkpoint, Plan, Rank, Result, Rules, World};
-use support::released::{self, DeepSeek, GptOss, Kind, Llama, Model, Scheme};
+use support::released::{self, DeepSeek, Kind, Llama, Model, Scheme};
 
 struct Planned(Plan);
 
@@ -106,7 +106,7 @@ fn vllm_fills_the_padding_with_zeros_and_merges_biases() {
 
 #[test]
 fn vllm_stacks_experts() {
-    let model = Llama::QWEN3_30B_A3B.model();
+    let model = Llama::QWEN_3_30B_A3B.model();
     let mesh = Mesh { ep: 8, ..Mesh::tp(8) };
     let groups = plan(&model, Target::Vllm, mesh).unwrap();
     let (w13, w2) = (
@@ -202,9 +202,9 @@ fn hf_cuts_as_torch_chunks() {
     assert_eq!(four.shape(2, "lm_head.weight"), [model.tensor("lm_head.weight").shape[0].div_ceil(4), hidden]);
     // Key-value heads are not shared.
     assert_eq!(plan(&model, Target::Hf, Mesh::tp(16)).err().unwrap().rule(), Some("not-divisible"));
-    let experts = plan(&Llama::QWEN3_30B_A3B.model(), Target::Hf, Mesh::tp(8)).unwrap();
+    let experts = plan(&Llama::QWEN_3_30B_A3B.model(), Target::Hf, Mesh::tp(8)).unwrap();
     assert_eq!(experts.shape(7, &format!("{LAYER}.mlp.experts.gate_up_proj")), [128, 192, 2048]);
-    let groups = plan(&Llama::QWEN3_30B_A3B.model(), Target::Hf, Mesh { ep: 8, ..Mesh::tp(8) }).unwrap();
+    let groups = plan(&Llama::QWEN_3_30B_A3B.model(), Target::Hf, Mesh { ep: 8, ..Mesh::tp(8) }).unwrap();
     assert_eq!(groups.shape(7, &format!("{LAYER}.mlp.experts.down_proj")), [16, 2048, 768]);
     let deepseek = plan(&DeepSeek::V3.model(), Target::Hf, Mesh::tp(8)).unwrap();
     assert_eq!(deepseek.shape(1, &format!("{LAYER}.self_attn.o_proj.weight")), [7168, 16384]);
@@ -215,7 +215,7 @@ fn hf_cuts_as_torch_chunks() {
 
 #[test]
 fn mistralrs_has_one_axis() {
-    let eight = plan(&Llama::QWEN3_30B_A3B.model(), Target::MistralRs, Mesh::tp(8)).unwrap();
+    let eight = plan(&Llama::QWEN_3_30B_A3B.model(), Target::MistralRs, Mesh::tp(8)).unwrap();
     assert_eq!(eight.shape(7, &format!("{LAYER}.self_attn.k_proj.weight")), [128, 2048]);
     assert_eq!(eight.shape(7, &format!("{LAYER}.mlp.experts.gate_up_proj")), [128, 192, 2048]);
     assert_eq!(eight.shape(7, "lm_head.weight"), [151_936, 2048]);

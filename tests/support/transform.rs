@@ -1,5 +1,6 @@
 //! What casts and permutations make of a tensor, element by element. Shares no code with the crate but the names of
 //! types.
+#![allow(dead_code, reason = "each test uses its own part")]
 
 use half::{bf16, f16};
 use shardlift::Dtype;

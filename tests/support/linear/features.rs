@@ -36,10 +36,10 @@ impl Features {
         let heads = |range: Range<u64>, size: u64| Some((range.start * size..range.end * size).collect());
         match self {
             Whole(count) => Some((0..*count).collect()),
-            Heads(count, size) | Shared(count, size) if count % ranks == 0 => {
+            Heads(count, size) | Shared(count, size) if count.is_multiple_of(ranks) => {
                 heads(rank * (count / ranks)..(rank + 1) * (count / ranks), *size)
             }
-            Shared(count, size) if ranks % count == 0 => {
+            Shared(count, size) if ranks.is_multiple_of(*count) => {
                 let head = rank / (ranks / count);
                 heads(head..head + 1, *size)
             }
