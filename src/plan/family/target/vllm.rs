@@ -68,6 +68,12 @@ fn decoder(config: &Config<'_>) -> Result<Rules> {
 
 /// Queries, keys and values in one module.
 fn attention(rules: Rules, below: &str, Heads { heads, key_value, size }: Heads) -> Rules {
+    let rules = ["k", "v"].into_iter().fold(rules, |rules, of| {
+        rules
+            .replicate(format!("**.{below}.{of}_proj.{of}_scale"))
+            .rename(format!("{{1}}.{below}.attn.{of}_scale"))
+            .optional()
+    });
     let (queries, shared) = (Block::new(heads, size).cut(Ax::Tp), Block::shared(key_value, size).cut(Ax::Tp));
     rules.merged(below, &[("q_proj", queries), ("k_proj", shared.clone()), ("v_proj", shared)], "qkv_proj")
 }
