@@ -242,9 +242,9 @@ fn bert_ties_its_masked_language_head() {
 
 #[test]
 fn what_is_not_known_is_said() {
-    let error = plan(LLAMA, json!({ "model_type": "gpt_neox" }), 1).unwrap_err();
+    let error = plan(LLAMA, json!({ "model_type": "rwkv" }), 1).unwrap_err();
     assert!(error.message().contains("--rules replicate") && error.message().contains("rules file"), "{error}");
-    assert_eq!((error.rule(), error.found()), (Some("unknown-architecture"), Some("gpt_neox")));
+    assert_eq!((error.rule(), error.found()), (Some("unknown-architecture"), Some("rwkv")));
     assert!(error.expected().unwrap().contains("qwen3"));
     let checkpoint = checkpoint(&[("w", Dtype::F32, &[1])], None);
     assert_eq!(Rules::for_model(&checkpoint).unwrap_err().rule(), Some("no-config"));

@@ -138,6 +138,6 @@ impl Filler<'_> {
 fn outputs(expr: &Expr) -> Option<u64> {
     match expr {
         Expr::Shard { x, dim: 0, cut } if matches!(**x, Expr::Source) => cut.units?.checked_mul(cut.unit),
-        _ => None,
+        _ => expr.inner().first().and_then(|inner| outputs(inner)),
     }
 }
