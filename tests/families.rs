@@ -200,7 +200,7 @@ fn dbrx_cuts_each_of_the_experts_of_a_tensor() {
         assert_eq!(runs(&eight, 1, &name(part)), expected);
         assert_eq!(shape(&eight, 1, &name(part)), [16 * 1344, 6144]);
     }
-    // Whole experts, of which neighbours lie behind each other; and 2 of 4 groups that divide each in 2.
+    // Whole experts, which lie one after the other; and 4 groups of 2 ranks that divide each of their experts.
     let whole = plan(&Dbrx::DBRX.model(), Mesh { ep: 8, ..Mesh::tp(8) }).unwrap();
     assert_eq!(runs(&whole, 3, &name("w2")), [(6 * expert, 2 * expert)]);
     let both = plan(&Dbrx::DBRX.model(), Mesh { ep: 4, ..Mesh::tp(8) }).unwrap();
