@@ -19,8 +19,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .vocabulary(Rules::new(), "lm_head.weight", &embeddings, true)?
         .column("**.self_attention.query_key_value", heads, 3 * size)
         .row("**.self_attention.dense", heads, size)
-        .column("**.mlp.dense_h_to_4h", 4 * hidden, 1)
-        .row("**.mlp.dense_4h_to_h", 4 * hidden, 1)
+        .plain_mlp(hidden.saturating_mul(4))
         .norms("{input_layernorm,post_attention_layernorm}")
         .norms("word_embeddings_layernorm")
         .stage(Stage::First)

@@ -117,7 +117,8 @@ impl<'a> Config<'a> {
             return self.checkpoint.position("cls.predictions.bias").is_some();
         }
         let class = self.root.pointer("/architectures/0").and_then(Value::as_str);
-        class.is_none_or(|class| class.ends_with("ForCausalLM") || class.ends_with("ForConditionalGeneration"))
+        let with_head = ["ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "DoubleHeadsModel"];
+        class.is_none_or(|class| with_head.iter().any(|suffix| class.ends_with(suffix)))
     }
 
     /// Whether modules are quantised.
@@ -199,4 +200,16 @@ pub(super) struct Heads {
     pub(super) key_value: u64,
     /// The size of a head.
     pub(super) size: u64,
+}
+
+impl Heads {
+    /// Query heads that share a key and a value head.
+    pub(super) fn group(self) -> Result<u64> {
+        let Heads { heads, key_value, .. } = self;
+        if heads.is_multiple_of(key_value) {
+            return Ok(heads / key_value);
+        }
+        Err(broken("config", "config.json: key and value heads do not divide the query heads")
+            .with_expected(format!("a multiple of {key_value}"), heads))
+    }
 }

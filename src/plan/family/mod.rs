@@ -5,9 +5,16 @@ mod bert;
 mod bloom;
 mod config;
 mod deepseek;
+mod falcon;
+mod gemma;
+mod gpt2;
+mod gpt_neox;
+mod internlm2;
 mod llama;
 mod moe;
+mod mpt;
 mod parts;
+mod phi3;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -63,14 +70,29 @@ struct Family {
     rules: fn(&Config<'_>) -> Result<Rules>,
 }
 
-const FAMILIES: &[Family] =
-    &[llama::FAMILY, moe::MIXTRAL, moe::QWEN3_MOE, deepseek::FAMILY, bert::FAMILY, bloom::FAMILY];
+const FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    moe::MIXTRAL,
+    moe::QWEN3_MOE,
+    gemma::FAMILY,
+    phi3::FAMILY,
+    internlm2::FAMILY,
+    deepseek::FAMILY,
+    mpt::DBRX,
+    mpt::MPT,
+    falcon::FAMILY,
+    bloom::FAMILY,
+    gpt_neox::FAMILY,
+    gpt2::FAMILY,
+    bert::FAMILY,
+];
 
 impl Rules {
     /// The rules for the model that the checkpoint's `config.json` describes: tensor-parallel layers in the way of
     /// Megatron, with head counts checked against the shapes when a plan is made.
     ///
-    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), BERT and BLOOM. Where the configuration ties the output
+    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), Mixtral and Qwen3-MoE, Gemma 2 and 3, Phi-3, InternLM2,
+    /// DeepSeek-V2 and V3, DBRX, MPT, Falcon, BLOOM, GPT-NeoX, GPT-2 and BERT. Where the configuration ties the output
     /// head to the embeddings, the head is an alias of them, and one that is stored all the same is skipped.
     ///
     /// # Errors
@@ -121,9 +143,11 @@ impl Rules {
     }
 }
 
-/// `LlamaForCausalLM` and `LlamaModel` are of `Llama`; `LlamaMoeForCausalLM` is not.
+/// `LlamaForCausalLM`, `LlamaModel` and `LlamaLMHeadModel` are of `Llama`; `LlamaMoeForCausalLM` is not.
 fn is_class_of(class: &str, prefix: &str) -> bool {
-    class.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with("For") || rest == "Model")
+    let is_end =
+        |rest: &str| rest.starts_with("For") || ["", "Model", "LMHeadModel", "DoubleHeadsModel"].contains(&rest);
+    class.strip_prefix(prefix).is_some_and(is_end)
 }
 
 fn unknown(model: Option<&str>) -> Error {

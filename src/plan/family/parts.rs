@@ -101,6 +101,18 @@ impl Rules {
         self.module(pattern, blocks_of(Expr::Source, 0, blocks, Ax::Tp))
     }
 
+    /// Fused query, key and value heads, `[q; k; v]`.
+    pub(super) fn fused_heads(self, pattern: &str, Heads { heads, key_value, size }: Heads) -> Rules {
+        let shared = Block::shared(key_value, size);
+        self.blocks(pattern, &[Block::new(heads, size), shared, shared])
+    }
+
+    /// Fused query, key and value heads that are interleaved: each key head follows the query heads that share it, its
+    /// value head follows it. Cut between such groups, so more ranks than key heads are an error.
+    pub(super) fn grouped_heads(self, pattern: &str, heads: Heads) -> Result<Rules> {
+        Ok(self.column(pattern, heads.key_value, (heads.group()? + 2).saturating_mul(heads.size)))
+    }
+
     /// Separate `q_proj`, `k_proj`, `v_proj` and `o_proj` below `self_attn`.
     pub(super) fn attention(self, Heads { heads, key_value, size }: Heads) -> Rules {
         self.column("**.self_attn.q_proj", heads, size).key_value("**.self_attn.{k,v}_proj", key_value, size).row(
@@ -127,6 +139,11 @@ impl Rules {
             .optional()
     }
 
+    /// `dense_h_to_4h` and `dense_4h_to_h` below `mlp`.
+    pub(super) fn plain_mlp(self, intermediate: u64) -> Rules {
+        self.column("**.mlp.dense_h_to_4h", intermediate, 1).row("**.mlp.dense_4h_to_h", intermediate, 1)
+    }
+
     /// Experts of which each is modules of its own. In the patterns the second wildcard is the expert's number.
     pub(super) fn each_expert(self, columns: &str, rows: &str, experts: &Experts) -> Rules {
         let sharded = |dim| Expr::shard(dim, experts.inner());
@@ -151,6 +168,8 @@ impl Rules {
 
 /// Several blocks of a dimension, each divided on its own.
 pub(super) fn blocks_of(x: Expr, dim: usize, blocks: &[Block], by: Ax) -> Expr {
+    let len = blocks.iter().fold(0, |len: u64, block| len.saturating_add(block.len()));
+    let x = all_of(x, dim, len);
     let mut start = 0;
     let parts = blocks.iter().map(|&block| {
         let part = Expr::Slice { x: Box::new(x.clone()), dim, start, len: block.len(), step: 1 };
@@ -158,4 +177,9 @@ pub(super) fn blocks_of(x: Expr, dim: usize, blocks: &[Block], by: Ax) -> Expr {
         Expr::Shard { x: Box::new(part), dim, cut: block.cut(by) }
     });
     Expr::Concat { dim, parts: parts.collect() }
+}
+
+/// All of a dimension that must have `len` indices: slices alone would leave out what there is more of.
+pub(super) fn all_of(x: Expr, dim: usize, len: u64) -> Expr {
+    Expr::Shard { x: Box::new(x), dim, cut: Cut { by: Coord::One, units: Some(len), ..Cut::default() } }
 }

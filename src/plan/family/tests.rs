@@ -241,10 +241,95 @@ fn bert_ties_its_masked_language_head() {
 }
 
 #[test]
+fn classes_without_model_type_are_known_with_their_heads() {
+    let gpt2: &[Named] = &[
+        ("h.0.attn.bias", &[1, 1, 16, 16]),
+        ("h.0.attn.c_attn.weight", &[64, 192]),
+        ("h.0.attn.c_proj.weight", &[64, 64]),
+        ("h.0.ln_1.weight", &[64]),
+        ("h.0.mlp.c_fc.weight", &[64, 256]),
+        ("h.0.mlp.c_proj.weight", &[256, 64]),
+        ("ln_f.weight", &[64]),
+        ("wpe.weight", &[16, 64]),
+        ("wte.weight", &[157, 64]),
+    ];
+    for (class, head) in [("GPT2LMHeadModel", alias("wte.weight")), ("GPT2Model", None)] {
+        let config = json!({ "architectures": [class], "n_embd": 64, "n_head": 8 });
+        assert_eq!(heads(&plan(gpt2, config, 1).unwrap(), &["lm_head.weight"]), [head], "{class}");
+    }
+}
+
+/// What a quantiser or an adapter has once for all of `[q; k; v]` stays so, and the rest is cut in blocks.
+#[test]
+fn fused_blocks_of_a_quantised_module_are_one_module() {
+    use Dtype::{Bf16, F8E4M3, F16, F32, I32, U8};
+    let rest: &[(&str, Dtype, &[u64])] = &[
+        ("model.embed_tokens.weight", Bf16, &[100, 512]),
+        ("model.layers.0.input_layernorm.weight", Bf16, &[512]),
+        ("model.layers.0.mlp.down_proj.weight", Bf16, &[512, 64]),
+        ("model.layers.0.mlp.gate_up_proj.weight", Bf16, &[128, 512]),
+        ("model.layers.0.self_attn.o_proj.weight", Bf16, &[512, 512]),
+        ("model.norm.weight", Bf16, &[512]),
+    ];
+    type Kept<'a> = (&'a str, Dtype, &'a [u64], &'a [u64]);
+    let layouts: [(Value, &[Kept<'_>]); 4] = [
+        (
+            json!({ "quant_method": "fp8" }),
+            &[
+                ("weight", F8E4M3, &[768, 512], &[384, 512]),
+                ("weight_scale", F32, &[], &[]),
+                ("input_scale", F32, &[1], &[1]),
+            ],
+        ),
+        (
+            json!({ "quant_method": "bitsandbytes" }),
+            &[
+                ("weight", U8, &[196_608, 1], &[98_304, 1]),
+                ("weight.absmax", U8, &[6144], &[3072]),
+                ("weight.nested_absmax", F32, &[24], &[12]),
+                ("weight.quant_map", F32, &[16], &[16]),
+            ],
+        ),
+        (
+            json!({ "quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": false }),
+            &[
+                ("g_idx", I32, &[512], &[512]),
+                ("qweight", I32, &[64, 768], &[64, 384]),
+                ("qzeros", I32, &[4, 96], &[4, 48]),
+                ("scales", F16, &[4, 768], &[4, 384]),
+            ],
+        ),
+        (
+            Value::Null,
+            &[
+                ("weight", Bf16, &[768, 512], &[384, 512]),
+                ("lora_A.weight", F32, &[16, 512], &[16, 512]),
+                ("lora_B.weight", F32, &[768, 16], &[384, 16]),
+            ],
+        ),
+    ];
+    for (quantization, kept) in layouts {
+        let config = json!({
+            "model_type": "phi3", "hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
+            "intermediate_size": 64, "quantization_config": quantization
+        });
+        let name = |suffix: &str| format!("model.layers.0.self_attn.qkv_proj.{suffix}");
+        let names: Vec<String> = kept.iter().map(|(suffix, ..)| name(suffix)).collect();
+        let fused = names.iter().zip(kept).map(|(name, &(_, dtype, dims, _))| (name.as_str(), dtype, dims));
+        let tensors: Vec<_> = rest.iter().copied().chain(fused).collect();
+        let checkpoint = checkpoint(&tensors, Some(config));
+        let two = Plan::new(&checkpoint, &Rules::for_model(&checkpoint).unwrap(), &World::host(2)).unwrap();
+        for (name, (.., part)) in names.iter().zip(kept) {
+            assert_eq!(shape(&two, 1, name), *part, "{name}");
+        }
+    }
+}
+
+#[test]
 fn what_is_not_known_is_said() {
-    let error = plan(LLAMA, json!({ "model_type": "gpt_neox" }), 1).unwrap_err();
+    let error = plan(LLAMA, json!({ "model_type": "rwkv" }), 1).unwrap_err();
     assert!(error.message().contains("--rules replicate") && error.message().contains("rules file"), "{error}");
-    assert_eq!((error.rule(), error.found()), (Some("unknown-architecture"), Some("gpt_neox")));
+    assert_eq!((error.rule(), error.found()), (Some("unknown-architecture"), Some("rwkv")));
     assert!(error.expected().unwrap().contains("qwen3"));
     let checkpoint = checkpoint(&[("w", Dtype::F32, &[1])], None);
     assert_eq!(Rules::for_model(&checkpoint).unwrap_err().rule(), Some("no-config"));

@@ -183,8 +183,11 @@ impl Deriver<'_> {
         })?;
         let Some(part) = last else { return Err(broken("concat", "nothing is put together")) };
         let at = Dim::find(&first.dims, dim);
+        let of_one = parts.iter().all(|part| part.names() == 0);
         let merged = match (at, first.merged) {
             (Some((dim, ..)), _) => Expr::Concat { dim, parts: exprs },
+            // Parts of one module, which stays one.
+            (None, _) if of_one => first.expr.clone(),
             (None, Merged::Each) if first.dims.is_empty() => Expr::Stack { parts: exprs },
             (None, Merged::Each) => Expr::Concat { dim: 0, parts: exprs },
             (None, Merged::First) => {

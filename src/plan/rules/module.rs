@@ -7,7 +7,7 @@ use super::pattern::{Captures, Template};
 use super::{ModuleRule, Rule, Rules, Scope, broken};
 use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plan::expr::Expr;
 use crate::plan::quant::{self, Known, Linear, Parts};
 use crate::plan::world::Mesh;
@@ -129,7 +129,7 @@ struct Filler<'a> {
 
 impl Filler<'_> {
     fn fill(&self, template: &str) -> Result<String> {
-        let template = Template::new(template).map_err(|what| Error::from(broken("source", what)))?;
+        let template = Template::new(template).map_err(|what| broken("source", what))?;
         Ok(template.fill(self.module, &self.captures))
     }
 }
@@ -138,6 +138,6 @@ impl Filler<'_> {
 fn outputs(expr: &Expr) -> Option<u64> {
     match expr {
         Expr::Shard { x, dim: 0, cut } if matches!(**x, Expr::Source) => cut.units?.checked_mul(cut.unit),
-        _ => None,
+        _ => expr.inner().first().and_then(outputs),
     }
 }

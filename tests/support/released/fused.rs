@@ -111,11 +111,13 @@ impl InternLm2 {
 }
 
 /// `FalconConfig`. The new architecture interleaves by key-value head and has two norms; the old one has all query
-/// heads, then one key and one value head.
+/// heads, then one key and one value head, or without `multi_query` interleaves by head.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Falcon {
     /// `new_decoder_architecture`
     pub(crate) new: bool,
+    /// `multi_query`. Models without it are of the kind falcon-rw: ALiBi, biases, and the MLP after the attention.
+    pub(crate) multi_query: bool,
     /// `num_hidden_layers`
     pub(crate) layers: u64,
     /// `hidden_size`
@@ -131,30 +133,46 @@ pub(crate) struct Falcon {
 
 impl Falcon {
     /// tiiuae/falcon-7b: 71 heads, which nothing divides.
-    pub(crate) const FALCON_7B: Falcon =
-        Falcon { new: false, layers: 32, hidden: 4544, heads: 71, kv_heads: 71, vocab: 65_024, files: 2 };
+    pub(crate) const FALCON_7B: Falcon = Falcon {
+        new: false,
+        multi_query: true,
+        layers: 32,
+        hidden: 4544,
+        heads: 71,
+        kv_heads: 71,
+        vocab: 65_024,
+        files: 2,
+    };
 
     /// tiiuae/falcon-40b
     pub(crate) const FALCON_40B: Falcon =
         Falcon { new: true, layers: 60, hidden: 8192, heads: 128, kv_heads: 8, files: 9, ..Falcon::FALCON_7B };
 
     pub(crate) const TINY_OLD: Falcon =
-        Falcon { new: false, layers: 2, hidden: 64, heads: 8, kv_heads: 8, vocab: 160, files: 1 };
+        Falcon { layers: 2, hidden: 64, heads: 8, kv_heads: 8, vocab: 160, files: 1, ..Falcon::FALCON_7B };
 
     pub(crate) const TINY_NEW: Falcon = Falcon { new: true, heads: 16, kv_heads: 4, ..Falcon::TINY_OLD };
 
+    pub(crate) const TINY_RW: Falcon = Falcon { multi_query: false, ..Falcon::TINY_OLD };
+
     pub(crate) fn model(&self) -> Model {
-        let &Falcon { new, layers, hidden, heads, kv_heads, vocab, files } = self;
+        let &Falcon { new, multi_query, layers, hidden, heads, kv_heads, vocab, files } = self;
         let mut tensors = Tensors::new(Dtype::Bf16, Scheme::None);
         tensors.dense("transformer.word_embeddings", vocab, hidden, false);
         for layer in 0..layers {
             let layer = format!("transformer.h.{layer}");
-            let rows = (heads + 2 * if new { kv_heads } else { 1 }) * (hidden / heads);
-            tensors.linear(format!("{layer}.self_attention.query_key_value"), rows, hidden, false);
-            tensors.linear(format!("{layer}.self_attention.dense"), hidden, hidden, false);
-            tensors.linear(format!("{layer}.mlp.dense_h_to_4h"), 4 * hidden, hidden, false);
-            tensors.linear(format!("{layer}.mlp.dense_4h_to_h"), hidden, 4 * hidden, false);
-            for norm in if new { &["ln_attn", "ln_mlp"][..] } else { &["input_layernorm"] } {
+            let key_values = if new || !multi_query { kv_heads } else { 1 };
+            let rows = (heads + 2 * key_values) * (hidden / heads);
+            tensors.linear(format!("{layer}.self_attention.query_key_value"), rows, hidden, !multi_query);
+            tensors.linear(format!("{layer}.self_attention.dense"), hidden, hidden, !multi_query);
+            tensors.linear(format!("{layer}.mlp.dense_h_to_4h"), 4 * hidden, hidden, !multi_query);
+            tensors.linear(format!("{layer}.mlp.dense_4h_to_h"), hidden, 4 * hidden, !multi_query);
+            let norms = match (new, multi_query) {
+                (true, _) => &["ln_attn", "ln_mlp"][..],
+                (false, true) => &["input_layernorm"],
+                (false, false) => &["input_layernorm", "post_attention_layernorm"],
+            };
+            for norm in norms {
                 tensors.norm(format!("{layer}.{norm}"), hidden, true);
             }
         }
@@ -164,7 +182,8 @@ impl Falcon {
         let config = json!({
             "architectures": ["FalconForCausalLM"], "model_type": "falcon", "num_hidden_layers": layers,
             "hidden_size": hidden, "num_attention_heads": heads, "num_kv_heads": kv_heads, "vocab_size": vocab,
-            "new_decoder_architecture": new, "multi_query": true, "parallel_attn": true, "bias": false, "alibi": false,
+            "new_decoder_architecture": new, "multi_query": multi_query, "parallel_attn": multi_query,
+            "bias": !multi_query, "alibi": !multi_query,
         });
         tensors.model(config, files)
     }

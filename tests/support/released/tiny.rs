@@ -20,6 +20,7 @@ pub(crate) fn tiny() -> Vec<(String, Model)> {
         ("bloom", Bloom::TINY.model()),
         ("falcon, old", Falcon::TINY_OLD.model()),
         ("falcon, new", Falcon::TINY_NEW.model()),
+        ("falcon, rw", Falcon::TINY_RW.model()),
         ("mpt", Mpt::TINY.model()),
         ("dbrx", Dbrx::TINY.model()),
         ("internlm2", InternLm2::TINY.model()),
