@@ -219,7 +219,7 @@ fn groups() -> Rules {
         Expr::Merge { x: Box::new(x), dim: 0, count: 3 }
     };
     let expr = Expr::Concat { dim: 0, parts: vec![part(0, 16), part(16, 1), part(17, 1)] };
-    Rules::new().place("transformer.h.*.self_attention.query_key_value.weight", expr).replicate("**")
+    Rules::new().place("transformer.h.*.self_attention.query_key_value.weight", expr)
 }
 
 fn phi_qkv() -> Rules {
