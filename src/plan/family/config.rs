@@ -192,3 +192,15 @@ pub(super) struct Heads {
     /// The size of a head.
     pub(super) size: u64,
 }
+
+impl Heads {
+    /// Query heads that share a key and a value head.
+    pub(super) fn group(self) -> Result<u64> {
+        let Heads { heads, key_value, .. } = self;
+        if heads.is_multiple_of(key_value) {
+            return Ok(heads / key_value);
+        }
+        Err(broken("config", "config.json: key and value heads do not divide the query heads")
+            .with_expected(format!("a multiple of {key_value}"), heads))
+    }
+}

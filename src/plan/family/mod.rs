@@ -5,9 +5,12 @@ mod bert;
 mod bloom;
 mod config;
 mod deepseek;
+mod gpt_oss;
 mod llama;
+mod llama4;
 mod moe;
 mod parts;
+mod qwen3_next;
 #[cfg(test)]
 mod tests;
 
@@ -39,15 +42,25 @@ struct Family {
     rules: fn(&Config<'_>) -> Result<Rules>,
 }
 
-const FAMILIES: &[Family] =
-    &[llama::FAMILY, moe::MIXTRAL, moe::QWEN3_MOE, deepseek::FAMILY, bert::FAMILY, bloom::FAMILY];
+const FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    moe::MIXTRAL,
+    moe::QWEN3_MOE,
+    qwen3_next::FAMILY,
+    deepseek::FAMILY,
+    gpt_oss::FAMILY,
+    llama4::FAMILY,
+    bert::FAMILY,
+    bloom::FAMILY,
+];
 
 impl Rules {
     /// The rules for the model that the checkpoint's `config.json` describes: tensor-parallel layers in the way of
     /// Megatron, with head counts checked against the shapes when a plan is made.
     ///
-    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), BERT and BLOOM. Where the configuration ties the output
-    /// head to the embeddings, the head is an alias of them, and one that is stored all the same is skipped.
+    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), Mixtral, Qwen3-MoE, Qwen3-Next, DeepSeek-V2 and V3, gpt-oss,
+    /// Llama 4, BERT and BLOOM. Where the configuration ties the output head to the embeddings, the head is an alias of
+    /// them, and one that is stored all the same is skipped.
     ///
     /// # Errors
     /// [`ErrorKind::Rules`]: rule `no-config` without a `config.json`, `unknown-architecture` for any other model,
