@@ -133,7 +133,14 @@ pub(crate) fn vocabularies() -> Vec<Case> {
                     { pad = { dim = 0, to = 50304, fill = "zero" } }, { shard = { dim = 0 } } ] },"#,
             )
             .on(0, [dest(WTE, "F32", [6288, 768]).file([run(0, 6288 * row)])])
-            .on(7, [dest(WTE, "F32", [6288, 768]).file([run(44_016 * row, 6241 * row)]).fill("zero", 47 * row)]),
+            .on(
+                7,
+                [dest(WTE, "F32", [6288, 768])
+                    .file([run(44_016 * row, 6241 * row)])
+                    .fill("zero", 47 * row)
+                    .element([6240, 0], byte(50_256 * row))
+                    .filled([6241, 0])],
+            ),
         case("42, HF", gpt2(), "--tp 8")
             .rules(r#"{ match = "wte.weight", shard = { dim = 0, split = "ceil" } },"#)
             .on(7, [dest(WTE, "F32", [6276, 768]).file([run(43_981 * row, 6276 * row)])]),
@@ -144,7 +151,14 @@ pub(crate) fn vocabularies() -> Vec<Case> {
                     { const = { dtype = "f32", dims = [1, 768], fill = "zero" } } ] } },"#,
             )
             .on(0, [dest(WTE, "F32", [6284, 768]).file([run(0, 6283 * row)]).fill("zero", row)])
-            .on(7, [dest(WTE, "F32", [6277, 768]).file([run(43_981 * row, 6276 * row)]).fill("zero", row)]),
+            .on(
+                7,
+                [dest(WTE, "F32", [6277, 768])
+                    .file([run(43_981 * row, 6276 * row)])
+                    .fill("zero", row)
+                    .element([6275, 1], byte(50_256 * row + 4))
+                    .filled([6276, 1])],
+            ),
         // SGLang pads to 64 rows for each rank where the ranks do not divide what is padded to 64.
         case("SGLang", gpt2(), "--tp 5")
             .rules(
@@ -174,7 +188,8 @@ pub(crate) fn vocabularies() -> Vec<Case> {
                 7,
                 [dest("embed", "BF16", [4016, 4096])
                     .landing([run(28_056 * 8192, 3947 * 8192)])
-                    .fill("zero", (61 + 8) * 8192)],
+                    .fill("zero", (61 + 8) * 8192)
+                    .filled([3947, 0])],
             ),
     ]
 }

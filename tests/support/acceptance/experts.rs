@@ -7,7 +7,6 @@ fn qwen_30b() -> Model {
     Llama { layers: 1, ..Llama::QWEN_3_30B_A3B }.model()
 }
 
-/// Qwen3-30B-A3B's mesh cases with one byte for each element that does not matter.
 fn tiny(count: u64) -> Model {
     let experts = Some(Experts { count, per_token: 2, intermediate: 64 });
     Llama { layers: 1, kv_heads: 8, experts, ..Llama::tiny(Kind::Qwen3Moe) }.model()
@@ -145,7 +144,7 @@ pub(crate) fn gpt_oss_rules() -> Vec<Case> {
         // Heads that are not there attend to nothing: 64 become 66 on 6 ranks.
         case("padded heads", gpt_oss(), "--tp 6")
             .rules(r#"{ match = "**.sinks", steps = [{ pad = { dim = 0, to = 66, fill = "-inf" } }, { shard = { dim = 0 } }] },"#)
-            .on(5, [dest(SINKS, "BF16", [11]).file([run(110, 18)]).fill("-inf", 4)]),
+            .on(5, [dest(SINKS, "BF16", [11]).file([run(110, 18)]).fill("-inf", 4).filled([9])]),
     ]
 }
 

@@ -31,7 +31,7 @@ pub(crate) struct Case {
     beside: Option<(&'static str, &'static str)>,
     /// Rank by rank.
     expected: Vec<(u32, Vec<Dest>)>,
-    refusal: Option<Refusal>,
+    refusal: Option<Refusal<'static>>,
 }
 
 enum Files {
@@ -81,7 +81,7 @@ impl Case {
         self
     }
 
-    pub(crate) fn refused(mut self, refusal: Refusal) -> Case {
+    pub(crate) fn refused(mut self, refusal: Refusal<'static>) -> Case {
         self.refusal = Some(refusal);
         self
     }
@@ -89,11 +89,11 @@ impl Case {
 
 /// The data of an error; `None` is null.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Refusal {
-    pub(crate) rule: &'static str,
-    pub(crate) tensor: Option<&'static str>,
-    pub(crate) expected: Option<&'static str>,
-    pub(crate) found: Option<&'static str>,
+pub(crate) struct Refusal<'a> {
+    pub(crate) rule: &'a str,
+    pub(crate) tensor: Option<&'a str>,
+    pub(crate) expected: Option<&'a str>,
+    pub(crate) found: Option<&'a str>,
     pub(crate) rank: Option<u64>,
 }
 
@@ -108,8 +108,8 @@ pub(crate) struct Dest {
     landing: Option<Vec<Runs>>,
     /// Name of the fill, and the bytes that have it.
     fill: Option<(&'static str, u64)>,
-    /// Elements of the destination, and the byte of the tensor where each begins.
-    elements: Vec<(Vec<u64>, Runs)>,
+    /// Elements of the destination, and the byte of the tensor where each begins; none for those that are filled.
+    elements: Vec<(Vec<u64>, Option<Runs>)>,
     alias_of: Option<&'static str>,
     absent: bool,
 }
@@ -150,7 +150,12 @@ impl Dest {
     }
 
     pub(crate) fn element<const N: usize>(mut self, index: [u64; N], from: Runs) -> Dest {
-        self.elements.push((index.into(), from));
+        self.elements.push((index.into(), Some(from)));
+        self
+    }
+
+    pub(crate) fn filled<const N: usize>(mut self, index: [u64; N]) -> Dest {
+        self.elements.push((index.into(), None));
         self
     }
 
@@ -221,27 +226,32 @@ impl Runs {
 
 /// Plans each case and holds what is printed against what it expects.
 pub(crate) fn check(cases: impl IntoIterator<Item = Case>) {
+    let mut wrong = Vec::new();
     for case in cases {
         let written = Written::new(&case);
-        match &case.refusal {
-            Some(refusal) => {
-                let object = written.plan(case.flags, 2);
-                let error = &object["error"];
-                let text = |key: &str| error[key].as_str();
-                let found = (text("rule"), text("tensor"), text("expected"), text("found"), error["rank"].as_u64());
-                let Refusal { rule, tensor, expected, found: what, rank } = *refusal;
-                assert_eq!(found, (Some(rule), tensor, expected, what, rank), "{} {}: {error}", case.name, case.flags);
-            }
-            None => {
-                for (rank, dests) in &case.expected {
-                    let object = written.plan(&format!("{} --rank {rank}", case.flags), 0);
-                    let place = format!("case {}, {}, rank {rank}", case.name, case.flags);
-                    let list = object["ranks"][0]["destinations"].as_array().expect("a list");
-                    dests.iter().for_each(|dest| dest.check(list, &written, &place));
-                }
+        for (rank, dests) in &case.expected {
+            let object = written.plan(&format!("{} --rank {rank}", case.flags), 0);
+            let place = format!("case {}, {}, rank {rank}", case.name, case.flags);
+            let list = object["ranks"][0]["destinations"].as_array().expect("a list");
+            dests.iter().for_each(|dest| dest.check(list, &written, &place));
+        }
+        if let Some(expected) = &case.refusal {
+            let object = written.plan(case.flags, 2);
+            let error = &object["error"];
+            let text = |key: &str| error[key].as_str();
+            let found = Refusal {
+                rule: text("rule").unwrap_or_default(),
+                tensor: text("tensor"),
+                expected: text("expected"),
+                found: text("found"),
+                rank: error["rank"].as_u64(),
+            };
+            if found != *expected {
+                wrong.push(format!("case {}, {}: {found:?}, expected {expected:?}", case.name, case.flags));
             }
         }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
 impl Dest {
@@ -282,12 +292,12 @@ impl Dest {
             same(&walk::file_side(&pieces), &expected, &place);
         }
         if let Some(runs) = landing {
-            same(&walk::landing(&pieces), &ranges(runs), &place);
+            same(&walk::landing(&pieces), &walk::joined(ranges(runs)), &place);
         }
         for (index, from) in elements {
             let at = index.iter().zip(shape).fold(0, |at, (index, size)| at * size + index) * bits(dtype) / 8;
-            let tensor = from.tensor.as_deref().unwrap_or(name);
-            assert_eq!(walk::source_of(&pieces, at), Some((tensor, from.first)), "{place}: element {index:?}");
+            let from = from.as_ref().map(|from| (from.tensor.as_deref().unwrap_or(name), from.first));
+            assert_eq!(walk::source_of(&pieces, at), from, "{place}: element {index:?}");
         }
     }
 }
@@ -323,7 +333,7 @@ pub(crate) struct Written {
 }
 
 impl Written {
-    pub(crate) fn new(case: &Case) -> Written {
+    fn new(case: &Case) -> Written {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().join("model");
         let model = match &case.files {
@@ -379,6 +389,11 @@ impl Written {
         assert_eq!(output.status.code(), Some(status), "{flags}: {told} {}", String::from_utf8_lossy(&output.stderr));
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{flags}: {error}: {told}"))
     }
+}
+
+/// A model, and rules for [`Case::rules`].
+pub(crate) fn written(model: Model, rules: &'static str) -> Written {
+    Written::new(&case("", model, "").rules(rules))
 }
 
 /// A file of these tensors without its data.

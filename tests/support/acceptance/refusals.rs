@@ -3,7 +3,7 @@
 use super::{Case, Refusal, case, made};
 use crate::support::released::{DeepSeek, Experts, Falcon, Llama, Phi3, Scheme};
 
-fn refusal(rule: &'static str, tensor: &'static str, expected: &'static str, found: &'static str) -> Refusal {
+fn refusal(rule: &'static str, tensor: &'static str, expected: &'static str, found: &'static str) -> Refusal<'static> {
     Refusal { rule, tensor: Some(tensor), expected: Some(expected), found: Some(found), rank: None }
 }
 
@@ -36,6 +36,13 @@ pub(crate) fn cases() -> Vec<Case> {
             "a divisor of 71 units: 1, 71",
             "16 parts",
         )),
+        case("15, heads", falcon(), "--tp 7")
+            .rules(
+                r#"{ match = "**.query_key_value.weight", expr.concat = { dim = 0, parts = [
+                    { steps = [{ slice = { dim = 0, start = 0, len = 4544 } }, { shard = { dim = 0, unit = 64 } }] },
+                    { steps = [{ slice = { dim = 0, start = 4544, len = 128 } }] } ] } },"#,
+            )
+            .refused(refusal("not-divisible", FALCON, "a divisor of 71 units: 1, 71", "7 parts")),
         case("19, 4 ranks", phi(), "--tp 4").refused(refusal(
             "not-divisible",
             "model.layers.0.self_attn.qkv_proj.weight",

@@ -103,6 +103,11 @@ pub(crate) fn file_side(pieces: &[Piece]) -> Vec<Range> {
     });
     let mut ranges: Vec<Range> = ranges.collect();
     ranges.sort();
+    joined(ranges)
+}
+
+/// Ranges as one where the next continues the last.
+pub(crate) fn joined(ranges: Vec<Range>) -> Vec<Range> {
     join(ranges.into_iter().map(|range| (0, range)), |_, _| true)
 }
 
