@@ -27,9 +27,30 @@ use matrix::{Matrix, Parts, dequantised, mxfp4};
 use released::Scheme;
 
 /// Families that the crate knows.
-const FAMILIES: [&str; 6] = ["llama", "mistral", "qwen2", "qwen3", "bert", "bloom"];
+const FAMILIES: [&str; 20] = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "bloom",
+    "falcon",
+    "mpt",
+    "dbrx",
+    "internlm2",
+    "bert",
+];
 /// Quantised layouts that the crate knows, by the names of [`Scheme`].
-const SCHEMES: [&str; 0] = [];
+const SCHEMES: [&str; 9] = ["Gptq", "Awq", "Packed", "Fp8Tensor", "Fp8Channel", "Fbgemm", "Fp8Block", "Nvfp4", "Mxfp8"];
 
 const RANKS: [u64; 5] = [1, 2, 3, 4, 8];
 const SEED: u64 = 11;
@@ -291,13 +312,12 @@ fn check(family: &Family, modules: &BTreeMap<&str, Parts>, weights: &Weights, ra
     let mut shards = vec![BTreeMap::<&str, Parts>::new(); ranks.tp as usize];
     for tensor in weights.iter() {
         let values = Matrix::decode(tensor.dtype(), tensor.shape().dims(), &tensor.to_bytes().unwrap());
-        if !names.contains(tensor.name()) {
-            let tied = family.tied.iter().find(|(name, _)| *name == tensor.name());
-            let (_, of) = tied.unwrap_or_else(|| panic!("{} is no tensor of the model", tensor.name()));
+        if let Some((_, of)) = family.tied.iter().find(|(name, _)| *name == tensor.name()) {
             let (module, part) = split(of);
             assert!(values == modules[module][part], "{} is not {of}", tensor.name());
             continue;
         }
+        assert!(names.contains(tensor.name()), "{} is no tensor of the model", tensor.name());
         let (module, part) = split(tensor.name());
         shards[tensor.rank().index()].entry(module).or_default().insert(part.to_owned(), values);
     }

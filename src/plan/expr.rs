@@ -24,6 +24,15 @@ pub enum Expr {
         /// The dimensions, outermost first.
         dims: Vec<u64>,
     },
+    /// The same elements with neighbouring dimensions taken as one, the opposite of a [`View`](Expr::View).
+    Merge {
+        /// What they are of.
+        x: Box<Expr>,
+        /// The outermost of them, 0 the outermost of all.
+        dim: usize,
+        /// How many, at least 1.
+        count: usize,
+    },
     /// Every `step`-th index of a dimension, `len` of them from `start` on.
     Slice {
         /// What is sliced.
@@ -149,6 +158,7 @@ impl Expr {
         match self {
             Expr::Source | Expr::Tensor(_) | Expr::Const { .. } => &[],
             Expr::View { x, .. }
+            | Expr::Merge { x, .. }
             | Expr::Slice { x, .. }
             | Expr::Shard { x, .. }
             | Expr::Permute { x, .. }

@@ -212,12 +212,14 @@ fn heads(regrouped: bool) -> Rules {
 
 /// A group is 16 queries, a key and a value, 64 rows each.
 fn groups() -> Rules {
-    let part = |first: u64, rows: u64| {
-        let group = |group: u64| slice(x(), 0, group * 18 * 64 + first * 64, rows * 64);
-        select(Coord::Axis(Ax::Tp), Split::Even, (0..8).map(group).collect())
+    let part = |start, len| {
+        let x = Expr::View { x: Box::new(Expr::Source), dims: vec![8, 18, 64, 8192] };
+        let x = Expr::Shard { x: Box::new(x), dim: 0, cut: Cut::default() };
+        let x = Expr::Slice { x: Box::new(x), dim: 1, start, len, step: 1 };
+        Expr::Merge { x: Box::new(x), dim: 0, count: 3 }
     };
-    let parts = vec![part(0, 16), part(16, 1), part(17, 1)];
-    Rules::new().place("transformer.h.*.self_attention.query_key_value.weight", concat(0, parts))
+    let expr = Expr::Concat { dim: 0, parts: vec![part(0, 16), part(16, 1), part(17, 1)] };
+    Rules::new().place("transformer.h.*.self_attention.query_key_value.weight", expr)
 }
 
 fn phi_qkv() -> Rules {

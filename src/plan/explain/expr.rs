@@ -30,6 +30,10 @@ fn keys(expr: &Expr, f: &mut fmt::Formatter<'_>) -> fmt::Result {
             after(x, f)?;
             write!(f, "view = {dims:?}")
         }
+        Expr::Merge { x, dim, count } => {
+            after(x, f)?;
+            write!(f, "merge = {{ dim = {dim}, count = {count} }}")
+        }
         Expr::Slice { x, dim, start, len, step } => {
             after(x, f)?;
             write!(f, "slice = {{ dim = {dim}, start = {start}, len = {len}")?;

@@ -80,8 +80,8 @@ impl Boxes {
                     BoxOf::Fill(&element)
                 }
             };
-            let offset = spots.iter().zip(&strides).map(|(spot, stride)| spot.first * stride).sum();
-            let strides = spots.iter().zip(&strides).map(|(spot, stride)| spot.step * stride).collect();
+            let offset = spots.iter().map(|spot| spot.first * strides[spot.dim]).sum();
+            let strides = spots.iter().map(|spot| spot.step * strides[spot.dim]).collect();
             show(BoxAt { what, lens, offset, strides })?;
         }
         Ok(())

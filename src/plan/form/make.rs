@@ -31,6 +31,7 @@ impl Maker<'_> {
                 self.source(named)
             }
             Expr::View { x, dims } => self.make(x)?.view(dims),
+            Expr::Merge { x, dim, count } => self.make(x)?.merge(*dim, *count),
             Expr::Slice { x, dim, start, len, step } => self.make(x)?.slice(*dim, *start, *len, *step),
             Expr::Shard { x, dim, cut } => {
                 let form = self.make(x)?;

@@ -6,6 +6,8 @@ mod make;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use smallvec::{SmallVec, smallvec};
 
 use super::expr::{Expr, Fill};
@@ -38,13 +40,16 @@ pub(super) struct Form {
 /// A box and where in the destination it lies.
 #[derive(Debug, Clone)]
 pub(super) struct Placed {
+    /// For each axis of the box; those of one dimension of the destination follow one another.
     spots: SmallVec<[Spot; 4]>,
     what: What,
 }
 
-/// Where the indices of one dimension of a box lie in the destination: `first`, `first + step`...
+/// Where the indices of one axis of a box lie in a dimension of the destination: `first`, `first + step`... Where several
+/// axes are of one dimension, the indices of all are added.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Spot {
+    dim: usize,
     first: u64,
     step: u64,
 }
@@ -97,13 +102,13 @@ impl Form {
             dtype = to;
         }
         let dims: Dims = meta.shape.iter().copied().collect();
-        let spots = dims.iter().map(|_| Spot::START).collect();
+        let spots = (0..dims.len()).map(Spot::start).collect();
         Ok(Form { dtype, dims, boxes: smallvec![Placed { spots, what: What::Leaf(leaf) }] })
     }
 
     /// One value in all places.
     fn filled(dtype: Dtype, dims: Dims, fill: Fill) -> Form {
-        let spots = dims.iter().map(|_| Spot::START).collect();
+        let spots = (0..dims.len()).map(Spot::start).collect();
         let boxes = smallvec![Placed { spots, what: What::Fill(fill, dims.clone()) }];
         Form { dtype, dims, boxes }
     }
@@ -138,8 +143,8 @@ impl Form {
         }
         let strides = self.strides();
         for Placed { spots, what } in &self.boxes {
-            let offset = spots.iter().zip(&strides).map(|(spot, stride)| spot.first * stride).sum();
-            let strides: Dims = spots.iter().zip(&strides).map(|(spot, stride)| spot.step * stride).collect();
+            let offset = spots.iter().map(|spot| spot.first * strides[spot.dim]).sum();
+            let strides: Dims = spots.iter().map(|spot| spot.step * strides[spot.dim]).collect();
             match what {
                 What::Leaf(leaf) => leaf.copies(tensors[leaf.tensor as usize].start, offset, &strides, copies)?,
                 What::Fill(fill, lens) => fills.extend(self.fill(fill, lens, offset, &strides)?),
@@ -206,20 +211,14 @@ impl Form {
             return Ok(self);
         }
         self.dims[dim] = len;
-        for placed in &mut self.boxes {
-            let count = placed.len(dim);
-            let taken = placed.spots[dim].meet(count, start, len, step).ok_or_else(|| {
-                broken("slice", "slice with a step of what is repeated").with_expected("a step of 1", step)
-            })?;
-            if let Some((from, every, count, spot)) = taken {
-                placed.narrow(dim, from, count, every);
-                placed.spots[dim] = spot;
-            } else {
-                placed.spots[dim].step = 0;
-            }
-        }
-        self.boxes.retain(|placed| placed.spots[dim].step > 0);
-        Ok(self)
+        let mut failed = Ok(());
+        self.boxes.retain(|placed| {
+            placed.slice(dim, start, len, step).unwrap_or_else(|error| {
+                failed = Err(error);
+                false
+            })
+        });
+        failed.map(|()| self)
     }
 
     fn view(self, dims: &[u64]) -> Result<Form> {
@@ -251,11 +250,32 @@ impl Form {
         for placed in &self.boxes {
             let mut lens = Dims::new();
             let mut spots = SmallVec::new();
+            let mut next = 0;
             let split = groups.iter().enumerate().all(|(dim, group)| {
-                split(placed.spots[dim], placed.len(dim), self.dims[dim], group, &mut lens, &mut spots)
+                let axes = placed.axes(dim);
+                let first = next;
+                next += group.len();
+                match (axes.len(), group) {
+                    (1, _) => split(
+                        placed.spots[axes.start],
+                        placed.len(axes.start),
+                        self.dims[dim],
+                        group,
+                        &mut lens,
+                        &mut spots,
+                    )
+                    .then(|| spots.iter_mut().rev().zip((first..next).rev()).for_each(|(spot, dim)| spot.dim = dim))
+                    .is_some(),
+                    (_, [_]) => {
+                        lens.extend(axes.clone().map(|axis| placed.len(axis)));
+                        spots.extend(axes.map(|axis| Spot { dim: first, ..placed.spots[axis] }));
+                        true
+                    }
+                    _ => false,
+                }
             });
             lens.extend(left.iter().copied());
-            spots.extend(left.iter().map(|_| Spot::START));
+            spots.extend((next..).take(left.len()).map(Spot::start));
             let what = match &placed.what {
                 _ if !split => None,
                 What::Leaf(leaf) => leaf.clone().view(&lens).map(What::Leaf),
@@ -266,16 +286,44 @@ impl Form {
         Ok(Form { dtype: self.dtype, dims: Dims::from_slice(dims), boxes })
     }
 
+    /// Takes neighbouring dimensions as one.
+    fn merge(mut self, dim: usize, count: usize) -> Result<Form> {
+        let Some(merged) = dim.checked_add(count).filter(|_| count > 0).and_then(|end| self.dims.get(dim..end)) else {
+            return Err(broken("merge", "there are no such dimensions to take as one")
+                .with_expected(format!("some of {}", self.dims.len()), format!("{count} from {dim} on")));
+        };
+        // Indices of the one dimension from one index of each of them to the next.
+        let mut strides: Dims = smallvec![1; count];
+        for at in (1..count).rev() {
+            // Nothing has a place where a dimension is empty, but steps stay steps.
+            strides[at - 1] = strides[at].saturating_mul(merged[at].max(1));
+        }
+        let size = merged.iter().fold(1, |product: u64, &len| product.saturating_mul(len));
+        for Spot { dim: at, first, step } in self.boxes.iter_mut().flat_map(|placed| &mut placed.spots) {
+            if let Some(stride) = at.checked_sub(dim).and_then(|within| strides.get(within)) {
+                (*at, *first, *step) = (dim, *first * stride, *step * stride);
+            } else if *at > dim {
+                *at -= count - 1;
+            }
+        }
+        self.dims.drain(dim + 1..dim + count);
+        self.dims[dim] = size;
+        Ok(self)
+    }
+
     fn permute(mut self, order: &[usize]) -> Result<Form> {
         if order.len() != self.dims.len() {
             return Err(broken("permute", "tensor has another number of dimensions")
                 .with_expected(format!("{} for {order:?}", order.len()), self.dims.len()));
         }
         for placed in &mut self.boxes {
-            placed.spots = order.iter().map(|&dim| placed.spots[dim]).collect();
+            let axes: SmallVec<[usize; 4]> = order.iter().flat_map(|&dim| placed.axes(dim)).collect();
+            let new = |dim: usize| order.iter().position(|&old| old == dim).unwrap_or(dim);
+            let moved = axes.iter().map(|&axis| Spot { dim: new(placed.spots[axis].dim), ..placed.spots[axis] });
+            placed.spots = moved.collect();
             match &mut placed.what {
-                What::Leaf(leaf) => leaf.permute(order),
-                What::Fill(_, lens) => *lens = order.iter().map(|&dim| lens[dim]).collect(),
+                What::Leaf(leaf) => leaf.permute(&axes),
+                What::Fill(_, lens) => *lens = axes.iter().map(|&axis| lens[axis]).collect(),
             }
         }
         self.dims = order.iter().map(|&dim| self.dims[dim]).collect();
@@ -309,7 +357,8 @@ impl Form {
             whole.same_dtype(&form)?;
             let end = whole.dims[dim];
             whole.boxes.extend(form.boxes.into_iter().map(|mut placed| {
-                placed.spots[dim].first += end;
+                let axis = placed.axes(dim).start;
+                placed.spots[axis].first += end;
                 placed
             }));
             whole.dims[dim] += form.dims[dim];
@@ -321,7 +370,8 @@ impl Form {
     fn in_a_stack(mut self) -> Form {
         self.dims.insert(0, 1);
         for placed in &mut self.boxes {
-            placed.spots.insert(0, Spot::START);
+            placed.spots.iter_mut().for_each(|spot| spot.dim += 1);
+            placed.spots.insert(0, Spot::start(0));
             match &mut placed.what {
                 What::Leaf(leaf) => leaf.insert_outermost(),
                 What::Fill(_, lens) => lens.insert(0, 1),
@@ -359,8 +409,12 @@ impl Form {
         self.dims[dim] = size.saturating_mul(times);
         let nth = |placed: &Placed, nth: u64| {
             let mut placed = placed.clone();
-            let Spot { first, step } = placed.spots[dim];
-            placed.spots[dim] = Spot { first: first * times + nth, step: step * times };
+            let axes = placed.axes(dim);
+            placed.spots[axes.clone()].iter_mut().for_each(|spot| {
+                spot.first *= times;
+                spot.step *= times;
+            });
+            placed.spots[axes.start].first += nth;
             placed
         };
         self.boxes = self.boxes.iter().flat_map(|placed| (0..times).map(move |at| nth(placed, at))).collect();
@@ -384,37 +438,94 @@ impl Placed {
         }
     }
 
-    /// Its indices in a dimension.
-    fn len(&self, dim: usize) -> u64 {
+    /// Its axes that are of a dimension of the destination: at least one.
+    fn axes(&self, dim: usize) -> Range<usize> {
+        if self.spots.get(dim).is_some_and(|spot| spot.dim == dim)
+            && self.spots.get(dim + 1).is_none_or(|next| next.dim > dim)
+        {
+            // As in most boxes.
+            let before = self.spots[..dim].iter().rev().take_while(|spot| spot.dim == dim).count();
+            return dim - before..dim + 1;
+        }
+        let start = self.spots.partition_point(|spot| spot.dim < dim);
+        start..self.spots.partition_point(|spot| spot.dim <= dim)
+    }
+
+    /// Its indices on an axis.
+    fn len(&self, axis: usize) -> u64 {
         match &self.what {
-            What::Leaf(leaf) => leaf.len(dim),
-            What::Fill(_, lens) => lens[dim],
+            What::Leaf(leaf) => leaf.len(axis),
+            What::Fill(_, lens) => lens[axis],
         }
     }
 
-    fn narrow(&mut self, dim: usize, start: u64, len: u64, step: u64) {
+    fn narrow(&mut self, axis: usize, start: u64, len: u64, step: u64) {
         match &mut self.what {
-            What::Leaf(leaf) => leaf.narrow(dim, start, len, step),
-            What::Fill(_, lens) => lens[dim] = len,
+            What::Leaf(leaf) => leaf.narrow(axis, start, len, step),
+            What::Fill(_, lens) => lens[axis] = len,
         }
+    }
+
+    /// What it has of a slice of the destination; false if nothing.
+    fn slice(&mut self, dim: usize, start: u64, len: u64, step: u64) -> Result<bool> {
+        let axes = self.axes(dim);
+        let axis = axes.start;
+        let count = self.len(axis);
+        let (taken, what) = match axes.len() {
+            1 => (self.spots[axis].meet(count, start, len, step), "slice with a step of what is repeated"),
+            _ => {
+                let inner = axis + 1..axes.end;
+                let first = self.spots[inner.clone()].iter().map(|spot| spot.first).sum();
+                let span = inner.map(|axis| self.len(axis).saturating_sub(1) * self.spots[axis].step).sum::<u64>() + 1;
+                (self.spots[axis].meet_whole(count, first, span, start, len, step), "slice inside of what was merged")
+            }
+        };
+        let taken = taken.ok_or_else(|| broken("slice", what).with_expected("whole ones, by a step of 1", step))?;
+        let Some((from, every, count, spot)) = taken else { return Ok(false) };
+        self.narrow(axis, from, count, every);
+        self.spots[axis] = spot;
+        Ok(true)
     }
 }
 
 impl Spot {
-    const START: Spot = Spot { first: 0, step: 1 };
+    fn start(dim: usize) -> Spot {
+        Spot { dim, first: 0, step: 1 }
+    }
+
+    /// The same as [`meet`](Spot::meet), for indices each of which stands for a span of them, from `inner` after it on: of
+    /// these either all are taken or none.
+    fn meet_whole(self, count: u64, inner: u64, span: u64, start: u64, len: u64, step: u64) -> Option<Option<Met>> {
+        let Spot { dim, first, step: every } = self;
+        if step != 1 || count == 0 || len == 0 {
+            return (step == 1).then_some(None);
+        }
+        let at = |index: u64| first + inner + index * every;
+        let from = start.saturating_sub(first + inner).div_ceil(every).min(count);
+        let until = (start + len).saturating_sub(first + inner).div_ceil(every).min(count);
+        let is_clean =
+            (from == 0 || at(from - 1) + span <= start) && (until == from || at(until - 1) + span <= start + len);
+        // Offsets of all axes are added: this one's takes the others' before the start of the slice.
+        let offset = |from: u64| (at(from) - start).checked_sub(inner);
+        if !is_clean || from == until {
+            return is_clean.then_some(None);
+        }
+        let first = offset(from)?;
+        Some(Some((from, 1, until - from, Spot { dim, first, step: every })))
+    }
 
     /// Which of `count` indices that lie here are among `len` from `start` on, every `step`-th: the first one, from one
     /// to the next, how many, and where they lie among those. `None` inside if there are none, outside if both have a
     /// step.
-    fn meet(self, count: u64, start: u64, len: u64, step: u64) -> Option<Option<(u64, u64, u64, Spot)>> {
+    fn meet(self, count: u64, start: u64, len: u64, step: u64) -> Option<Option<Met>> {
         if count == 0 || len == 0 {
             // What has no elements stays, with its place.
-            return Some((count == 0 && len == 0).then_some((0, 1, 0, Spot::START)));
+            return Some((count == 0 && len == 0).then_some((0, 1, 0, Spot::start(self.dim))));
         }
         if step == 1 {
             let from = start.saturating_sub(self.first).div_ceil(self.step);
             let until = (start + len).saturating_sub(self.first).div_ceil(self.step).min(count);
-            let spot = |from: u64| Spot { first: self.first + from * self.step - start, step: self.step };
+            let spot = |from: u64| Spot { first: self.first + from * self.step - start, ..self };
             return Some((from < until).then(|| (from, 1, until - from, spot(from))));
         }
         if self.step != 1 {
@@ -424,10 +535,13 @@ impl Spot {
         let until = (self.first + count).saturating_sub(start).div_ceil(step).min(len);
         Some(
             (from < until)
-                .then(|| (start + from * step - self.first, step, until - from, Spot { first: from, step: 1 })),
+                .then(|| (start + from * step - self.first, step, until - from, Spot { first: from, step: 1, ..self })),
         )
     }
 }
+
+/// Which indices meet a slice: the first one, from one to the next, how many, and where they lie then.
+type Met = (u64, u64, u64, Spot);
 
 /// Splits what a box has of a dimension of `size` along the dimensions of `group`, whose product that is. False if it
 /// is no box then.
@@ -437,30 +551,30 @@ fn split(spot: Spot, len: u64, size: u64, group: &[u64], lens: &mut Dims, spots:
         spots.push(spot);
         return true;
     }
-    let Spot { mut first, step } = spot;
+    let Spot { mut first, step, dim } = spot;
     if step != 1 {
         return false;
     }
     let mut inner = size;
-    for (at, &dim) in group.iter().enumerate() {
+    for (at, &part) in group.iter().enumerate() {
         if at + 1 == group.len() {
             lens.push(len);
-            spots.push(Spot { first, step });
+            spots.push(Spot { dim, first, step });
             return true;
         }
-        inner = inner.checked_div(dim).unwrap_or(0);
+        inner = inner.checked_div(part).unwrap_or(0);
         if inner > 0 && first.is_multiple_of(inner) && len.is_multiple_of(inner) {
             lens.push(len / inner);
-            spots.push(Spot { first: first / inner, step });
+            spots.push(Spot { dim, first: first / inner, step });
             lens.extend(group[at + 1..].iter().copied());
-            spots.extend(group[at + 1..].iter().map(|_| Spot::START));
+            spots.extend(group[at + 1..].iter().map(|_| Spot::start(dim)));
             return true;
         }
         if inner == 0 || len == 0 || first / inner != (first + len - 1) / inner {
             return false;
         }
         lens.push(1);
-        spots.push(Spot { first: first / inner, step });
+        spots.push(Spot { dim, first: first / inner, step });
         first %= inner;
     }
     false

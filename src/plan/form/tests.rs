@@ -109,6 +109,25 @@ fn views_split_and_slices_compose() {
 }
 
 #[test]
+fn groups_are_merged_and_put_behind_each_other() {
+    // Falcon-40B: 8 groups of 16 query heads, a key and a value head, of 64 each; case 13 of section 15.
+    let groups = whole(Dtype::Bf16, &[9216, 8192]).view(&[8, 18, 64, 8192]).unwrap();
+    let groups = groups.slice(0, 6, 2, 1).unwrap();
+    let part = |start, len| groups.clone().slice(1, start, len, 1).unwrap().merge(0, 3).unwrap();
+    let form = Form::concat(0, vec![part(0, 16), part(16, 1), part(17, 1)]).unwrap();
+    assert_eq!(form.shape().dims(), [2 * 18 * 64, 8192]);
+    let (_, copies) = copies(&form).unwrap();
+    let row = 8192 * 2;
+    let of = |copy: &BoxCopy| (copy.src / row, copy.dst / row, copy.run / row);
+    assert_eq!(copies.iter().map(of).collect::<Vec<_>>(), [(6912, 0, 1024), (7936, 2048, 64), (8000, 2176, 64)]);
+    assert!(copies.iter().all(|copy| copy.loops[0].src_stride == 1152 * row && copy.loops[0].count == 2));
+    // Whole groups can be taken of what was merged, parts of them not.
+    assert_eq!(part(0, 16).slice(0, 1024, 1024, 1).unwrap().shape().dims(), [1024, 8192]);
+    assert_eq!(part(0, 16).slice(0, 64, 1024, 1).unwrap_err().rule(), Some("slice"));
+    assert_eq!(part(0, 16).merge(1, 2).unwrap_err().rule(), Some("merge"));
+}
+
+#[test]
 fn deep_boxes_are_unrolled_or_refused() {
     let deep = |outer: u64| {
         let mut leaf = whole(Dtype::U8, &[outer, 3, 3, 3, 3, 3, 3]);
@@ -205,6 +224,12 @@ fn evaluate(expr: &Expr, shapes: &[Vec<u64>], next: &mut usize, tp: (u64, u64)) 
             Array::new(&shapes[tensor], |at| Cell::Of(tensor, at))
         }
         Expr::View { x, dims } => Array { dims: dims.clone(), ..evaluate(x, shapes, next, tp) },
+        Expr::Merge { x, dim, count } => {
+            let mut whole = evaluate(x, shapes, next, tp);
+            let merged = whole.dims[*dim..dim + count].iter().product();
+            whole.dims.splice(*dim..dim + count, [merged]);
+            whole
+        }
         Expr::Slice { x, dim, start, len, step } => {
             let indices: Vec<_> = (0..*len).map(|index| Some(start + index * step)).collect();
             evaluate(x, shapes, next, tp).along(*dim, &indices)
@@ -277,7 +302,7 @@ fn random(
         dims[dim] = len;
         dims
     };
-    match dice(9) {
+    match dice(10) {
         0 if size > 0 => {
             let step = 1 + dice(2);
             let start = dice(size);
@@ -331,6 +356,12 @@ fn random(
         8 => {
             let (by, part) = (Coord::Axis(Ax::Tp), 0);
             (Expr::On { x: boxed(x), by, part, fill: Fill::Zero }, dims)
+        }
+        9 => {
+            let count = 1 + dice((dims.len() - dim) as u64) as usize;
+            let mut merged = dims.clone();
+            merged.splice(dim..dim + count, [dims[dim..dim + count].iter().product()]);
+            (Expr::Merge { x: boxed(x), dim, count }, merged)
         }
         _ => (x, dims),
     }

@@ -117,11 +117,12 @@ impl Deriver<'_> {
             Expr::Concat { dim, parts } => self.concat(*dim, parts),
             Expr::Stack { parts } => self.stack(parts),
             Expr::View { .. }
+            | Expr::Merge { .. }
             | Expr::Permute { .. }
             | Expr::Repeat { .. }
             | Expr::Const { .. }
             | Expr::Select { .. } => {
-                Err(broken("module", "a rule of modules has no view, permute, repeat, const or lone select")
+                Err(broken("module", "a rule of modules has no view, merge, permute, repeat, const or lone select")
                     .with_expected("shard, slice, pad, on, cast, concat or stack", "one of them"))
             }
         }

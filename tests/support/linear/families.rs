@@ -244,8 +244,11 @@ fn falcon(falcon: Falcon) -> Family {
         ("mlp.dense_h_to_4h", column(Features::even(4 * falcon.hidden))),
         ("mlp.dense_4h_to_h", row(Features::even(4 * falcon.hidden))),
     ];
-    let lists = [cut, replicated(&["+norm", "ln_attn", "ln_mlp", "ln_f", "word_embeddings", "lm_head"])];
-    Family { open: if falcon.new { &[8] } else { &[] }, ..family("falcon", falcon.model(), lists) }
+    // The class ties the head to the embeddings, whatever is stored under its name.
+    let head = vec![("lm_head", Map::Skipped)];
+    let lists = [cut, head, replicated(&["+norm", "ln_attn", "ln_mlp", "ln_f", "word_embeddings"])];
+    let tied = vec![("lm_head.weight", "transformer.word_embeddings.weight")];
+    Family { open: if falcon.new { &[8] } else { &[] }, tied, ..family("falcon", falcon.model(), lists) }
 }
 
 fn mpt(mpt: Mpt) -> Family {

@@ -193,6 +193,15 @@ impl Oracle<'_> {
                 }
                 Ok(Array { dims: dims.clone(), ..array })
             }
+            Expr::Merge { x, dim, count } => {
+                let mut array = self.evaluate(x, who)?;
+                let merged = match array.dims.get(*dim..dim + count) {
+                    Some(merged) if *count > 0 => merged.iter().product(),
+                    _ => return Err("no such dimensions".into()),
+                };
+                array.dims.splice(*dim..dim + count, [merged]);
+                Ok(array)
+            }
             Expr::Slice { x, dim, start, len, step } => {
                 let array = self.evaluate(x, who)?;
                 let size = array.size(*dim)?;
@@ -318,9 +327,7 @@ impl Oracle<'_> {
     fn shard(&self, mut array: Array, x: &Expr, dim: usize, cut: &Cut, who: Who) -> Result<Array, Illegal> {
         let size = array.size(dim)?;
         let (taken, parts) = self.taken(cut, size, who)?;
-        if cut.how == Split::RoundRobin {
-            self.doubt_steps(x, 2);
-        }
+        self.doubt_steps(x, if cut.how == Split::RoundRobin { 2 } else { 1 });
         array.cells.iter_mut().for_each(|cell| cell.parts *= parts);
         Ok(array.take(dim, taken))
     }
@@ -353,6 +360,7 @@ impl Oracle<'_> {
                 if all { listed.concat() } else { listed[i as usize].clone() }
             }
             _ if all => (0..count).collect(),
+            Split::Even if n == 1 => (0..count).collect(),
             Split::Even if !size.is_multiple_of(unit) || !count.is_multiple_of(n) => return Err("uneven".into()),
             Split::Even => (0..count).filter(|at| at / (count / n) == i).collect(),
             Split::Ceil => (0..count).filter(|at| at / count.div_ceil(n) == i).collect(),
@@ -403,7 +411,9 @@ impl Oracle<'_> {
 
     /// Steps of what is repeated would stride twice.
     fn doubt_steps(&self, x: &Expr, step: u64) {
-        if step > 1 && any(x, &|expr| matches!(expr, Expr::Repeat { .. })) {
+        let strides = step > 1 && any(x, &|expr| matches!(expr, Expr::Repeat { .. }));
+        // Only whole ones are taken of what was merged.
+        if strides || any(x, &|expr| matches!(expr, Expr::Merge { .. })) {
             self.doubt("slice");
         }
     }
@@ -433,6 +443,7 @@ fn is_plain(x: &Expr) -> bool {
 pub(crate) fn inner(expr: &Expr) -> &[Expr] {
     match expr {
         Expr::View { x, .. }
+        | Expr::Merge { x, .. }
         | Expr::Slice { x, .. }
         | Expr::Shard { x, .. }
         | Expr::Permute { x, .. }

@@ -160,7 +160,7 @@ impl Random<'_> {
         let (least, most) = (*sizes.iter().min().unwrap(), *sizes.iter().max().unwrap());
         let same = arrays.iter().all(|array| array.dims == *dims);
         let boxed = || Box::new(x.clone());
-        match self.dice.roll(14) {
+        match self.dice.roll(15) {
             0 | 1 => {
                 let step = 1 + self.dice.roll(3);
                 let beyond = u64::from(self.dice.one_in(10));
@@ -187,6 +187,10 @@ impl Random<'_> {
                     dims[0] += 1;
                 }
                 Expr::View { x: boxed(), dims }
+            }
+            14 => {
+                let count = self.dice.roll((dims.len() - dim.min(dims.len())) as u64 + 1) as usize;
+                Expr::Merge { x: boxed(), dim, count: count.max(usize::from(!self.dice.one_in(20))) }
             }
             8 => {
                 let mut parts = vec![x.clone()];
@@ -245,6 +249,7 @@ impl Random<'_> {
             Expr::Source => matched,
             Expr::Tensor(name) => super::evaluate::number(name),
             Expr::View { x, .. }
+            | Expr::Merge { x, .. }
             | Expr::Slice { x, .. }
             | Expr::Shard { x, .. }
             | Expr::Permute { x, .. }
@@ -354,6 +359,7 @@ pub(crate) fn with_source(expr: &mut Expr, source: &Expr) {
     match expr {
         Expr::Source => expr.clone_from(source),
         Expr::View { x, .. }
+        | Expr::Merge { x, .. }
         | Expr::Slice { x, .. }
         | Expr::Shard { x, .. }
         | Expr::Permute { x, .. }

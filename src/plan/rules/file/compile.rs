@@ -1,6 +1,6 @@
 //! Expressions of a rules file -> [`Expr`], with bounds on what a short file can make of itself.
 
-use super::grammar::{Concat, Const, Made, On, Pad, Repeat, Select, Slice, Step};
+use super::grammar::{Concat, Const, Made, Merge, On, Pad, Repeat, Select, Slice, Step};
 use super::refuse;
 use crate::error::Result;
 use crate::limits::{EXPRESSION_DEPTH, EXPRESSIONS_MAX};
@@ -115,6 +115,7 @@ impl Compiler {
         })?;
         Ok(match step {
             Step::View(dims) => Expr::View { x, dims: dims.iter().map(|dim| dim.0).collect() },
+            Step::Merge(Merge { dim, count }) => Expr::Merge { x, dim: dim.0, count: count.0 },
             Step::Slice(Slice { dim, start, len, step }) => {
                 Expr::Slice { x, dim: dim.0, start: start.0, len: len.0, step: step.map_or(1, |step| step.0) }
             }

@@ -91,6 +91,7 @@ pub(super) struct Const {
 #[serde(rename_all = "lowercase")]
 pub(super) enum Step {
     View(Vec<Number<u64, 0>>),
+    Merge(Merge),
     Slice(Slice),
     Shard(Shard),
     Permute(Vec<Number<usize, 0>>),
@@ -99,6 +100,13 @@ pub(super) enum Step {
     Pad(Pad),
     Repeat(Repeat),
     On(On),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Merge {
+    pub(super) dim: Number<usize, 0>,
+    pub(super) count: Number<usize, 1>,
 }
 
 #[derive(Deserialize)]
