@@ -76,11 +76,12 @@ pub(crate) fn linear() -> Vec<Case> {
         made("rope", [("layers.0.attention.wk.weight", "BF16", &[1024, 4096])], "--tp 4")
             .rules(
                 r#"{ match = "layers.*.attention.wk.weight", steps = [
-                    { view = [8, 64, 2, 4096] }, { shard = { dim = 0 } }, { permute = [0, 2, 1, 3] } ] },"#,
+                    { view = [8, 64, 2, 4096] }, { shard = { dim = 0 } }, { permute = [0, 2, 1, 3] },
+                    { merge = { dim = 0, count = 3 } } ] },"#,
             )
             .on(
                 1,
-                [dest("layers.0.attention.wk.weight", "BF16", [2, 2, 64, 4096])
+                [dest("layers.0.attention.wk.weight", "BF16", [256, 4096])
                     .file([run(2_097_152, 2_097_152)])
                     .landing([runs(64, 8192, 2_097_152, 16_384).times(2, 8192).times(2, 1_048_576)])],
             ),
@@ -251,25 +252,29 @@ pub(crate) fn transposed() -> Vec<Case> {
     vec![
         case("17", gpt2(), "--tp 2")
             .rules(
-                r#"{ match = "h.*.attn.c_attn.weight", expr.concat = { dim = 0, parts = [
-                    { steps = [{ slice = { dim = 1, start = 0, len = 768 } }, { shard = { dim = 1 } }, { transpose = true }] },
-                    { steps = [{ slice = { dim = 1, start = 768, len = 768 } }, { shard = { dim = 1 } }, { transpose = true }] },
-                    { steps = [{ slice = { dim = 1, start = 1536, len = 768 } }, { shard = { dim = 1 } }, { transpose = true }] },
-                ] } },"#,
+                r#"{ match = "h.*.attn.c_attn.weight", steps = [
+                    { view = [768, 3, 768] }, { shard = { dim = 2 } }, { permute = [1, 2, 0] },
+                    { merge = { dim = 0, count = 2 } } ] },"#,
             )
-            .on(1, [dest(C_ATTN, "F32", [1152, 768])
-                .file([file()])
-                // Row 384 is the first of the keys that are this rank's, column 5 the input.
-                .element([0, 0], byte(1536))
-                .element([384, 5], byte(5 * 9216 + 3072 + 1536))
-                .element([1151, 767], byte(767 * 9216 + 9212))]),
+            .on(
+                1,
+                [dest(C_ATTN, "F32", [1152, 768])
+                    .file([file()])
+                    // Row 384 is the first of the keys that are this rank's, column 5 the input.
+                    .element([0, 0], byte(1536))
+                    .element([384, 5], byte(5 * 9216 + 3072 + 1536))
+                    .element([1151, 767], byte(767 * 9216 + 9212))],
+            ),
         // As it lies on disk.
         case("17, plain", gpt2(), "--tp 2").on(1, [dest(C_ATTN, "F32", [768, 1152]).file([file()])]),
         case("18", gpt2(), "--tp 2")
             .rules(r#"{ match = "h.*.attn.c_proj.weight", shard = { dim = 0 }, transpose = true },"#)
-            .on(1, [dest(C_PROJ, "F32", [768, 384])
-                .file([run(1_179_648, 1_179_648)])
-                .element([1, 0], byte(1_179_652))
-                .element([2, 3], byte(1_179_648 + 3 * 3072 + 8))]),
+            .on(
+                1,
+                [dest(C_PROJ, "F32", [768, 384])
+                    .file([run(1_179_648, 1_179_648)])
+                    .element([1, 0], byte(1_179_652))
+                    .element([2, 3], byte(1_179_648 + 3 * 3072 + 8))],
+            ),
     ]
 }

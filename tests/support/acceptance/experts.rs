@@ -90,7 +90,8 @@ pub(crate) fn flat_and_stacked() -> Vec<Case> {
             .rules(
                 r#"{ match = "**.experts.down_proj", steps = [{ shard = { dim = 1 } }, { permute = [0, 2, 1] }] },
                    { match = "**.experts.gate_up_proj", steps = [
-                    { view = [16, 5120, 2, 8192] }, { shard = { dim = 3 } }, { permute = [0, 2, 3, 1] } ] },"#,
+                    { view = [16, 5120, 2, 8192] }, { shard = { dim = 3 } }, { permute = [0, 2, 3, 1] },
+                    { merge = { dim = 1, count = 2 } } ] },"#,
             )
             .on(
                 2,
@@ -99,9 +100,9 @@ pub(crate) fn flat_and_stacked() -> Vec<Case> {
                         .file([runs(16, 10_485_760, 20_971_520, 83_886_080)])
                         .element([3, 5, 7], byte(3 * 83_886_080 + (2048 + 7) * 10_240 + 10)),
                     // Of each of 5120 inputs the outputs 2048..3072 of gate and of up.
-                    dest(GATE_UP, "BF16", [16, 2, 1024, 5120])
+                    dest(GATE_UP, "BF16", [16, 2048, 5120])
                         .file([runs(2, 2048, 4096, 16_384).times(5120, 32_768).times(16, 167_772_160)])
-                        .element([1, 1, 3, 9], byte(167_772_160 + 9 * 32_768 + 16_384 + 4096 + 6)),
+                        .element([1, 1024 + 3, 9], byte(167_772_160 + 9 * 32_768 + 16_384 + 4096 + 6)),
                 ],
             ),
     ]

@@ -30,17 +30,19 @@ pub(crate) fn cases() -> Vec<Case> {
         case("9, grouped", bloom(), "--tp 8")
             .rules(
                 r#"{ match = "h.*.self_attention.query_key_value.bias", steps = [
-                    { view = [112, 3, 128] }, { shard = { dim = 0 } }, { permute = [1, 0, 2] } ] },
+                    { view = [112, 3, 128] }, { shard = { dim = 0 } }, { permute = [1, 0, 2] },
+                    { merge = { dim = 0, count = 3 } } ] },
                    { match = "h.*.self_attention.query_key_value.weight", steps = [
-                    { view = [112, 3, 128, 14336] }, { shard = { dim = 0 } }, { permute = [1, 0, 2, 3] } ] },"#,
+                    { view = [112, 3, 128, 14336] }, { shard = { dim = 0 } }, { permute = [1, 0, 2, 3] },
+                    { merge = { dim = 0, count = 3 } } ] },"#,
             )
             .on(
                 2,
                 [
-                    dest(BLOOM_BIAS, "BF16", [3, 14, 128])
+                    dest(BLOOM_BIAS, "BF16", [5376])
                         .file([run(21_504, 10_752)])
                         .landing([runs(14, 256, 21_504, 768).times(3, 256)]),
-                    dest(BLOOM, "BF16", [3, 14, 128, 14_336])
+                    dest(BLOOM, "BF16", [5376, 14_336])
                         .landing([runs(14, 3_670_016, 308_281_344, 11_010_048).times(3, 3_670_016)]),
                 ],
             ),
@@ -95,13 +97,10 @@ pub(crate) fn cases() -> Vec<Case> {
         made("CodeGen", [("qkv_proj.weight", "F16", &[12_288, 4096])], "--tp 2")
             .rules(
                 r#"{ match = "qkv_proj.weight", steps = [
-                    { view = [4, 3, 1024, 4096] }, { shard = { dim = 2, unit = 256 } } ] },"#,
+                    { view = [4, 3, 1024, 4096] }, { shard = { dim = 2, unit = 256 } },
+                    { merge = { dim = 0, count = 3 } } ] },"#,
             )
-            .on(
-                1,
-                [dest("qkv_proj.weight", "F16", [4, 3, 512, 4096])
-                    .landing([runs(12, 4_194_304, 4_194_304, 8_388_608)])],
-            ),
+            .on(1, [dest("qkv_proj.weight", "F16", [6144, 4096]).landing([runs(12, 4_194_304, 4_194_304, 8_388_608)])]),
     ]
 }
 
@@ -138,34 +137,10 @@ pub(crate) fn qwen3_next() -> Vec<Case> {
 /// 8 groups of 16 queries, a key and a value: all queries, then all keys, then all values.
 const FALCON_REGROUPED: &str = r#"
 { match = "transformer.h.*.self_attention.query_key_value.weight", expr.concat = { dim = 0, parts = [
-  { select = { of = [
-    { steps = [{ slice = { dim = 0, start = 0, len = 1024 } }] },
-    { steps = [{ slice = { dim = 0, start = 1152, len = 1024 } }] },
-    { steps = [{ slice = { dim = 0, start = 2304, len = 1024 } }] },
-    { steps = [{ slice = { dim = 0, start = 3456, len = 1024 } }] },
-    { steps = [{ slice = { dim = 0, start = 4608, len = 1024 } }] },
-    { steps = [{ slice = { dim = 0, start = 5760, len = 1024 } }] },
-    { steps = [{ slice = { dim = 0, start = 6912, len = 1024 } }] },
-    { steps = [{ slice = { dim = 0, start = 8064, len = 1024 } }] },
-  ] } },
-  { select = { of = [
-    { steps = [{ slice = { dim = 0, start = 1024, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 2176, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 3328, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 4480, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 5632, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 6784, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 7936, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 9088, len = 64 } }] },
-  ] } },
-  { select = { of = [
-    { steps = [{ slice = { dim = 0, start = 1088, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 2240, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 3392, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 4544, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 5696, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 6848, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 8000, len = 64 } }] },
-    { steps = [{ slice = { dim = 0, start = 9152, len = 64 } }] },
-  ] } },
+  { steps = [{ view = [8, 18, 64, 8192] }, { shard = { dim = 0 } }, { slice = { dim = 1, start = 0, len = 16 } },
+    { merge = { dim = 0, count = 3 } }] },
+  { steps = [{ view = [8, 18, 64, 8192] }, { shard = { dim = 0 } }, { slice = { dim = 1, start = 16, len = 1 } },
+    { merge = { dim = 0, count = 3 } }] },
+  { steps = [{ view = [8, 18, 64, 8192] }, { shard = { dim = 0 } }, { slice = { dim = 1, start = 17, len = 1 } },
+    { merge = { dim = 0, count = 3 } }] },
 ] } },"#;

@@ -1,7 +1,7 @@
 //! What cannot be: the data of each error.
 
 use super::{Case, Refusal, case, made};
-use crate::support::released::{DeepSeek, Experts, Falcon, Llama, Phi3, Scheme};
+use crate::support::released::{Bloom, DeepSeek, Experts, Falcon, Kind, Llama, Phi3, Scheme};
 
 fn refusal(rule: &'static str, tensor: &'static str, expected: &'static str, found: &'static str) -> Refusal<'static> {
     Refusal { rule, tensor: Some(tensor), expected: Some(expected), found: Some(found), rank: None }
@@ -9,8 +9,10 @@ fn refusal(rule: &'static str, tensor: &'static str, expected: &'static str, fou
 
 pub(crate) fn cases() -> Vec<Case> {
     const FALCON: &str = "transformer.h.0.self_attention.query_key_value.weight";
-    const DOWN: &str = "model.layers.0.mlp.down_proj.qweight";
-    const GATE: &str = "model.layers.0.mlp.experts.0.gate_proj.weight";
+    // The first of its module.
+    const DOWN: &str = "model.layers.0.mlp.down_proj.g_idx";
+    const EXPERT: &str = "model.layers.0.mlp.experts.0.down_proj.weight_scale_inv";
+    const DENSE: &str = "transformer.h.0.self_attention.dense.weight";
     let falcon = || Falcon { layers: 1, ..Falcon::FALCON_7B }.model();
     let phi = || Phi3 { layers: 1, ..Phi3::PHI_3_MEDIUM }.model();
     let gptq = Scheme::Gptq { group: 128, act_order: false, bias: false };
@@ -46,18 +48,18 @@ pub(crate) fn cases() -> Vec<Case> {
         case("19, 4 ranks", phi(), "--tp 4").refused(refusal(
             "not-divisible",
             "model.layers.0.self_attn.qkv_proj.weight",
-            "",
+            "a multiple or a divisor of 10 units: 1, 2, 5, 10",
             "4 parts",
         )),
         case("29", deepseek.model(), "--tp 32").refused(refusal(
             "not-divisible",
-            GATE,
+            EXPERT,
             "a divisor of 16 units: 1, 2, 4, 8, 16",
             "32 parts",
         )),
         case("192 rows", qwen.model(), "--tp 8").refused(refusal(
             "not-divisible",
-            GATE,
+            EXPERT,
             "a divisor of 12 units: 1, 2, 3, 4, 6, 12",
             "8 parts",
         )),
@@ -67,13 +69,60 @@ pub(crate) fn cases() -> Vec<Case> {
             "a divisor of 86 units: 1, 2, 43, 86",
             "4 parts",
         )),
-        case("42, HF heads", Llama { layers: 1, ..Llama::LLAMA_3_1_8B }.model(), "--tp 16 --target hf")
-            .refused(refusal("", "", "", "")),
+        case("shared heads, HF", Llama { layers: 1, ..Llama::LLAMA_3_1_8B }.model(), "--tp 16 --target hf").refused(
+            refusal(
+                "not-divisible",
+                "model.layers.0.self_attn.k_proj.weight",
+                "a divisor of 8 units: 1, 2, 4, 8",
+                "16 parts",
+            ),
+        ),
         made("49, columns", [("w", "F4", &[4, 6])], "--tp 1")
             .rules(r#"{ match = "w", steps = [{ slice = { dim = 1, start = 1, len = 2 } }] },"#)
-            .refused(refusal("cut-not-on-bytes", "w", "", "")),
+            .refused(refusal("cut-not-on-bytes", "w", "a multiple of 2 elements", "1")),
         made("49, rows", [("w", "F4", &[4, 3])], "--tp 1")
             .rules(r#"{ match = "w", steps = [{ slice = { dim = 0, start = 1, len = 1 } }] },"#)
-            .refused(refusal("cut-not-on-bytes", "w", "", "")),
+            .refused(refusal("cut-not-on-bytes", "w", "a multiple of 2 elements", "3")),
+        // The last of 4 ranks has nothing to take the first index of.
+        made("one rank", [("w", "BF16", &[9])], "--tp 4")
+            .rules(
+                r#"{ match = "w", steps = [
+                    { shard = { dim = 0, split = "ceil" } }, { slice = { dim = 0, start = 0, len = 1 } } ] },"#,
+            )
+            .refused(Refusal { rank: Some(3), ..refusal("slice", "w", "", "") }),
+        made("wrong units", [("w", "BF16", &[2048, 64])], "--tp 2")
+            .rules(r#"{ match = "w", shard = { dim = 0, unit = 128, units = 32 } },"#)
+            .refused(refusal("units", "w", "", "")),
+        made("partial unit", [("w", "BF16", &[1300, 64])], "--tp 2")
+            .rules(r#"{ match = "w", shard = { dim = 0, unit = 128 } },"#)
+            .refused(refusal("unit", "w", "", "")),
+        made("no rule", [("w", "BF16", &[4])], "--tp 2")
+            .rules(r#"{ match = "v", replicate = true },"#)
+            .refused(refusal("", "w", "", "")),
+        made("view", [("w", "BF16", &[30])], "--tp 2")
+            .rules(r#"{ match = "w", steps = [{ view = [4, 7] }] },"#)
+            .refused(refusal("view", "w", "", "")),
+        made("table", [("w", "BF16", &[4])], "--tp 2")
+            .rules(r#"{ match = "w", shard = { dim = 0, split = { table = [[0, 1], [2]] } } },"#)
+            .refused(refusal("table", "w", "", "")),
+        made("no source", [("w", "BF16", &[4])], "--tp 2")
+            .rules(r#"{ match = "w", expr.concat = { dim = 0, parts = [{}, { tensor = "v" }] } },"#)
+            .refused(refusal("", "w", "", "")),
+        made("two types", [("v", "F32", &[4]), ("w", "BF16", &[4])], "--tp 2")
+            .rules(
+                r#"{ match = "w", expr.concat = { dim = 0, parts = [{}, { tensor = "v" }] } },
+                   { match = "v", part = true },"#,
+            )
+            .refused(refusal("", "w", "", "")),
+        made("cast of a packed type", [("w", "I32", &[4])], "--tp 2")
+            .rules(r#"{ match = "w", replicate = true, cast = "bf16" },"#)
+            .refused(refusal("cast", "w", "", "")),
+        case("flat", Llama { scheme: Scheme::Nf4, ..Llama::TINY }.model(), "--tp 2").refused(refusal("", "", "", "")),
+        case("target", Bloom::TINY.model(), "--tp 2 --target vllm")
+            .refused(Refusal { tensor: None, ..refusal("target", "", "", "") }),
+        case("experts", Llama::tiny(Kind::Qwen3Moe).model(), "--tp 16 --ep 16").refused(refusal("", "", "", "")),
+        case("groups of experts", Llama::tiny(Kind::Qwen3Moe).model(), "--tp 8 --ep 3")
+            .refused(refusal("", "", "", "")),
+        case("stages", Llama { layers: 80, ..Llama::TINY }.model(), "--pp 3").refused(refusal("", "", "", "")),
     ]
 }
