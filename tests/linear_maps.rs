@@ -27,7 +27,10 @@ use matrix::{Matrix, Parts, dequantised, mxfp4};
 use released::Scheme;
 
 /// Families that the crate knows.
-const FAMILIES: [&str; 20] = [
+const FAMILIES: [&str; 23] = [
+    "gpt_oss",
+    "llama4",
+    "qwen3_next",
     "llama",
     "mistral",
     "qwen2",

@@ -6,7 +6,7 @@ mod support {
 
 use shardlift::plan::{Mesh, ModelOptions, RankPlan, Split, StageSplit, Target};
 use shardlift::{Checkpoint, Plan, Rank, Result, Rules, World};
-use support::released::{self, DeepSeek, Kind, Llama, Model, Scheme};
+use support::released::{self, DeepSeek, GptOss, Kind, Llama, Model, Scheme};
 
 struct Planned(Plan);
 
@@ -159,6 +159,41 @@ fn vllm_merges_what_deepseek_projects_down() {
         (error.rule(), error.expected()),
         (Some("not-divisible"), Some("a divisor of 16 units: 1, 2, 4, 8, 16"))
     );
+}
+
+#[test]
+fn vllm_cuts_gpt_oss_between_blocks() {
+    let model = GptOss { layers: 1, ..GptOss::GPT_OSS_20B }.model();
+    let four = plan(&model, Target::Vllm, Mesh::tp(4)).unwrap();
+    let (experts, disk) = (format!("{LAYER}.mlp.experts.routed_experts"), format!("{LAYER}.mlp.experts"));
+    // Case 34: 90 blocks are 23, 23, 23 and 21.
+    let blocks = |rank| four.shape(rank, &format!("{experts}.w2_weight"));
+    assert_eq!([0, 1, 3].map(blocks), [368, 368, 336].map(|bytes| vec![32, 2880, bytes]));
+    assert_eq!(four.pieces(1, &format!("{experts}.w2_weight")), [(format!("{disk}.down_proj_blocks"), 368, 368)]);
+    assert_eq!(four.pieces(1, &format!("{experts}.w2_weight_scale")), [(format!("{disk}.down_proj_scales"), 23, 23)]);
+    assert_eq!(four.shape(3, &format!("{experts}.w13_weight")), [32, 2 * 32 * 21, 1440]);
+    assert_eq!(four.shape(0, &format!("{experts}.w13_bias")), [32, 2 * 32 * 23]);
+    // Case 35.
+    let bias = format!("{experts}.w2_bias");
+    assert_eq!((four.filled(0, &bias), four.filled(2, &bias)), (0, 32 * 2880 * 2));
+    let eight = plan(&model, Target::Vllm, Mesh::tp(8)).unwrap();
+    assert_eq!(eight.pieces(7, &format!("{LAYER}.attn.sinks")), [(format!("{LAYER}.self_attn.sinks"), 112, 16)]);
+    assert_eq!(eight.shape(7, &format!("{experts}.w2_weight")), [32, 2880, 6 * 16]);
+    assert_eq!(eight.shape(7, &format!("{LAYER}.attn.qkv_proj.bias")), [(8 + 1 + 1) * 64]);
+    assert_eq!(eight.shape(7, "model.embedding.weight"), [201_088 / 8, 2880]);
+    let groups = plan(&model, Target::Vllm, Mesh { ep: 8, ..Mesh::tp(8) }).unwrap();
+    assert_eq!(groups.pieces(3, &format!("{experts}.w2_weight"))[0].1, 12 * 2880 * 90 * 16);
+    let dense = GptOss { mxfp4: false, layers: 1, ..GptOss::GPT_OSS_20B }.model();
+    let dense = plan(&dense, Target::Vllm, Mesh::tp(4)).unwrap();
+    assert_eq!(dense.shape(1, &format!("{experts}.w13_weight")), [32, 1440, 2880]);
+    assert_eq!(dense.shape(1, &format!("{experts}.w2_weight")), [32, 2880, 720]);
+    // transformers divides nothing but its head.
+    let hf = plan(&model, Target::Hf, Mesh::tp(4)).unwrap();
+    assert_eq!(hf.shape(1, &format!("{disk}.down_proj_blocks")), [32, 2880, 90, 16]);
+    assert_eq!(hf.shape(1, "lm_head.weight"), [201_088 / 4, 2880]);
+    let rs = plan(&model, Target::MistralRs, Mesh::tp(4)).unwrap();
+    assert_eq!(rs.shape(1, &format!("{disk}.down_proj_blocks")), [32, 2880, 90, 16]);
+    assert_eq!(rs.shape(1, &format!("{LAYER}.self_attn.k_proj.bias")), [128]);
 }
 
 #[test]

@@ -18,11 +18,15 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
 
 /// All of a decoder of this kind but its MLPs.
 pub(super) fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
+    around_attention(rules.attention(config.heads()?), config)
+}
+
+/// All of a decoder of this kind but its MLPs and what its attention projects with.
+pub(super) fn around_attention(rules: Rules, config: &Config<'_>) -> Result<Rules> {
     // LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config do not tie by default.
     let embeddings = ["model.embed_tokens.weight", "embed_tokens.weight"];
     config
         .vocabulary(rules, "lm_head.weight", &embeddings, false)?
-        .attention(config.heads()?)
         // Qwen3 normalises each head alone, so the weight has the size of one head.
         .norms("self_attn.{q,k}_norm")
         .optional()

@@ -9,12 +9,15 @@ mod falcon;
 mod gemma;
 mod gpt2;
 mod gpt_neox;
+mod gpt_oss;
 mod internlm2;
 mod llama;
+mod llama4;
 mod moe;
 mod mpt;
 mod parts;
 mod phi3;
+mod qwen3_next;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -74,6 +77,9 @@ const FAMILIES: &[Family] = &[
     llama::FAMILY,
     moe::MIXTRAL,
     moe::QWEN3_MOE,
+    qwen3_next::FAMILY,
+    gpt_oss::FAMILY,
+    llama4::FAMILY,
     gemma::FAMILY,
     phi3::FAMILY,
     internlm2::FAMILY,
@@ -91,9 +97,10 @@ impl Rules {
     /// The rules for the model that the checkpoint's `config.json` describes: tensor-parallel layers in the way of
     /// Megatron, with head counts checked against the shapes when a plan is made.
     ///
-    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), Mixtral and Qwen3-MoE, Gemma 2 and 3, Phi-3, InternLM2,
-    /// DeepSeek-V2 and V3, DBRX, MPT, Falcon, BLOOM, GPT-NeoX, GPT-2 and BERT. Where the configuration ties the output
-    /// head to the embeddings, the head is an alias of them, and one that is stored all the same is skipped.
+    /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), Mixtral, Qwen3-MoE and Qwen3-Next, Llama 4, Gemma 2 and 3,
+    /// Phi-3, InternLM2, DeepSeek-V2 and V3, gpt-oss, DBRX, MPT, Falcon, BLOOM, GPT-NeoX, GPT-2 and BERT. Where the
+    /// configuration ties the output head to the embeddings, the head is an alias of them, and one that is stored all the
+    /// same is skipped.
     ///
     /// # Errors
     /// [`ErrorKind::Rules`]: rule `no-config` without a `config.json`, `unknown-architecture` for any other model,

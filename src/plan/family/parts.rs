@@ -154,6 +154,15 @@ impl Rules {
         )
     }
 
+    /// The same where there may be none.
+    pub(super) fn optional_each_expert(self, columns: &str, rows: &str, experts: &Experts) -> Rules {
+        let each = |rules: Rules, pattern: &str, dim| {
+            let rules = rules.module(pattern, Expr::shard(dim, experts.inner()));
+            rules.among(2, experts.count, experts.cut()).optional()
+        };
+        each(each(self, columns, 0), rows, 1)
+    }
+
     /// Norms and other tensors that no rank has a part of only.
     pub(super) fn norms(self, names: &str) -> Rules {
         self.replicate(format!("**.{names}.{{weight,bias}}"))

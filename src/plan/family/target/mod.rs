@@ -107,7 +107,7 @@ impl Kind {
             Kind::Mixtral => &super::moe::MIXTRAL,
             Kind::Qwen3Moe => &super::moe::QWEN3_MOE,
             Kind::DeepSeek => &super::deepseek::FAMILY,
-            Kind::GptOss => &super::bert::FAMILY,
+            Kind::GptOss => &super::gpt_oss::FAMILY,
         }
     }
 

@@ -203,7 +203,13 @@ impl Rules {
         let (w13, w2) = ("{1}.mlp.experts.routed_experts.w13", "{1}.mlp.experts.routed_experts.w2");
         let zeros = |x| Expr::On { x: Box::new(x), by: Coord::Axis(Ax::Etp), part: 0, fill: Fill::Zero };
         if is_mxfp4 {
+            // Blocks and the bytes of each are one dimension.
+            let flat = |x| Expr::Merge { x: Box::new(x), dim: 2, count: 2 };
             return self
+                .place(format!("{gate_up}_blocks"), flat(ceil(mine(Expr::Source), 1, 2 * MX_BLOCK)))
+                .rename(format!("{w13}_weight"))
+                .place(format!("{down}_blocks"), flat(ceil(mine(Expr::Source), 2, 1)))
+                .rename(format!("{w2}_weight"))
                 .module(gate_up, ceil(mine(Expr::Source), 1, 2 * MX_BLOCK))
                 .rename(w13)
                 .suffixes(MXFP4_SUFFIXES)
@@ -227,7 +233,7 @@ impl Rules {
 }
 
 /// What gpt-oss' tensors of experts are named after their module.
-const MXFP4_SUFFIXES: &[(&str, &str)] = &[("_blocks", "_weight"), ("_scales", "_weight_scale"), ("_bias", "_bias")];
+const MXFP4_SUFFIXES: &[(&str, &str)] = &[("_scales", "_weight_scale"), ("_bias", "_bias")];
 
 /// Inputs of a block of MXFP4.
 const MX_BLOCK: u64 = 32;
