@@ -59,6 +59,7 @@ fn flat_and_stacked_experts() {
 #[test]
 fn gpt_oss() {
     check(experts::gpt_oss_rules());
+    check(experts::gpt_oss_vllm());
 }
 
 #[test]

@@ -86,6 +86,14 @@ pub(crate) fn flat_and_stacked() -> Vec<Case> {
                     .element([0, 0, 0], byte(16_515_072))
                     .element([15, 7, 9], byte(15 * 132_120_576 + 16_515_072 + 9 * 12_288 + 14))],
             ),
+        case("37, plain", scout(), "--tp 8").on(
+            2,
+            [
+                dest(DOWN, "BF16", [16, 1024, 5120]).file([runs(16, 10_485_760, 20_971_520, 83_886_080)]),
+                dest(GATE_UP, "BF16", [16, 5120, 2048])
+                    .file([runs(2, 2048, 4096, 16_384).times(5120, 32_768).times(16, 167_772_160)]),
+            ],
+        ),
         case("37", scout(), "--tp 8")
             .rules(
                 r#"{ match = "**.experts.down_proj", steps = [{ shard = { dim = 1 } }, { permute = [0, 2, 1] }] },
@@ -146,6 +154,52 @@ pub(crate) fn gpt_oss_rules() -> Vec<Case> {
         case("padded heads", gpt_oss(), "--tp 6")
             .rules(r#"{ match = "**.sinks", steps = [{ pad = { dim = 0, to = 66, fill = "-inf" } }, { shard = { dim = 0 } }] },"#)
             .on(5, [dest(SINKS, "BF16", [11]).file([run(110, 18)]).fill("-inf", 4).filled([9])]),
+    ]
+}
+
+/// The same as vLLM has it: blocks and their bytes are one dimension.
+pub(crate) fn gpt_oss_vllm() -> Vec<Case> {
+    const W2: &str = "model.layers.0.mlp.experts.routed_experts.w2_weight";
+    const SCALES: &str = "model.layers.0.mlp.experts.routed_experts.w2_weight_scale";
+    const BIAS: &str = "model.layers.0.mlp.experts.routed_experts.w2_bias";
+    let disk = |name: &str| format!("model.layers.0.mlp.experts.down_proj_{name}");
+    let down = |first: u64, blocks: u64| {
+        [
+            dest(W2, "U8", [32, 2880, blocks * 16])
+                .file([runs(92_160, blocks * 16, first * 16, 1440).of(disk("blocks"))]),
+            dest(SCALES, "U8", [32, 2880, blocks]).file([runs(92_160, blocks, first, 90).of(disk("scales"))]),
+        ]
+    };
+    let none = || [dest(BIAS, "BF16", [32, 2880]).file([]).fill("zero", 184_320)];
+    vec![
+        case("34", gpt_oss(), "--tp 4 --target vllm")
+            .on(0, down(0, 23))
+            .on(1, down(23, 23))
+            .on(2, down(46, 23))
+            .on(3, down(69, 21)),
+        case("34, 8 ranks", gpt_oss(), "--tp 8 --target vllm").on(0, down(0, 12)).on(7, down(84, 6)),
+        case("35", gpt_oss(), "--tp 8 --target vllm").on(
+            7,
+            [dest("model.layers.0.attn.sinks", "BF16", [8]).file([run(112, 16).of("model.layers.0.self_attn.sinks")])],
+        ),
+        case("35, plain", gpt_oss(), "--tp 8 --ep 8")
+            .on(7, [dest("model.layers.0.self_attn.sinks", "BF16", [8]).file([run(112, 16)])]),
+        case("35, bias", gpt_oss(), "--tp 4 --target vllm")
+            .on(0, [dest(BIAS, "BF16", [32, 2880]).file([run(0, 184_320).of(disk("bias"))])])
+            .on(1, none())
+            .on(3, none()),
+        // Rows of gate and up alternate and stay so: pairs of 23 blocks of 32.
+        case("interleaved", gpt_oss(), "--tp 4 --target vllm").on(
+            1,
+            [dest("model.layers.0.mlp.experts.routed_experts.w13_bias", "BF16", [32, 1472])
+                .file([runs(32, 2944, 2944, 11_520).of("model.layers.0.mlp.experts.gate_up_proj_bias")])],
+        ),
+        // The released MXFP4 has whole experts where they are divided over the groups.
+        case("groups", gpt_oss(), "--tp 8 --ep 8").on(
+            7,
+            [dest("model.layers.0.mlp.experts.down_proj_blocks", "U8", [4, 2880, 90, 16])
+                .file([run(28 * 2880 * 1440, 4 * 2880 * 1440)])],
+        ),
     ]
 }
 

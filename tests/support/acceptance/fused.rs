@@ -129,6 +129,8 @@ pub(crate) fn qwen3_next() -> Vec<Case> {
             { steps = [{ slice = { dim = 0, start = 2048, len = 2048 } }, { shard = { dim = 0, unit = 128 } }] },
             { steps = [{ slice = { dim = 0, start = 4096, len = 4096 } }, { shard = { dim = 0, unit = 256 } }] } ] } },"#;
     vec![
+        case("44", qwen(), "--tp 4").on(1, linear()),
+        case("44", qwen(), "--tp 8").on(3, full()),
         case("44, rules", qwen(), "--tp 4").rules(RULES).on(1, linear()),
         case("44, rules", qwen(), "--tp 8").rules(RULES).on(3, full()),
     ]

@@ -166,5 +166,7 @@ pub(crate) fn packed() -> Vec<Case> {
                 dest("model.layers.0.mlp.down_proj.weight_scale", "F16", [4096, 1]).file([run(0, 8192)]),
             ],
         ),
+        case("flat", Llama { layers: 1, scheme: Scheme::Nf4, ..Llama::TINY }.model(), "--tp 1")
+            .on(0, [dest("model.layers.0.mlp.down_proj.weight", "U8", [8192, 1]).file([run(0, 8192)])]),
     ]
 }

@@ -1,7 +1,7 @@
 //! What cannot be: the data of each error.
 
 use super::{Case, Refusal, case, made};
-use crate::support::released::{Bloom, DeepSeek, Experts, Falcon, Kind, Llama, Phi3, Scheme};
+use crate::support::released::{DeepSeek, Experts, Falcon, GptOss, Kind, Llama, Phi3, Qwen3Next, Scheme};
 
 fn refusal(rule: &'static str, tensor: &'static str, expected: &'static str, found: &'static str) -> Refusal<'static> {
     Refusal { rule, tensor: Some(tensor), expected: Some(expected), found: Some(found), rank: None }
@@ -12,6 +12,7 @@ pub(crate) fn cases() -> Vec<Case> {
     // The first of its module.
     const DOWN: &str = "model.layers.0.mlp.down_proj.g_idx";
     const EXPERT: &str = "model.layers.0.mlp.experts.0.down_proj.weight_scale_inv";
+    const GATE: &str = "model.layers.0.mlp.experts.0.gate_proj.weight";
     const DENSE: &str = "transformer.h.0.self_attention.dense.weight";
     let falcon = || Falcon { layers: 1, ..Falcon::FALCON_7B }.model();
     let phi = || Phi3 { layers: 1, ..Phi3::PHI_3_MEDIUM }.model();
@@ -28,13 +29,13 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("15", falcon(), "--tp 2").refused(refusal(
             "not-divisible",
-            FALCON,
+            DENSE,
             "a divisor of 71 units: 1, 71",
             "2 parts",
         )),
         case("15", falcon(), "--tp 16").refused(refusal(
             "not-divisible",
-            FALCON,
+            DENSE,
             "a divisor of 71 units: 1, 71",
             "16 parts",
         )),
@@ -59,7 +60,7 @@ pub(crate) fn cases() -> Vec<Case> {
         )),
         case("192 rows", qwen.model(), "--tp 8").refused(refusal(
             "not-divisible",
-            EXPERT,
+            GATE,
             "a divisor of 12 units: 1, 2, 3, 4, 6, 12",
             "8 parts",
         )),
@@ -89,40 +90,70 @@ pub(crate) fn cases() -> Vec<Case> {
                 r#"{ match = "w", steps = [
                     { shard = { dim = 0, split = "ceil" } }, { slice = { dim = 0, start = 0, len = 1 } } ] },"#,
             )
-            .refused(Refusal { rank: Some(3), ..refusal("slice", "w", "", "") }),
+            .refused(Refusal { rank: Some(3), ..refusal("slice", "w", "indices below 0", "1 from 0 by 1") }),
         made("wrong units", [("w", "BF16", &[2048, 64])], "--tp 2")
             .rules(r#"{ match = "w", shard = { dim = 0, unit = 128, units = 32 } },"#)
-            .refused(refusal("units", "w", "", "")),
+            .refused(refusal("units", "w", "32 units of 128", "2048")),
         made("partial unit", [("w", "BF16", &[1300, 64])], "--tp 2")
             .rules(r#"{ match = "w", shard = { dim = 0, unit = 128 } },"#)
-            .refused(refusal("unit", "w", "", "")),
-        made("no rule", [("w", "BF16", &[4])], "--tp 2")
+            .refused(refusal("unit", "w", "a multiple of 128, or 1 part", "1300 in 2 parts")),
+        made("unused", [("w", "BF16", &[4])], "--tp 2")
             .rules(r#"{ match = "v", replicate = true },"#)
-            .refused(refusal("", "w", "", "")),
+            .refused(Refusal { tensor: None, expected: None, found: None, ..refusal("unused-rule", "", "", "") }),
         made("view", [("w", "BF16", &[30])], "--tp 2")
             .rules(r#"{ match = "w", steps = [{ view = [4, 7] }] },"#)
-            .refused(refusal("view", "w", "", "")),
+            .refused(refusal("view", "w", "a split of [30]", "[4,7]")),
         made("table", [("w", "BF16", &[4])], "--tp 2")
             .rules(r#"{ match = "w", shard = { dim = 0, split = { table = [[0, 1], [2]] } } },"#)
-            .refused(refusal("table", "w", "", "")),
+            .refused(refusal("table", "w", "each of 0..4", "none of 3..4")),
         made("no source", [("w", "BF16", &[4])], "--tp 2")
             .rules(r#"{ match = "w", expr.concat = { dim = 0, parts = [{}, { tensor = "v" }] } },"#)
-            .refused(refusal("", "w", "", "")),
+            .refused(Refusal { expected: None, found: None, ..refusal("source", "w", "", "") }),
         made("two types", [("v", "F32", &[4]), ("w", "BF16", &[4])], "--tp 2")
             .rules(
                 r#"{ match = "w", expr.concat = { dim = 0, parts = [{}, { tensor = "v" }] } },
                    { match = "v", part = true },"#,
             )
-            .refused(refusal("", "w", "", "")),
+            .refused(refusal("concat", "w", "BF16", "F32")),
         made("cast of a packed type", [("w", "I32", &[4])], "--tp 2")
             .rules(r#"{ match = "w", replicate = true, cast = "bf16" },"#)
-            .refused(refusal("cast", "w", "", "")),
-        case("flat", Llama { scheme: Scheme::Nf4, ..Llama::TINY }.model(), "--tp 2").refused(refusal("", "", "", "")),
-        case("target", Bloom::TINY.model(), "--tp 2 --target vllm")
-            .refused(Refusal { tensor: None, ..refusal("target", "", "", "") }),
-        case("experts", Llama::tiny(Kind::Qwen3Moe).model(), "--tp 16 --ep 16").refused(refusal("", "", "", "")),
-        case("groups of experts", Llama::tiny(Kind::Qwen3Moe).model(), "--tp 8 --ep 3")
-            .refused(refusal("", "", "", "")),
-        case("stages", Llama { layers: 80, ..Llama::TINY }.model(), "--pp 3").refused(refusal("", "", "", "")),
+            .refused(refusal(
+                "cast",
+                "w",
+                "F16, BF16 or F32 to another of them, F8_E4M3 or F8_E5M2 to one of them",
+                "I32 to BF16",
+            )),
+        // Rows of bitsandbytes lie one after the other in a column of bytes.
+        case("flat", Llama { scheme: Scheme::Nf4, ..Llama::TINY }.model(), "--tp 2").refused(refusal(
+            "quantization",
+            "model.layers.0.mlp.down_proj.weight.nested_absmax",
+            "1 part",
+            "2 parts",
+        )),
+        // 90 blocks, of which 4 ranks have different numbers: only targets know what to do with them.
+        case("34, plain", GptOss { layers: 1, ..GptOss::GPT_OSS_20B }.model(), "--tp 4").refused(refusal(
+            "not-divisible",
+            "model.layers.0.mlp.experts.down_proj_bias",
+            "a divisor of 90 units: 1, 2, 3, 5, 6, 9, 10, 15, 18, 30, 45, 90",
+            "4 parts",
+        )),
+        case("44, key heads", Qwen3Next::TINY.model(), "--tp 16").refused(refusal(
+            "not-divisible",
+            "model.layers.0.linear_attn.conv1d.weight",
+            "a divisor of 8 units: 1, 2, 4, 8",
+            "16 parts",
+        )),
+        case("experts", Llama { kv_heads: 8, ..Llama::tiny(Kind::Qwen3Moe) }.model(), "--dp 16 --ep 16").refused(
+            refusal(
+                "not-divisible",
+                "model.layers.0.mlp.experts.0.down_proj.weight",
+                "a divisor of 8 units: 1, 2, 4, 8",
+                "16 parts",
+            ),
+        ),
+        case("stages", Llama { layers: 80, ..Llama::TINY }.model(), "--pp 3").refused(Refusal {
+            tensor: None,
+            ..refusal("stages", "", "a divisor of 80 layers: 1, 2, 4, 5, 8, 10, 16, 20, 40, 80", "3 stages")
+        }),
     ]
 }
