@@ -10,6 +10,7 @@ use std::ops::Range;
 
 use smallvec::{SmallVec, smallvec};
 
+use super::cut::gcd;
 use super::expr::{Expr, Fill};
 use super::leaf::Leaf;
 use super::world::Mesh;
@@ -127,7 +128,12 @@ impl Form {
     pub(super) fn bytes(&self) -> Result<u64> {
         let elements = self.dims.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));
         elements.and_then(|elements| self.dtype.bytes_of(elements)).ok_or_else(|| {
+            let group = 8 / gcd(8, self.dtype.bits().into());
             broken("cut-not-on-bytes", format!("destination of {} elements is no whole number of bytes", self.dtype))
+                .with_expected(
+                    format!("a multiple of {group} elements"),
+                    elements.map_or_else(|| "too many".into(), |elements| elements.to_string()),
+                )
         })
     }
 

@@ -239,13 +239,19 @@ impl Derived {
             return Err(inside("a unit of the cut", logical.align, format!("units of {}", cut.unit)));
         }
         let whole = Cut { unit, units: None, replicate_units: cut.replicate_units && unit == cut.unit, ..cut.clone() };
-        if let Some(size) = logical.size {
-            cut.check_units(size)?;
-            whole.take(size, mesh, Rank(0))?;
-            let count = whole.part(size, mesh, Rank(0))?.1;
-            if let Some(why) = self.whole_inputs.filter(|_| count > 1 && dim + 1 == self.logical.len()) {
-                return Err(broken("quantization", why).with_expected("1 part", format!("{count} parts")));
+        match (logical.size, self.whole_inputs.filter(|_| dim + 1 == self.logical.len())) {
+            (Some(_), Some(why)) => {
+                // The size may be that of all rows together: it says nothing about units.
+                let count = cut.by.of(mesh, Rank(0))?.1;
+                if count > 1 {
+                    return Err(broken("quantization", why).with_expected("1 part", format!("{count} parts")));
+                }
             }
+            (Some(size), None) => {
+                cut.check_units(size)?;
+                whole.take(size, mesh, Rank(0))?;
+            }
+            (None, _) => {}
         }
         let at = Dim::find(&self.dims, dim);
         Ok(self.with(dim, Logical { size: None, ..logical }, |x| match at {

@@ -200,7 +200,7 @@ fn a_mistake_is_named_with_its_rule_and_its_keys() {
             "steps = [{ slice = { dim = 0, start = 'x', len = 1 } }]",
             "steps[0].slice.start: invalid type: expected i64, found string \"x\"",
         ),
-        ("steps = [{ sice = { dim = 0 } }]", "steps[0]: unknown variant: expected one of `view`, `slice`"),
+        ("steps = [{ sice = { dim = 0 } }]", "steps[0]: unknown variant: expected one of `view`, `merge`"),
         ("steps = [{ view = [1], permute = [0] }]", "steps[0]: wanted exactly 1 element"),
         ("steps = [{ transpose = false }]", "steps[0]: says nothing: expected true, found `false`"),
         (
