@@ -22,6 +22,7 @@ mod stages;
 #[cfg(test)]
 mod tests;
 mod uses;
+mod who;
 mod world;
 
 use std::cmp::Reverse;
