@@ -15,7 +15,7 @@ pub(super) use self::rule::{AliasRule, Among, Owner, Pipeline, Placement, Rule};
 use self::rule::{Filter, ModuleRule, Scope};
 use super::cut::{Cut, Split};
 use super::expr::{Expr, Fill, castable};
-use super::quant::{Orientation, Quantization};
+use super::quant::{Orientation, Quantization, SUFFIXES};
 use super::stages::StageSplit;
 use super::world::Coord;
 use crate::checkpoint::TensorMeta;
@@ -145,10 +145,17 @@ impl Rules {
         self
     }
 
-    /// Destinations of the rule of modules added last have `to` after the module's name where their tensors have `from`.
-    pub fn suffix(mut self, from: &'static str, to: impl Into<String>) -> Rules {
-        if let Some(module) = self.last_module("suffix") {
-            module.suffixes.push((from, to.into()));
+    /// Destinations of the rule of modules added last have `to` after the module's name where their tensors have `from`,
+    /// which is one of the endings that tensors of modules have: `.weight`, `.qweight`, `_blocks`...
+    pub fn suffix(mut self, from: impl AsRef<str>, to: impl Into<String>) -> Rules {
+        let from = from.as_ref();
+        match SUFFIXES.iter().chain(&[""]).find(|known| **known == from) {
+            Some(known) => {
+                if let Some(module) = self.last_module("suffix") {
+                    module.suffixes.push((known, to.into()));
+                }
+            }
+            None => self.mistake("suffix", &format!("no tensor of a module ends in `{from}`: {}", SUFFIXES.join(", "))),
         }
         self
     }
@@ -344,6 +351,7 @@ impl Rules {
         }
         self.rules.iter().try_for_each(Rule::check)?;
         self.casting.map_or(Ok(()), castable)?;
+        self.quantization.check()?;
         if let Some(Pipeline { pattern, .. }) = &self.pipeline {
             compiled("pattern", pattern)?;
         }
