@@ -5,12 +5,15 @@ mod hf_plan;
 mod matching;
 mod module;
 mod pattern;
+mod request;
 mod rule;
 
 use std::path::PathBuf;
 
-pub(super) use self::matching::{Matches, Placed, TENSORS_PER_TASK, Verdict};
+pub(super) use self::matching::{Made, Matches, Origin, Placed, TENSORS_PER_TASK};
 use self::pattern::{Pattern, Template};
+pub(crate) use self::request::Buffer;
+pub use self::request::Request;
 pub(super) use self::rule::{AliasRule, Among, Owner, Pipeline, Placement, Rule};
 use self::rule::{Filter, ModuleRule, Scope};
 use super::cut::{Cut, Split};
@@ -45,6 +48,7 @@ use crate::extent::Rank;
 pub struct Rules {
     pub(super) rules: Vec<Rule>,
     pub(super) aliases: Vec<AliasRule>,
+    pub(super) requests: Vec<Request>,
     keep: Vec<Filter>,
     drop: Vec<Filter>,
     /// What floats of 16 bits and more are cast to whose rule does not say.
@@ -350,6 +354,7 @@ impl Rules {
             return Err(broken(rule, message.clone()));
         }
         self.rules.iter().try_for_each(Rule::check)?;
+        self.requests.iter().try_for_each(Request::check)?;
         self.casting.map_or(Ok(()), castable)?;
         self.quantization.check()?;
         if let Some(Pipeline { pattern, .. }) = &self.pipeline {
@@ -365,11 +370,6 @@ impl Rules {
             }
         }
         Ok(())
-    }
-
-    /// What all floats of 16 and 32 bits are cast to.
-    pub(super) fn casts_to(&self) -> Option<Dtype> {
-        self.casting
     }
 
     /// Whether a destination is loaded that goes by these names.

@@ -74,7 +74,7 @@ pub(in crate::plan) enum Placement {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::plan) enum Owner {
     All,
-    Only(Rank),
+    Only(Vec<Rank>),
     /// Those with this part of a division.
     Where(Coord, u32),
 }
@@ -127,7 +127,7 @@ impl Placement {
     }
 
     pub(super) fn only(rank: Rank) -> Placement {
-        Placement::Place { owner: Owner::Only(rank), expr: Expr::Source }
+        Placement::Place { owner: Owner::Only(vec![rank]), expr: Expr::Source }
     }
 }
 
@@ -137,10 +137,10 @@ impl Owner {
         let size = mesh.size();
         match self {
             Owner::All => Ok(true),
-            Owner::Only(owner) if owner.0 >= size => {
-                Err(broken("rank", "no such rank").with_expected(format!("a rank below {size}"), owner))
-            }
-            Owner::Only(owner) => Ok(*owner == rank),
+            Owner::Only(owners) => match owners.iter().find(|owner| owner.0 >= size) {
+                Some(owner) => Err(broken("rank", "no such rank").with_expected(format!("a rank below {size}"), owner)),
+                None => Ok(owners.contains(&rank)),
+            },
             Owner::Where(by, part) => match by.of(mesh, rank)? {
                 (_, n) if *part >= n => Err(no_part(n, *part)),
                 (i, _) => Ok(i == *part),
