@@ -102,9 +102,9 @@ fn a_request_that_does_not_fit_is_refused_when_it_is_planned() {
         (
             vec![tensor("a", "q").shape([8, 5])],
             "request",
-            "request `a`: its expression has another shape: expected [8, 5], found [8, 4]",
+            "request `a`: its expression has another shape: expected [8,5], found [8,4]",
         ),
-        (vec![qkv().shape([8, 4]).shape_on(Rank(1), [9, 4])], "request", "expected [9, 4], found [8, 4]"),
+        (vec![qkv().shape([8, 4]).shape_on(Rank(1), [9, 4])], "request", "expected [9,4], found [8,4]"),
         (
             vec![Request::new("a", Dtype::F16, Expr::Tensor("q".into()))],
             "request",
@@ -131,7 +131,7 @@ fn a_request_that_does_not_fit_is_refused_when_it_is_planned() {
         assert!(message.contains("an empty name") || error.tensor().is_some(), "{error}");
     }
     let error = refused(&checkpoint, &[qkv().shape([8, 4]).shape_on(Rank(1), [9, 4])]);
-    assert_eq!((error.rank(), error.tensor()), (Some(Rank(1)), Some("qkv")));
+    assert_eq!((error.at().rank, error.tensor()), (Some(Rank(1)), Some("qkv")));
 }
 
 #[test]
@@ -171,7 +171,7 @@ fn memory_that_does_not_fit_is_refused_before_anything_moves() {
         // SAFETY: what is given is refused.
         let error = unsafe { Loader::new().start_requests(&plan, &requests) }.unwrap_err();
         assert!(error.kind() == kind && error.to_string().contains(message), "{error}\n{message}");
-        assert!(error.tensor().is_some() && error.rank().is_some());
+        assert!(error.tensor().is_some() && error.at().rank.is_some());
     }
     buffer[0] = 1;
 }

@@ -169,7 +169,7 @@ fn a_renamed_model_is_named_as_documented() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), true);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let renaming = blocks(&page().0).into_iter().find(|example| example.contains("rename")).unwrap();
+    let renaming = blocks(&page().0).into_iter().find(|example| example.contains("rename = \"blocks")).unwrap();
     let plan = Plan::new(&checkpoint, &Rules::from_toml(&renaming).unwrap(), &World::host(1)).unwrap();
     for name in ["blocks.1.attention.wq", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"] {
         assert!(plan.params().iter().any(|param| param.name == name), "{name}");

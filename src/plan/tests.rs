@@ -317,7 +317,7 @@ fn layers_come_in_order() {
 #[test]
 fn a_plan_prints_itself() {
     let text = Plan::new(&two(), &rules(), &World::host(2)).unwrap().to_string();
-    assert!(text.contains("dp 1 pp 1 cp 1 tp 2 ep 1") && text.contains("268 B read"), "{text}");
+    assert!(text.contains("dp 1 pp 1 cp 1 tp 2 ep 1") && text.contains("268 B asked for"), "{text}");
 }
 
 /// Ranks of different releases compare digests: a change of this number is a change of the encoding's version.
