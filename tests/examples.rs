@@ -24,6 +24,13 @@ fn tensor_parallel() {
     assert!(text.contains("rank 3: "), "{text}");
 }
 
+#[test]
+fn fused_buffers() {
+    let text = run("04_fused_buffers");
+    assert!(text.contains("16 buffers are as they should be"), "{text}");
+    assert!(text.contains("19 tensors that no request names were not loaded: "), "{text}");
+}
+
 /// With the binary of the tests in place of a release build.
 #[test]
 fn demo_takes_a_path_that_is_relative_to_its_caller() {

@@ -24,7 +24,7 @@ fn every_documented_example_fits_a_model() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let world = World::host(1).with_mesh(Mesh { cp: 2, ..Mesh::tp(4) });
     let (grammar, _) = page();
-    assert_eq!(blocks(&grammar).len(), 13);
+    assert_eq!(blocks(&grammar).len(), 18);
     for example in blocks(&grammar) {
         plan(&checkpoint, &parsed(&example), &world, &example);
     }
@@ -38,7 +38,7 @@ fn every_documented_example_fits_a_model() {
 fn every_worked_file_means_its_expression() {
     let (_, worked) = page();
     let mut cases = worked::cases();
-    assert_eq!(cases.len(), 21);
+    assert_eq!(cases.len(), 26);
     for section in worked.split("\n### ").skip(1) {
         let (title, text) = section.split_once('\n').unwrap();
         let found = cases.iter().position(|case| case.title == title);
@@ -58,6 +58,29 @@ fn every_worked_file_means_its_expression() {
         assert_eq!(dest.shape.dims(), shape, "{title}");
     }
     assert!(cases.is_empty());
+}
+
+/// As the page says: GPTQ and AWQ differ in one word.
+#[test]
+fn a_quantised_layer_may_be_of_either_method() {
+    let folder = tempfile::tempdir().unwrap();
+    let model =
+        released::Llama { layers: 1, scheme: released::Scheme::Awq { group: 128 }, ..released::Llama::LLAMA_2_7B };
+    released::write(folder.path(), &model.model()).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let file = blocks(&page().1).into_iter().find(|example| example.contains("gptq")).unwrap();
+    let plan = plan(&checkpoint, &parsed(&file.replace("gptq", "awq")), &World::host(2), "awq");
+    for (name, shape) in [
+        ("down_proj.qweight", [5504, 512]),
+        ("down_proj.qzeros", [43, 512]),
+        ("up_proj.qweight", [4096, 688]),
+        ("up_proj.scales", [32, 5504]),
+    ] {
+        let name = format!("model.layers.0.mlp.{name}");
+        let param = plan.params().iter().position(|param| param.name == name).unwrap() as u32;
+        let dest = plan.rank(Rank(1)).dests.iter().find(|dest| dest.param == param).unwrap();
+        assert_eq!(dest.shape.dims(), shape, "{name}");
+    }
 }
 
 #[test]
@@ -146,7 +169,7 @@ fn a_renamed_model_is_named_as_documented() {
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), true);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let renaming = blocks(&page().0).into_iter().find(|example| example.contains("rename")).unwrap();
+    let renaming = blocks(&page().0).into_iter().find(|example| example.contains("rename = \"blocks")).unwrap();
     let plan = Plan::new(&checkpoint, &Rules::from_toml(&renaming).unwrap(), &World::host(1)).unwrap();
     for name in ["blocks.1.attention.wq", "embed_tokens.weight", "layers.0.mlp.up_proj.weight"] {
         assert!(plan.params().iter().any(|param| param.name == name), "{name}");

@@ -6,7 +6,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{FileId, Rank};
 use crate::pipeline::Device;
 use crate::place::{Destinations, Place};
-use crate::plan::{Dest, DeviceSpec, Plan};
+use crate::plan::{Buffer, Dest, DeviceSpec, Plan, Request};
 use crate::source::{Mapping, SourceFile};
 
 /// Memory of the caller for one destination.
@@ -20,6 +20,18 @@ pub struct CallerMemory {
     pub address: *mut u8,
     /// The size, which must be that of the destination.
     pub bytes: usize,
+}
+
+impl CallerMemory {
+    /// The memory that a request carries.
+    pub(super) fn of(request: &Request) -> impl Iterator<Item = CallerMemory> {
+        request.buffers().iter().map(|&Buffer { rank, address, bytes }| CallerMemory {
+            rank,
+            name: request.name().to_owned(),
+            address: std::ptr::with_exposed_provenance_mut(address),
+            bytes,
+        })
+    }
 }
 
 /// Refuses ranks whose memory cannot be a mapping of a file.
@@ -81,7 +93,7 @@ pub(super) type Lent = (usize, Rank, u32);
 /// Which destinations the caller's memory is for, one for each entry.
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`] and [`ErrorKind::Usage`] for memory that fits none.
+/// [`ErrorKind::NotFound`] and [`ErrorKind::Usage`] for memory that fits none, and that overlaps other of the same device.
 pub(super) fn destinations_of(plan: &Plan, memory: &[CallerMemory]) -> Result<Vec<Lent>> {
     let place = |CallerMemory { rank, name, address, bytes }: &CallerMemory| {
         let at = |error: Error| error.with_tensor(name).with_rank(*rank);
@@ -101,14 +113,47 @@ pub(super) fn destinations_of(plan: &Plan, memory: &[CallerMemory]) -> Result<Ve
                 .with_expected(format!("{} bytes", dest.bytes), format!("{bytes} bytes"))));
         }
         let alignment = params[param].dtype.alignment();
-        if matches!(plan.world().device(*rank), DeviceSpec::Cuda(_)) && !address.addr().is_multiple_of(alignment) {
-            // A kernel that stores there would cost the process its context.
+        if !address.addr().is_multiple_of(alignment) && *bytes > 0 {
+            // Whoever reads elements there has undefined behaviour, and a kernel that stores there costs the process its
+            // context.
             return Err(at(Error::new(ErrorKind::Usage, "the caller's memory does not start on an element")
                 .with_expected(format!("a multiple of {alignment}"), format!("{address:?}"))));
         }
         Ok((device, *rank, found as u32))
     };
-    memory.iter().map(place).collect()
+    let lent = memory.iter().map(place).collect::<Result<Vec<Lent>>>()?;
+    refuse_overlaps(plan, memory)?;
+    Ok(lent)
+}
+
+/// Refuses memory of which bytes are for two destinations, and two memories for one.
+fn refuse_overlaps(plan: &Plan, memory: &[CallerMemory]) -> Result<()> {
+    let space = |rank: Rank| match plan.world().device(rank) {
+        DeviceSpec::Cuda(ordinal) => Some(ordinal),
+        DeviceSpec::Host | DeviceSpec::HostStaged => None,
+    };
+    let overlap = |one: &CallerMemory, other: &CallerMemory, message: String| {
+        let error = Error::new(ErrorKind::Usage, message).with_tensor(&other.name).with_rank(other.rank);
+        Err(error
+            .with_expected(format!("not {:?} and {} bytes", one.address, one.bytes), format!("{:?}", other.address)))
+    };
+    let mut sorted: Vec<&CallerMemory> = memory.iter().collect();
+    sorted.sort_by(|a, b| (a.rank, &a.name).cmp(&(b.rank, &b.name)));
+    if let Some(&[one, other]) =
+        sorted.windows(2).find(|pair| (pair[0].rank, &pair[0].name) == (pair[1].rank, &pair[1].name))
+    {
+        return overlap(one, other, "the caller gives two memories for one destination".into());
+    }
+    sorted.retain(|entry| entry.bytes > 0);
+    sorted.sort_by_key(|entry| (space(entry.rank), entry.address.addr()));
+    match sorted.windows(2).find(|pair| {
+        space(pair[0].rank) == space(pair[1].rank) && pair[1].address.addr() - pair[0].address.addr() < pair[0].bytes
+    }) {
+        Some(&[one, other]) => {
+            overlap(one, other, format!("the caller's memory overlaps that of `{}` on rank {}", one.name, one.rank))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Replaces destinations by the caller's memory.

@@ -15,7 +15,7 @@ use crate::limits;
 use crate::observe::{Counters, Progress, Report, Totals};
 use crate::pipeline::{Device, Gpus, Job, Ring, Running, Setup, devices};
 use crate::place::{Destinations, Tensor, Weights};
-use crate::plan::{Plan, Rules, World};
+use crate::plan::{Plan, Request, Rules, World};
 #[cfg(target_os = "linux")]
 use crate::read::Uring;
 use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, choose, default_threads};
@@ -175,16 +175,15 @@ impl Loader {
     /// Starts a load in which these destinations are the caller's memory; the others are allocated as usual.
     ///
     /// # Errors
-    /// As [`start`](Loader::start); [`ErrorKind::NotFound`] and [`ErrorKind::Usage`] for memory that fits no
-    /// destination.
+    /// As [`start`](Loader::start); before anything moves [`ErrorKind::NotFound`] and [`ErrorKind::Usage`] for memory of
+    /// no destination, of another size than its destination, that does not start on an element, and that overlaps.
     ///
     /// # Safety
     /// For each entry, until the load, its weights and all their tensors are dropped; and for ever if its monitor's
     /// [`Progress::abandoned_bytes`] is not 0 after that, because what stalled may still write:
     /// - `address..address + bytes` is valid for reads and writes;
-    /// - it is memory of the rank's device: for a GPU an address there, on a multiple of the element's size;
-    /// - nobody else reads or writes it before its tensor is complete, nor writes it after;
-    /// - no two entries overlap.
+    /// - it is memory of the rank's device: for a GPU an address there;
+    /// - nobody else reads or writes it before its tensor is complete, nor writes it after.
     pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
         let started = Instant::now();
         if self.residency == Residency::Mapped {
@@ -207,6 +206,20 @@ impl Loader {
         destinations.share_aliases(plan);
         let setup = Setup { mapped, started, ..self.setup(plan, destinations, devices) };
         Ok(Load { plan: plan.clone(), running: Running::start(setup)? })
+    }
+
+    /// Starts a load of a plan with these [`Request`]s into the memory that they carry; destinations without any are
+    /// allocated as usual.
+    ///
+    /// # Errors
+    /// As [`start_into`](Loader::start_into).
+    ///
+    /// # Safety
+    /// That of [`start_into`](Loader::start_into), for all [memory](Request::memory) of the requests.
+    pub unsafe fn start_requests(&self, plan: &Plan, requests: &[Request]) -> Result<Load> {
+        let memory: Vec<CallerMemory> = requests.iter().flat_map(CallerMemory::of).collect();
+        // SAFETY: the same duties.
+        unsafe { self.start_into(plan, &memory) }
     }
 
     /// Loads and waits: [`start`](Loader::start) and [`finish`](Load::finish).

@@ -16,7 +16,7 @@ use super::extents::extents;
 use super::form::{Boxes, For, Form, Sources};
 use super::holders::{HolderMaker, Holders};
 use super::leaf::Leaf;
-use super::rules::{AliasRule, Matches, Placed, Rules, Stage, TENSORS_PER_TASK, Verdict};
+use super::rules::{AliasRule, Made, Matches, Origin, Placed, Request, Rules, Stage, TENSORS_PER_TASK};
 use super::uses::Uses;
 use super::world::World;
 use super::{BoxCopy, Dest, Inner, Param, Plan, RankPlan, ReadOrder};
@@ -37,15 +37,24 @@ impl Plan {
         Plan::with_order(checkpoint, rules, world, ReadOrder::default())
     }
 
+    /// Plans the load of an engine's own list of destinations, and of nothing else: tensors that no request names are
+    /// [skipped](Plan::skipped). [`Rules::submit`] adds requests to rules instead.
+    ///
+    /// # Errors
+    /// As [`Plan::new`], [`ErrorKind::Rules`] also for a tensor that is not there, a name that is requested twice, and
+    /// for a type and shape other than is asked for, with both.
+    pub fn of_requests(checkpoint: &Checkpoint, requests: &[Request], world: &World) -> Result<Plan> {
+        Plan::new(checkpoint, &Rules::of_requests(requests), world)
+    }
+
     /// [`Plan::new`] with another order of reads.
     pub fn with_order(checkpoint: &Checkpoint, rules: &Rules, world: &World, order: ReadOrder) -> Result<Plan> {
         world.check()?;
         let mesh = world.mesh();
-        let Matches { verdicts, placed, named } =
+        let Matches { placed, made } =
             debug_span!("match").in_scope(|| rules.matches(checkpoint, mesh)).map_err(|error| rules.located(error))?;
         let builder = Builder { tensors: checkpoint.tensors(), rules, placed: &placed, world };
-        let Params { params, declared, holders } =
-            debug_span!("rules").in_scope(|| builder.params(&verdicts, named))?;
+        let Params { params, declared, holders } = debug_span!("rules").in_scope(|| builder.params(made))?;
         let (ranks, uses) = debug_span!("partition").in_scope(|| -> Result<_> {
             let ranks: Vec<Result<RankPlan>> = (0..world.size())
                 .into_par_iter()
@@ -119,9 +128,9 @@ impl Plan {
 pub(super) struct Declared {
     /// Position of the parameter.
     pub(super) param: u32,
-    /// Position of the tensor that the rule matched.
-    pub(super) tensor: u32,
-    /// What the rule makes of it: a position in the list of all.
+    /// Position of the tensor that the rule matched; none of a request.
+    pub(super) tensor: Option<u32>,
+    /// What becomes of it: a position in the list of all.
     pub(super) placed: u32,
     /// The tensors that the expression names.
     pub(super) named: Box<[u32]>,
@@ -159,52 +168,53 @@ struct Builder<'a> {
 /// A destination before its position is known.
 struct Named<'a> {
     name: String,
-    made: Made<'a>,
+    what: What<'a>,
     /// The stages of an alias that has some of its own; those of others are their rules'.
     stage: Option<Stage>,
 }
 
 #[derive(Clone, Copy)]
-enum Made<'a> {
-    From { tensor: u32, placed: u32 },
+enum What<'a> {
+    /// A position in the list of what is made.
+    Made(u32),
     AliasOf(&'a str),
 }
 
 impl<'a> Builder<'a> {
     /// All parameters that filters leave.
-    fn params(&self, verdicts: &[Verdict], sources: Vec<(u32, Box<[u32]>)>) -> Result<Params> {
-        let named = self.named(verdicts).map_err(|error| self.rules.located(error))?;
+    fn params(&self, mut made: Vec<Made>) -> Result<Params> {
+        let named = self.named(&made).map_err(|error| self.rules.located(error))?;
         let tensors = self.tensors.iter().map(|tensor| tensor.name.as_str());
         self.rules.check_filters(tensors.chain(named.iter().map(|entry| entry.name.as_str())))?;
-        let named = self.wanted(named);
+        let named = self.wanted(named, &made);
 
         let mut params = Vec::with_capacity(named.len());
         let mut declared = Vec::with_capacity(named.len());
         let mut of = Vec::with_capacity(named.len());
         let mut holders = HolderMaker::new(self.rules, self.world.mesh()).map_err(|error| self.rules.located(error))?;
-        let scales = Scales::default();
-        let sources = |tensor: u32| {
-            let found = sources.binary_search_by_key(&tensor, |(matched, _)| *matched);
-            found.map_or(&[][..], |found| &sources[found].1)
-        };
-        for (param, entry) in (0..).zip(&named) {
-            let (tensor, placed, alias_of) = match entry.made {
-                Made::From { tensor, placed } => {
-                    let entry = Declared { param, tensor, placed, named: sources(tensor).into() };
-                    self.refuse_scaled(&entry, &scales)?;
-                    declared.push(entry);
-                    (tensor, placed, None)
-                }
-                Made::AliasOf(of) => match find(&named, of).map(|original| (original, named[original].made)) {
-                    Some((original, Made::From { tensor, placed })) => (tensor, placed, Some(original as u32)),
+        for entry in &named {
+            let (at, alias_of) = match entry.what {
+                What::Made(at) => (at as usize, None),
+                What::AliasOf(of) => match find(&named, of).map(|original| (original, named[original].what)) {
+                    Some((original, What::Made(at))) => (at as usize, Some(original as u32)),
                     _ => unreachable!("bug in shardlift: alias was checked"),
                 },
             };
-            of.push(self.holders(entry, tensor, placed, &mut holders)?);
-            let placed = &self.placed[placed as usize];
+            of.push(self.holders(entry, &made[at], &mut holders)?);
+            let Made { tensor, placed, named } = &made[at];
+            let placed = &self.placed[*placed as usize];
             let dtype = |tensor: u32| self.tensors[tensor as usize].dtype;
-            let (from, to) = self.rules.dtypes(placed, dtype(tensor), sources(tensor).first().copied().map(dtype));
+            let (from, to) = self.rules.dtypes(placed, tensor.map(dtype), named.first().copied().map(dtype));
+            self.rules.request(placed).map_or(Ok(()), |request| request.check_dtype(to))?;
             params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
+        }
+        let scales = Scales::default();
+        for (param, entry) in (0..).zip(&named) {
+            let What::Made(at) = entry.what else { continue };
+            let Made { tensor, placed, named } = &mut made[at as usize];
+            let entry = Declared { param, tensor: *tensor, placed: *placed, named: std::mem::take(named) };
+            self.refuse_scaled(&entry, &scales)?;
+            declared.push(entry);
         }
         let holders = ParamHolders { holders: holders.finish(), of };
         let param = |(Named { name, .. }, (dtype, cast, alias_of))| Param { name, dtype, cast, alias_of };
@@ -221,32 +231,31 @@ impl<'a> Builder<'a> {
     }
 
     /// The set of ranks that hold a destination.
-    fn holders(&self, entry: &Named<'a>, tensor: u32, placed: u32, maker: &mut HolderMaker<'_>) -> Result<u32> {
+    fn holders(&self, entry: &Named<'a>, made: &Made, maker: &mut HolderMaker<'_>) -> Result<u32> {
         if let Some(stage) = entry.stage {
             return maker.of_stage(stage);
         }
-        let (placed, name) = (&self.placed[placed as usize], self.tensors[tensor as usize].name.as_str());
-        maker.of_rule(placed.rule, name, placed.subject(name)).map_err(|error| {
-            let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(placed.rule)));
-            self.rules.located(if error.tensor().is_some() { error } else { error.with_tensor(name) })
-        })
+        let placed = &self.placed[made.placed as usize];
+        let set = match (placed.origin, made.tensor) {
+            (Origin::Rule { rule, .. }, Some(tensor)) => {
+                let name = self.tensors[tensor as usize].name.as_str();
+                maker.of_rule(rule, name, placed.subject(name))
+            }
+            (Origin::Rule { .. }, None) => unreachable!("bug in shardlift: a rule that matched nothing"),
+            (Origin::Request(at), _) => maker.of_owner(&self.rules.requests[at as usize].owner),
+        };
+        set.map_err(|error| self.located(error, placed, made.tensor))
     }
 
-    /// All destinations that the rules make, sorted by name; filters leave none out yet.
-    fn named(&self, verdicts: &[Verdict]) -> Result<Vec<Named<'a>>> {
-        let named: Vec<Result<Named<'a>>> = verdicts
-            .par_iter()
-            .enumerate()
-            .with_min_len(TENSORS_PER_TASK)
-            .filter_map(|(tensor, verdict)| match *verdict {
-                Verdict::Placed(placed) => {
-                    let made = Made::From { tensor: tensor as u32, placed };
-                    let name = self.rules.destination(&self.placed[placed as usize], &self.tensors[tensor].name);
-                    Some(name.map(|name| Named { name, made, stage: None }))
-                }
-                Verdict::Part | Verdict::Skipped => None,
-            })
-            .collect();
+    /// All destinations, sorted by name; filters leave none out yet.
+    fn named(&self, made: &[Made]) -> Result<Vec<Named<'a>>> {
+        let name = |(at, made): (usize, &Made)| {
+            let matched = made.tensor.map(|tensor| self.tensors[tensor as usize].name.as_str());
+            let name = self.rules.destination(&self.placed[made.placed as usize], matched)?;
+            Ok(Named { name, what: What::Made(at as u32), stage: None })
+        };
+        let named: Vec<Result<Named<'a>>> =
+            made.par_iter().enumerate().with_min_len(TENSORS_PER_TASK).map(name).collect();
         let mut named = named.into_iter().collect::<Result<Vec<_>>>()?;
         named.par_sort_unstable_by(|a, b| a.name.cmp(&b.name));
         let aliases: &'a [AliasRule] = &self.rules.aliases;
@@ -257,7 +266,7 @@ impl<'a> Builder<'a> {
         if !aliases.is_empty() {
             let alias = |AliasRule { name, of, stage }: &'a AliasRule| Named {
                 name: name.clone(),
-                made: Made::AliasOf(of),
+                what: What::AliasOf(of),
                 stage: *stage,
             };
             named.extend(aliases.iter().map(alias));
@@ -265,7 +274,8 @@ impl<'a> Builder<'a> {
         }
         match named.windows(2).find(|pair| pair[0].name == pair[1].name) {
             Some(twice) => {
-                let both = format!("{} and {} get one name", self.origin(&twice[0]), self.origin(&twice[1]));
+                let [one, other] = [0, 1].map(|at| self.origin(&twice[at], made));
+                let both = format!("{one} and {other} get one name");
                 Err(broken("rename-collision", both).with_tensor(twice[0].name.as_str()))
             }
             None => Ok(named),
@@ -274,34 +284,51 @@ impl<'a> Builder<'a> {
 
     /// Those that the filters leave. The first alias of an original that is left out holds the bytes instead, and is the
     /// original of the others.
-    fn wanted(&self, named: Vec<Named<'a>>) -> Vec<Named<'a>> {
-        let wants = |Named { name, made, .. }: &Named<'a>| match *made {
-            Made::From { tensor, .. } => self.rules.wants(&[name, &self.tensors[tensor as usize].name]),
-            Made::AliasOf(_) => self.rules.wants(&[name]),
+    fn wanted(&self, named: Vec<Named<'a>>, made: &[Made]) -> Vec<Named<'a>> {
+        let wants = |Named { name, what, .. }: &Named<'a>| match *what {
+            What::Made(at) => match made[at as usize].tensor {
+                Some(tensor) => self.rules.wants(&[name, &self.tensors[tensor as usize].name]),
+                None => self.rules.wants(&[name]),
+            },
+            What::AliasOf(_) => self.rules.wants(&[name]),
         };
         let wanted: Vec<bool> = named.iter().map(wants).collect();
         let is_left = |name: &str| find(&named, name).is_some_and(|at| wanted[at]);
-        let made = |entry: &Named<'a>| match entry.made {
-            Made::AliasOf(of) if !is_left(of) => {
+        let what = |entry: &Named<'a>| match entry.what {
+            What::AliasOf(of) if !is_left(of) => {
                 let heir = self.rules.aliases.iter().find(|alias| alias.of == of && is_left(&alias.name));
                 match heir {
-                    Some(heir) if heir.name != entry.name => Made::AliasOf(&heir.name),
-                    _ => find(&named, of).map_or(entry.made, |original| named[original].made),
+                    Some(heir) if heir.name != entry.name => What::AliasOf(&heir.name),
+                    _ => find(&named, of).map_or(entry.what, |original| named[original].what),
                 }
             }
-            made => made,
+            what => what,
         };
-        let made: Vec<Made<'a>> = named.iter().map(made).collect();
-        let left = named.into_iter().zip(made).zip(wanted).filter(|(_, wanted)| *wanted);
-        left.map(|((entry, made), _)| Named { made, ..entry }).collect()
+        let what: Vec<What<'a>> = named.iter().map(what).collect();
+        let left = named.into_iter().zip(what).zip(wanted).filter(|(_, wanted)| *wanted);
+        left.map(|((entry, what), _)| Named { what, ..entry }).collect()
     }
 
     /// What a destination comes from, for errors.
-    fn origin(&self, Named { made, .. }: &Named<'a>) -> String {
-        match *made {
-            Made::From { tensor, .. } => format!("tensor `{}`", self.tensors[tensor as usize].name),
-            Made::AliasOf(of) => format!("an alias of `{of}`"),
+    fn origin(&self, Named { what, .. }: &Named<'a>, made: &[Made]) -> String {
+        match *what {
+            What::Made(at) => match made[at as usize] {
+                Made { tensor: Some(tensor), .. } => format!("tensor `{}`", self.tensors[tensor as usize].name),
+                Made { placed, .. } => {
+                    let (who, name) = self.rules.said_by(&self.placed[placed as usize]);
+                    format!("{who} `{name}`")
+                }
+            },
+            What::AliasOf(of) => format!("an alias of `{of}`"),
         }
+    }
+
+    /// Names rule or request, and the tensor, in an error.
+    fn located(&self, error: Error, placed: &Placed, tensor: Option<u32>) -> Error {
+        let (who, name) = self.rules.said_by(placed);
+        let error = error.in_context(format_args!("{who} `{name}`"));
+        let about = tensor.map_or(name, |tensor| &self.tensors[tensor as usize].name);
+        self.rules.located(if error.tensor().is_some() { error } else { error.with_tensor(about) })
     }
 
     /// What the rules declare of each tensor, sorted by tensor.
@@ -326,11 +353,11 @@ impl<'a> Builder<'a> {
         if count == 0 {
             return Ok(());
         }
-        if let Some(parts) = self.parts_of_whole(entry)? {
+        if let Some((tensor, parts)) = self.parts_of_whole(entry)? {
             let times = Times { are: 0, should: (u64::from(count) / parts).max(1) };
-            let run = self.tensors[entry.tensor as usize].bytes();
+            let run = self.tensors[tensor as usize].bytes();
             let bytes = Strided { start: 0, loops: SmallVec::new(), run, times };
-            into.extend((run > 0).then_some(Wanted { tensor: entry.tensor, bytes, partial: false }));
+            into.extend((run > 0).then_some(Wanted { tensor, bytes, partial: false }));
             return Ok(());
         }
         if self.expr(entry).takes_of_parts() {
@@ -342,18 +369,22 @@ impl<'a> Builder<'a> {
         self.wanted_by(entry, For::All(mesh), count.into(), partial, into)
     }
 
-    /// How many parts there are of a matched tensor that the ranks have whole, or divided once: most are one of these,
-    /// and need no form to say so.
-    fn parts_of_whole(&self, entry: &Declared) -> Result<Option<u64>> {
+    /// The tensor that the ranks have whole, or divided once, and how many parts there are of it: most destinations are of
+    /// one, and need no form to say so.
+    fn parts_of_whole(&self, entry: &Declared) -> Result<Option<(u32, u64)>> {
+        let whole = |expr: &Expr| match expr {
+            Expr::Source => entry.tensor,
+            Expr::Tensor(_) => entry.named.first().copied(),
+            _ => None,
+        };
         Ok(match self.expr(entry) {
-            Expr::Source => Some(1),
-            Expr::Shard { x, dim, cut } if matches!(**x, Expr::Source) && !matches!(cut.how, Split::Table(_)) => {
-                match self.tensors[entry.tensor as usize].shape.get(*dim) {
-                    Some(&size) => Some(cut.part(size, self.world.mesh(), Rank(0))?.1),
+            Expr::Shard { x, dim, cut } if !matches!(cut.how, Split::Table(_)) => {
+                match whole(x).and_then(|tensor| Some((tensor, *self.tensors[tensor as usize].shape.get(*dim)?))) {
+                    Some((tensor, size)) => Some((tensor, cut.part(size, self.world.mesh(), Rank(0))?.1)),
                     None => None,
                 }
             }
-            _ => None,
+            expr => whole(expr).map(|tensor| (tensor, 1)),
         })
     }
 
@@ -383,7 +414,7 @@ impl<'a> Builder<'a> {
     /// Refuses the cast of an F8 that another tensor scales: without its scale it would be another number.
     fn refuse_scaled(&self, entry: &Declared, scales: &Scales<'a>) -> Result<()> {
         let placed = &self.placed[entry.placed as usize];
-        for &tensor in entry.named.iter().chain([&entry.tensor]) {
+        for &tensor in entry.named.iter().chain(&entry.tensor) {
             let TensorMeta { name, dtype, .. } = &self.tensors[tensor as usize];
             let Some(to) =
                 self.rules.cast_to(placed, *dtype).filter(|_| matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2))
@@ -391,8 +422,8 @@ impl<'a> Builder<'a> {
                 continue;
             };
             let Some(scale) = scales.of(name, self.tensors) else { continue };
-            let what =
-                format!("rule `{}`: {dtype} that is scaled is not cast to {to}", self.rules.pattern(placed.rule));
+            let (who, said) = self.rules.said_by(placed);
+            let what = format!("{who} `{said}`: {dtype} that is scaled is not cast to {to}");
             let error = broken("cast", what).with_expected("no tensor of its scale", format!("`{scale}`"));
             return Err(self.rules.located(error.with_tensor(name.as_str())));
         }
@@ -419,6 +450,9 @@ impl<'a> Builder<'a> {
             }
             let placed = |error| self.place(error, entry, rank);
             let form = self.form(entry, For::Rank(self.world.mesh(), rank)).map_err(placed)?;
+            if let Some(request) = self.rules.request(&self.placed[entry.placed as usize]) {
+                request.check_shape(rank, &form.shape())?;
+            }
             let (first, first_fill) = (pieces.len() as u32, fills.len() as u32);
             let mut bytes = 0;
             if alias_of.is_none() {
@@ -437,7 +471,7 @@ impl<'a> Builder<'a> {
     }
 
     fn form(&self, entry: &Declared, whom: For) -> Result<Form> {
-        let casting = self.rules.casts_to();
+        let casting = self.rules.casting_of(&self.placed[entry.placed as usize]);
         let sources = Sources { tensors: self.tensors, matched: entry.tensor, named: &entry.named, casting };
         Form::of(self.expr(entry), &sources, whom)
     }
@@ -448,15 +482,11 @@ impl<'a> Builder<'a> {
 
     /// Names rule and tensor in an error about a rank's part, and the rank unless all ranks have such an error.
     fn place(&self, error: Error, entry: &Declared, rank: Rank) -> Error {
-        let meta = &self.tensors[entry.tensor as usize];
         let fails = |rank| {
             let form = self.form(entry, For::Rank(self.world.mesh(), Rank(rank)));
             form.and_then(|form| form.lower(self.tensors, &mut Vec::new(), &mut Vec::new())).is_err()
         };
-        let rule = self.placed[entry.placed as usize].rule;
-        let error = error.in_context(format_args!("rule `{}`", self.rules.pattern(rule)));
-        let error = if error.tensor().is_some() { error } else { error.with_tensor(meta.name.as_str()) };
-        let error = self.rules.located(error);
+        let error = self.located(error, &self.placed[entry.placed as usize], entry.tensor);
         if (0..self.world.size()).all(fails) { error } else { error.with_rank(rank) }
     }
 }

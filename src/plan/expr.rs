@@ -244,6 +244,19 @@ impl Expr {
         self.inner().first().map_or(self, Expr::first)
     }
 
+    /// How many tensors and values it is put together of.
+    pub(super) fn parts(&self) -> u64 {
+        match self.inner() {
+            [] => 1,
+            inner => inner.iter().map(Expr::parts).sum(),
+        }
+    }
+
+    /// Whether the tensor that a rule matched is a part of it.
+    pub(super) fn has_source(&self) -> bool {
+        matches!(self, Expr::Source) || self.inner().iter().any(Expr::has_source)
+    }
+
     /// How many tensors it names.
     pub(super) fn names(&self) -> usize {
         match self {

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use smallvec::SmallVec;
 
-use super::rules::{Pipeline, Rule, Rules, Stage};
+use super::rules::{Owner, Pipeline, Rule, Rules, Stage};
 use super::world::{Ax, Mesh};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -115,6 +115,14 @@ impl<'a> HolderMaker<'a> {
         self.set(Key { rule: None, stages, number: None })
     }
 
+    /// The ranks of an owner, whatever their stage.
+    pub(super) fn of_owner(&mut self, owner: &Owner) -> Result<u32> {
+        if *owner == Owner::All {
+            return self.of_stage(Stage::All);
+        }
+        self.add(|maker, rank| owner.has(maker.mesh, rank))
+    }
+
     fn on(&self, stage: Stage) -> On {
         match stage {
             Stage::First => On::One(0),
@@ -128,17 +136,23 @@ impl<'a> HolderMaker<'a> {
         if let Some(&set) = self.known.get(&key) {
             return Ok(set);
         }
+        let at = self.add(|maker, rank| maker.holds(&key, rank))?;
+        self.known.insert(key, at);
+        Ok(at)
+    }
+
+    /// A set of the ranks that are in it.
+    fn add(&mut self, has: impl Fn(&Self, Rank) -> Result<bool>) -> Result<u32> {
         let size = self.mesh.size();
         let mut set = Set { bits: SmallVec::from_elem(0, (size as usize).div_ceil(64)), count: 0 };
         for rank in (0..size).map(Rank) {
-            if self.holds(&key, rank)? {
+            if has(self, rank)? {
                 set.bits[rank.index() / 64] |= 1 << (rank.0 % 64);
                 set.count += 1;
             }
         }
         let at = self.holders.sets.len() as u32;
         self.holders.sets.push(set);
-        self.known.insert(key, at);
         Ok(at)
     }
 

@@ -55,7 +55,8 @@ pub use multiplicity::Multiplicity;
 pub use quant::{Orientation, Packed, Quantization};
 pub(crate) use reads::{Cursor, Cutting, Piece, ReadOp, Reads};
 pub use report::{ClassReport, PlanReport};
-pub use rules::{Rules, ShardRule, Stage};
+pub(crate) use rules::Buffer;
+pub use rules::{Request, Rules, ShardRule, Stage};
 pub use stages::StageSplit;
 pub use world::{Ax, Coord, DeviceSpec, Mesh, MeshOrder, Processes, World};
 

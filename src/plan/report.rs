@@ -33,6 +33,8 @@ pub struct PlanReport {
     pub peak_staging_bytes: u64,
     /// Bytes of the destinations of the rank of this process that has most.
     pub most_landed_bytes: u64,
+    /// Bytes of the tensors that no destination is made of, on whatever rank.
+    pub skipped_bytes: u64,
     /// What the reads cost, in bytes that storage could have moved instead: a piece costs at least
     /// [`READ_COST`](crate::limits::READ_COST).
     pub cost_bytes: u64,
@@ -91,6 +93,7 @@ impl Plan {
         report.peak_staging_bytes = slots.min(STAGING as u64);
         let landed = self.world().driven().iter().map(|&rank| self.bytes_on(rank));
         report.most_landed_bytes = landed.max().unwrap_or(0);
+        report.skipped_bytes = self.skipped().1;
         report
     }
 
@@ -133,6 +136,18 @@ impl Plan {
             union(meta, uses.of(tensor).iter().map(|of| self.copy(of).source(meta.start)).collect())
         };
         (0..).zip(tensors).map(needed).sum()
+    }
+
+    /// Tensors that no destination is made of, and their bytes: rules and filters leave them out, or no request names
+    /// them.
+    pub fn skipped(&self) -> (usize, u64) {
+        let Inner { checkpoint, declared, .. } = &*self.inner;
+        let mut is_used = vec![false; checkpoint.tensors().len()];
+        for entry in declared {
+            entry.named.iter().chain(&entry.tensor).for_each(|&tensor| is_used[tensor as usize] = true);
+        }
+        let skipped = checkpoint.tensors().iter().zip(is_used).filter(|(_, used)| !used);
+        skipped.fold((0, 0), |(count, bytes), (tensor, _)| (count + 1, bytes + tensor.bytes()))
     }
 
     /// Bytes that this process reads from storage, before any padding that an engine adds.

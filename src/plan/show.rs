@@ -8,17 +8,13 @@ use super::{BoxCopy, BoxFill, Inner, Plan, ReadOrder};
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Inner { checkpoint, world, params, declared, ranks, order, digest, .. } = &*self.inner;
+        let Inner { checkpoint, world, params, ranks, order, digest, .. } = &*self.inner;
         writeln!(f, "plan {digest:016x}: {} over {} ranks", checkpoint.path().display(), ranks.len())?;
         writeln!(f, "  mesh        {}", world.mesh())?;
         let aliases = params.iter().filter(|param| param.alias_of.is_some()).count();
-        let mut is_used = vec![false; checkpoint.tensors().len()];
-        for entry in declared {
-            entry.named.iter().chain([&entry.tensor]).for_each(|&tensor| is_used[tensor as usize] = true);
-        }
-        let skipped = match is_used.iter().filter(|used| !**used).count() {
-            0 => String::new(),
-            skipped => format!(", {skipped} of them skipped"),
+        let skipped = match self.skipped() {
+            (0, _) => String::new(),
+            (skipped, bytes) => format!(", {skipped} of them skipped ({})", Size(bytes)),
         };
         writeln!(
             f,

@@ -359,3 +359,15 @@ fn large_checkpoints_plan() {
     assert_eq!(plan.ranks().len() * plan.params().len(), 8 * 93_696);
     assert_eq!(plan.storage_bytes(), checkpoint.bytes());
 }
+
+/// A few lines of rules cannot ask for hours of work.
+#[test]
+fn parts_of_destinations_are_bounded() {
+    let names: Vec<String> = (0..=crate::limits::PARTS_MAX >> 20).map(|at| format!("w.{at}")).collect();
+    let tensors: Vec<(&str, Dtype, &[u64])> = names.iter().map(|name| (name.as_str(), Dtype::U8, &[1][..])).collect();
+    let parts = vec![Expr::Source; 1 << 20];
+    let rules = Rules::new().place("w.*", Expr::Stack { parts });
+    let error = refused(&checkpoint(&tensors, None), &rules, &World::host(1));
+    assert_eq!((error.rule(), error.expected()), (Some("parts"), Some("at most 4194304 of all rules")));
+    assert!(error.message().starts_with("rule `w.*`: "), "{error}");
+}

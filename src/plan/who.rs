@@ -5,7 +5,7 @@ use std::fmt::Write;
 
 use super::cut::Cut;
 use super::expr::Expr;
-use super::rules::Rule;
+use super::rules::{Origin, Rule};
 use super::world::{Ax, Mesh};
 use super::{Inner, Plan};
 use crate::checkpoint::TensorMeta;
@@ -42,8 +42,10 @@ impl<'a> Who<'a> {
         }
         let mut of: Vec<Belongs<'_>> = params.iter().map(|_| Belongs::default()).collect();
         for entry in declared {
-            let (placed, tensor) = (&placed[entry.placed as usize], &checkpoint.tensors()[entry.tensor as usize]);
-            let rule: &Rule = &rules.rules[placed.rule as usize];
+            let placed = &placed[entry.placed as usize];
+            // What an engine asks for itself is of no layer.
+            let (Origin::Rule { rule, .. }, Some(tensor)) = (placed.origin, entry.tensor) else { continue };
+            let (rule, tensor): (&Rule, _) = (&rules.rules[rule as usize], &checkpoint.tensors()[tensor as usize]);
             let one = rule.among.as_ref().and_then(|among| rule.number(among, placed.subject(&tensor.name)).ok());
             let layer = rules.pipeline.as_ref().and_then(|pipeline| pipeline.layer(&tensor.name).ok().flatten());
             let experts = one.map(Experts::One).or_else(|| expert_cut(&placed.expr, tensor));

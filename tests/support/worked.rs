@@ -1,9 +1,9 @@
 //! The worked files of `docs/rules.md` as expressions: for each the model that it is about, a mesh, and the same rules.
 
 use shardlift::Rules;
-use shardlift::plan::{Ax, Coord, Cut, Expr, Fill, Mesh, ShardRule, Split};
+use shardlift::plan::{Ax, Coord, Cut, Expr, Fill, Mesh, Packed, Quantization, ShardRule, Split, Stage, StageSplit};
 
-use crate::released::{Bloom, Experts, Falcon, Gpt2, GptNeox, GptOss, Llama, Llama4, Model, Phi3, Scheme};
+use crate::released::{Bloom, DeepSeek, Experts, Falcon, Gpt2, GptNeox, GptOss, Llama, Llama4, Model, Phi3, Scheme};
 
 pub(crate) struct Case {
     /// The heading.
@@ -186,7 +186,83 @@ pub(crate) fn cases() -> Vec<Case> {
             "model.layers.1.self_attn.k_proj.weight",
             &[1, 2, 64, 4096],
         ),
+        case(
+            "A quantised layer",
+            Llama {
+                layers: 2,
+                scheme: Scheme::Gptq { group: 128, act_order: false, bias: false },
+                ..Llama::LLAMA_2_7B
+            }
+            .model(),
+            Mesh::tp(2),
+            gptq(),
+            "model.layers.1.mlp.down_proj.qzeros",
+            &[43, 512],
+        ),
+        case(
+            "Two projections merged with their blocks",
+            DeepSeek { layers: 1, mtp_layers: 0, ..DeepSeek::V3 }.model(),
+            Mesh::tp(8),
+            Rules::new()
+                .module("**.q_a_proj", concat(0, vec![x(), tensor("{1}.kv_a_proj_with_mqa")]))
+                .rename("{1}.fused_qkv_a_proj")
+                .module_part("**.kv_a_proj_with_mqa"),
+            "model.layers.0.self_attn.fused_qkv_a_proj.weight_scale_inv",
+            &[17, 56],
+        ),
+        case(
+            "Experts in blocks",
+            GptOss { layers: 1, ..GptOss::GPT_OSS_20B }.model(),
+            Mesh::tp(4),
+            blocks_of_experts(),
+            "model.layers.0.mlp.experts.down_proj_weight",
+            &[32, 2880, 21, 16],
+        ),
+        case(
+            "Pipeline stages with tied embeddings",
+            Llama::QWEN_2_5_0_5B.model(),
+            Mesh { pp: 5, ..Mesh::tp(2) },
+            Rules::new()
+                .shard("model.embed_tokens.weight", 0)
+                .stage(Stage::Ends)
+                .replicate("model.norm.weight")
+                .stage(Stage::Last)
+                .alias_on(Stage::Last, "lm_head.weight", "model.embed_tokens.weight")
+                .pipeline("model.layers.*.**", 24, StageSplit::Vllm),
+            "lm_head.weight",
+            &[75_968, 896],
+        ),
+        case(
+            "Experts by rank, one by one",
+            mixtral(),
+            ep(4),
+            Rules::new().replicate("**.experts.*.*.weight").among(2, 8, cut(Coord::Axis(Ax::Ep), Split::Even, 1)),
+            "model.layers.0.block_sparse_moe.experts.7.w2.weight",
+            &[4096, 14_336],
+        ),
     ]
+}
+
+fn gptq() -> Rules {
+    let mut quantization = Quantization::default();
+    (quantization.packed, quantization.group) = (Some(Packed::Gptq), Some(128));
+    Rules::new()
+        .module("**.{q,k,v}_proj", ShardRule::dim(0).unit(128).expr())
+        .module("**.{gate,up}_proj", shard(x(), 0))
+        .module("**.{o,down}_proj", shard(x(), 1))
+        .quantization(quantization)
+}
+
+fn blocks_of_experts() -> Rules {
+    let by = || Coord::Axis(Ax::Tp);
+    Rules::new()
+        .module("**.experts.gate_up_proj", shard_by(x(), 1, cut(by(), Split::Ceil, 64)))
+        .suffix("_blocks", "_weight")
+        .suffix("_scales", "_weight_scale")
+        .module("**.experts.down_proj", shard_by(x(), 2, cut(by(), Split::Ceil, 1)))
+        .bias_on(by(), 0, Fill::Zero)
+        .suffix("_blocks", "_weight")
+        .suffix("_scales", "_weight_scale")
 }
 
 fn columns_and_rows() -> Rules {

@@ -9,7 +9,7 @@ use std::fmt::Display;
 use self::words::{Lines, group_lines, indices, numbers, value};
 use super::audit::pieces;
 use super::build::Declared;
-use super::expr::{Expr, list};
+use super::expr::list;
 use super::form::BoxOf;
 use super::leaf::Leaf;
 use super::report::{ClassReport, Size};
@@ -30,7 +30,7 @@ impl Plan {
     pub fn explain(&self, name: &str) -> Result<String> {
         let Inner { checkpoint, params, declared, .. } = &*self.inner;
         let tensor = checkpoint.position(name).map(|position| position as u32);
-        let own = |tensor: u32| declared.iter().find(|entry| entry.tensor == tensor).map(|entry| entry.param);
+        let own = |tensor: u32| declared.iter().find(|entry| entry.tensor == Some(tensor)).map(|entry| entry.param);
         let param = match params.binary_search_by(|param| param.name.as_str().cmp(name)) {
             Ok(param) => Some(param as u32),
             Err(_) => tensor.and_then(own),
@@ -70,8 +70,9 @@ impl Plan {
         for alias in aliases.take(SOURCES) {
             lines.add("alias", format!("{} shares its memory", OneLine(&alias.name)));
         }
-        let Placed { rule, expr, .. } = self.placed_of(entry);
-        lines.add_some("rule", format!("`{}`: {}", OneLine(rules.pattern(*rule)), OneLine(expr.to_string())));
+        let placed = self.placed_of(entry);
+        let (what, name) = rules.said_by(placed);
+        lines.add_some(what, format!("`{}`: {}", OneLine(name), OneLine(placed.expr.to_string())));
         if let Some(Cast { from, to }) = params[param as usize].cast {
             lines.add("cast", format!("cast from {from} to {to}"));
         }
@@ -245,9 +246,9 @@ impl Plan {
         lines.add("in", self.source_words(tensor));
         for entry in parts.iter().take(SOURCES) {
             lines.add("part of", OneLine(&params[entry.param as usize].name).to_string());
-            let Placed { rule, expr, .. } = self.placed_of(entry);
-            let pattern = self.inner.rules.pattern(*rule);
-            lines.add_some("by rule", format!("`{}`: {}", OneLine(pattern), OneLine(expr.to_string())));
+            let placed = self.placed_of(entry);
+            let (what, name) = self.inner.rules.said_by(placed);
+            lines.add_some(what, format!("`{}`: {}", OneLine(name), OneLine(placed.expr.to_string())));
         }
         if parts.len() > SOURCES {
             lines.add("", format!("and of {} more destinations", parts.len() - SOURCES));
@@ -271,7 +272,7 @@ impl Plan {
 
     /// The tensors that a destination is made of.
     fn sources_of(&self, entry: &Declared) -> Vec<u32> {
-        let matched = takes_source(&self.placed_of(entry).expr).then_some(entry.tensor);
+        let matched = entry.tensor.filter(|_| self.placed_of(entry).expr.has_source());
         let mut sources: Vec<u32> = matched.into_iter().chain(entry.named.iter().copied()).collect();
         let mut seen = std::collections::HashSet::new();
         sources.retain(|source| seen.insert(*source));
@@ -280,7 +281,7 @@ impl Plan {
 
     /// Whether a destination is made of this tensor, too.
     fn takes(&self, entry: &Declared, tensor: u32) -> bool {
-        entry.named.contains(&tensor) || entry.tensor == tensor && takes_source(&self.placed_of(entry).expr)
+        entry.named.contains(&tensor) || entry.tensor == Some(tensor) && self.placed_of(entry).expr.has_source()
     }
 
     fn placed_of(&self, entry: &Declared) -> &Placed {
@@ -310,11 +311,6 @@ impl super::RankPlan {
     fn dest_of(&self, param: u32) -> Option<usize> {
         self.dests.binary_search_by_key(&param, |dest| dest.param).ok()
     }
-}
-
-/// Whether the matched tensor is a part of it.
-fn takes_source(expr: &Expr) -> bool {
-    matches!(expr, Expr::Source) || expr.inner().iter().any(takes_source)
 }
 
 fn counted(count: u64, what: impl Display) -> String {

@@ -166,7 +166,9 @@ fn a_stored_head_of_tied_weights_is_skipped() {
         };
         let tied = plan(&stored, config(json!(true)), 1).unwrap();
         assert_eq!(heads(&tied, &[HEAD]), [alias(EMBEDDING)]);
-        assert!(tied.to_string().contains("14 tensors, 2 of them skipped; 13 destinations, 1 of them aliases"));
+        assert!(
+            tied.to_string().contains("14 tensors, 2 of them skipped (12.8 kB); 13 destinations, 1 of them aliases")
+        );
         // Neither read nor needed.
         assert_eq!(tied.storage_bytes(), tied.checkpoint().bytes() - 100 * 64 * 2 - 4 * 2);
         assert!(tied.explain(HEAD).unwrap().contains("the checkpoint's tensor of this name is skipped"));

@@ -24,7 +24,10 @@ pub(super) struct Maker<'a> {
 impl Maker<'_> {
     pub(super) fn make(&mut self, expr: &Expr) -> Result<Form> {
         match expr {
-            Expr::Source => self.source(self.sources.matched),
+            Expr::Source => {
+                let matched = self.sources.matched.expect("bug in shardlift: nothing was matched");
+                self.source(matched)
+            }
             Expr::Tensor(_) => {
                 let named = self.sources.named[self.next];
                 self.next += 1;

@@ -76,8 +76,8 @@ pub(super) enum For {
 pub(super) struct Sources<'a> {
     /// The checkpoint's tensors.
     pub(super) tensors: &'a [TensorMeta],
-    /// The tensor that the rule matched.
-    pub(super) matched: u32,
+    /// The tensor that the rule matched; a request has none, and its expression none of it.
+    pub(super) matched: Option<u32>,
     /// The tensors that the expression names, in the order in which it does.
     pub(super) named: &'a [u32],
     /// What floats of 16 and 32 bits are cast to where the expression says nothing.

@@ -18,7 +18,7 @@ fn meta(dtype: Dtype, dims: &[u64]) -> TensorMeta {
 
 fn of(expr: &Expr, dtype: Dtype, dims: &[u64], mesh: Mesh, rank: u32) -> Result<Form> {
     let tensors = [meta(dtype, dims)];
-    let sources = Sources { tensors: &tensors, matched: 0, named: &[], casting: None };
+    let sources = Sources { tensors: &tensors, matched: Some(0), named: &[], casting: None };
     Form::of(expr, &sources, For::Rank(mesh, Rank(rank)))
 }
 
@@ -386,7 +386,7 @@ proptest! {
             meta
         }).collect();
         let named: Vec<u32> = (1..shapes.len() as u32).collect();
-        let sources = Sources { tensors: &tensors, matched: 0, named: &named, casting: None };
+        let sources = Sources { tensors: &tensors, matched: Some(0), named: &named, casting: None };
         let mesh = Mesh::tp(n);
         let made = Form::of(&expr, &sources, For::Rank(mesh, Rank(rank)));
         let form = match made {

@@ -28,6 +28,20 @@ pub(in crate::plan) fn derive(expr: &Expr, suffix: &str, parts: &Parts<'_>) -> R
     Deriver { suffix, parts }.derive(expr).map(|derived| derived.expr)
 }
 
+/// Refuses what nothing says of a module's other tensors.
+pub(in crate::plan) fn check_derivable(expr: &Expr) -> Result<()> {
+    let what = match expr {
+        Expr::View { .. } => "view",
+        Expr::Merge { .. } => "merge",
+        Expr::Permute { .. } => "permute",
+        Expr::Repeat { .. } => "repeat",
+        Expr::Const { .. } => "const",
+        _ => return expr.inner().iter().try_for_each(check_derivable),
+    };
+    Err(broken("module", "a rule of modules does not say what becomes of scales")
+        .with_expected("shard, slice, pad, on, cast, concat or stack", what))
+}
+
 /// The size of smaller FP8 blocks that no cut of the expression falls inside, if one falls inside the blocks as they are
 /// (vLLM's rule: what divides the block's sides, the part that each rank gets, and the side that is not cut).
 pub(in crate::plan) fn refined(expr: &Expr, parts: &Parts<'_>) -> Result<Option<u64>> {
@@ -121,10 +135,7 @@ impl Deriver<'_> {
             | Expr::Permute { .. }
             | Expr::Repeat { .. }
             | Expr::Const { .. }
-            | Expr::Select { .. } => {
-                Err(broken("module", "a rule of modules has no view, merge, permute, repeat, const or lone select")
-                    .with_expected("shard, slice, pad, on, cast, concat or stack", "one of them"))
-            }
+            | Expr::Select { .. } => unreachable!("bug in shardlift: an expression of modules was checked"),
         }
     }
 

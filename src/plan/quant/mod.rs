@@ -9,8 +9,9 @@ mod tests;
 use smallvec::SmallVec;
 
 use super::cut::lcm;
+use crate::error::{Error, ErrorKind, Result};
 
-pub(super) use derive::{Parts, derive, refined};
+pub(super) use derive::{Parts, check_derivable, derive, refined};
 pub(super) use recognise::{Known, SUFFIXES, recognise};
 
 /// What a model's `quantization_config` says that its headers do not.
@@ -45,6 +46,25 @@ pub enum Packed {
 impl Default for Quantization {
     fn default() -> Quantization {
         Quantization { packed: None, bits: 4, group: None, act_order: false, block: [128, 128], refine: false }
+    }
+}
+
+impl Quantization {
+    /// Refuses sizes that no layout has.
+    pub(super) fn check(&self) -> Result<()> {
+        let wrong = |what: &str, expected: &str, found: String| {
+            Err(Error::new(ErrorKind::Rules, what).with_rule("quantization").with_expected(expected, found))
+        };
+        match *self {
+            Quantization { bits, .. } if !(1..=32).contains(&bits) => {
+                wrong("packed values have no such size", "1 to 32 bits", bits.to_string())
+            }
+            Quantization { block, .. } if block.contains(&0) => {
+                wrong("blocks have no such sides", "1 or more each", format!("{block:?}"))
+            }
+            Quantization { group: Some(0), .. } => wrong("groups have no such size", "1 or more", "0".into()),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -172,7 +172,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
     /// GPTQ and AWQ: `qweight`, `qzeros`, `scales`, `g_idx`.
     fn packed_words(&self, weight: &TensorMeta) -> Result<Linear> {
         let packed = self.known.quantization.packed;
-        let (values, words) = self.word()?;
+        let (values, words) = self.word();
         let [rows, columns] = two(weight)?;
         let Some(packed) = packed else {
             return Err(wrong("nothing says which method packed this", weight).with_expected("gptq or awq", "neither"));
@@ -202,14 +202,16 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
 
     /// compressed-tensors: INT4 and INT8 in words, or two FP4 to a byte.
     fn weight_packed(&self, weight: &TensorMeta) -> Result<Linear> {
-        let (values, words) = if weight.dtype == Dtype::U8 { (2, 1) } else { self.word()? };
+        let (values, words) = if weight.dtype == Dtype::U8 { (2, 1) } else { self.word() };
         let [outputs, columns] = two(weight)?;
         let most = columns.div_ceil(words) * values;
         let scale = self.find(".weight_scale");
         let groups = scale.map(two).transpose()?.map_or(1, |[_, groups]| groups);
         // The last word may not be full; whole groups say how many values there are.
         let inputs = match self.known.quantization.group {
-            Some(group) if groups > 1 && (most.saturating_sub(values) + 1..=most).contains(&(groups * group)) => {
+            Some(group)
+                if groups > 1 && (most.saturating_sub(values) + 1..=most).contains(&groups.saturating_mul(group)) =>
+            {
                 groups * group
             }
             _ => most,
@@ -297,15 +299,10 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
     }
 
     /// Packed values of so many words.
-    fn word(&self) -> Result<(u64, u64)> {
+    fn word(&self) -> (u64, u64) {
         let bits = self.known.quantization.bits;
-        if !(1..=32).contains(&bits) {
-            return Err(Error::new(ErrorKind::Rules, "packed values have no such size")
-                .with_rule("quantization")
-                .with_expected("1 to 32 bits", bits));
-        }
         let all = lcm(32, bits);
-        Ok((all / bits, all / 32))
+        (all / bits, all / 32)
     }
 
     /// The dimension of a tensor that has `groups` for so many inputs.
@@ -313,11 +310,11 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
         if groups <= 1 || self.known.quantization.act_order {
             return Ok(Dim::Own);
         }
-        let group = self.known.quantization.group.unwrap_or_else(|| inputs.div_ceil(groups));
-        if group > 0 && inputs.div_ceil(group) == groups {
+        let group = self.known.quantization.group.unwrap_or_else(|| inputs.div_ceil(groups)).max(1);
+        if inputs.div_ceil(group) == groups {
             return Ok(Dim::each(1, group));
         }
-        let expected = format!("{} of {group} for {inputs} inputs", inputs.div_ceil(group.max(1)));
+        let expected = format!("{} of {group} for {inputs} inputs", inputs.div_ceil(group));
         Err(wrong("groups are not what the configuration says", tensor).with_expected(expected, groups))
     }
 }

@@ -5,17 +5,20 @@ mod hf_plan;
 mod matching;
 mod module;
 mod pattern;
+mod request;
 mod rule;
 
 use std::path::PathBuf;
 
-pub(super) use self::matching::{Matches, Placed, TENSORS_PER_TASK, Verdict};
+pub(super) use self::matching::{Made, Matches, Origin, Placed, TENSORS_PER_TASK};
 use self::pattern::{Pattern, Template};
+pub(crate) use self::request::Buffer;
+pub use self::request::Request;
 pub(super) use self::rule::{AliasRule, Among, Owner, Pipeline, Placement, Rule};
 use self::rule::{Filter, ModuleRule, Scope};
 use super::cut::{Cut, Split};
 use super::expr::{Expr, Fill, castable};
-use super::quant::{Orientation, Quantization};
+use super::quant::{Orientation, Quantization, SUFFIXES};
 use super::stages::StageSplit;
 use super::world::Coord;
 use crate::checkpoint::TensorMeta;
@@ -45,6 +48,7 @@ use crate::extent::Rank;
 pub struct Rules {
     pub(super) rules: Vec<Rule>,
     pub(super) aliases: Vec<AliasRule>,
+    pub(super) requests: Vec<Request>,
     keep: Vec<Filter>,
     drop: Vec<Filter>,
     /// What floats of 16 bits and more are cast to whose rule does not say.
@@ -145,10 +149,17 @@ impl Rules {
         self
     }
 
-    /// Destinations of the rule of modules added last have `to` after the module's name where their tensors have `from`.
-    pub fn suffix(mut self, from: &'static str, to: impl Into<String>) -> Rules {
-        if let Some(module) = self.last_module("suffix") {
-            module.suffixes.push((from, to.into()));
+    /// Destinations of the rule of modules added last have `to` after the module's name where their tensors have `from`,
+    /// which is one of the endings that tensors of modules have: `.weight`, `.qweight`, `_blocks`...
+    pub fn suffix(mut self, from: impl AsRef<str>, to: impl Into<String>) -> Rules {
+        let from = from.as_ref();
+        match SUFFIXES.iter().chain(&[""]).find(|known| **known == from) {
+            Some(known) => {
+                if let Some(module) = self.last_module("suffix") {
+                    module.suffixes.push((known, to.into()));
+                }
+            }
+            None => self.mistake("suffix", &format!("no tensor of a module ends in `{from}`: {}", SUFFIXES.join(", "))),
         }
         self
     }
@@ -343,7 +354,9 @@ impl Rules {
             return Err(broken(rule, message.clone()));
         }
         self.rules.iter().try_for_each(Rule::check)?;
+        self.requests.iter().try_for_each(Request::check)?;
         self.casting.map_or(Ok(()), castable)?;
+        self.quantization.check()?;
         if let Some(Pipeline { pattern, .. }) = &self.pipeline {
             compiled("pattern", pattern)?;
         }
@@ -357,11 +370,6 @@ impl Rules {
             }
         }
         Ok(())
-    }
-
-    /// What all floats of 16 and 32 bits are cast to.
-    pub(super) fn casts_to(&self) -> Option<Dtype> {
-        self.casting
     }
 
     /// Whether a destination is loaded that goes by these names.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::matching::{Match, Placed};
+use super::matching::{Match, Origin, Placed, templates};
 use super::pattern::{Captures, Template};
 use super::{ModuleRule, Rule, Rules, Scope, broken};
 use crate::checkpoint::{Checkpoint, TensorMeta};
@@ -23,12 +23,19 @@ pub(super) struct Modules<'a> {
     /// A number for each way in which a module is stored.
     signatures: HashMap<Vec<(&'static str, Dtype, Shape)>, u32>,
     signature_of: HashMap<&'a str, u32>,
+    /// The names in the expression of each rule of modules.
+    templates: Vec<Vec<Template>>,
     /// What was derived: by rule, suffix, and the signatures of all modules that the rule speaks of.
     derived: HashMap<(u32, &'static str, Vec<u32>), u32>,
 }
 
 impl<'a> Modules<'a> {
-    pub(super) fn new(rules: &'a Rules, checkpoint: &'a Checkpoint, mesh: Mesh, matched: &[Option<Match>]) -> Self {
+    pub(super) fn new(
+        rules: &'a Rules,
+        checkpoint: &'a Checkpoint,
+        mesh: Mesh,
+        matched: &[Option<Match>],
+    ) -> Result<Self> {
         let mut tensors: HashMap<&str, Vec<_>> = HashMap::new();
         for (at, (tensor, found)) in (0..).zip(checkpoint.tensors().iter().zip(matched)) {
             if let Some(found) = found
@@ -37,8 +44,20 @@ impl<'a> Modules<'a> {
                 tensors.entry(found.subject(&tensor.name)).or_default().push((suffix, at));
             }
         }
-        let signature_of = HashMap::with_capacity(tensors.len());
-        Modules { rules, checkpoint, mesh, tensors, signatures: HashMap::new(), signature_of, derived: HashMap::new() }
+        let of_rule = |rule: &Rule| match (&rule.scope, rule.placement.expr()) {
+            (Scope::Module(_), Some(expr)) => templates(expr),
+            _ => Ok(Vec::new()),
+        };
+        Ok(Modules {
+            rules,
+            checkpoint,
+            mesh,
+            signatures: HashMap::new(),
+            signature_of: HashMap::with_capacity(tensors.len()),
+            tensors,
+            templates: rules.rules.iter().map(of_rule).collect::<Result<_>>()?,
+            derived: HashMap::new(),
+        })
     }
 
     /// Where in `placed` stands what becomes of this tensor.
@@ -56,13 +75,12 @@ impl<'a> Modules<'a> {
         let captures = pattern.captures(module).unwrap_or_default();
         let mut signatures = vec![self.signature(module)];
         let filler = Filler { module, captures };
-        expr.for_each_name(&mut |template| {
-            let named = filler.fill(template)?;
+        for at in 0..self.templates[rule as usize].len() {
+            let named = self.templates[rule as usize][at].fill(module, &filler.captures);
             // Modules that no rule matches have no signature.
             let known = self.tensors.get_key_value(named.as_str()).map(|(&name, _)| name);
             signatures.push(known.map_or(u32::MAX, |name| self.signature(name)));
-            Ok(())
-        })?;
+        }
         let key = (rule, suffix, signatures);
         if let Some(&known) = self.derived.get(&key) {
             return Ok(known);
@@ -72,7 +90,7 @@ impl<'a> Modules<'a> {
             if error.tensor().is_some() { error } else { error.with_tensor(name.as_str()) }
         })?;
         let at = placed.len() as u32;
-        placed.push(Placed { rule, suffix: Some(suffix), expr });
+        placed.push(Placed { origin: Origin::Rule { rule, suffix: Some(suffix) }, expr });
         self.derived.insert(key, at);
         Ok(at)
     }

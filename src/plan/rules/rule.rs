@@ -7,7 +7,7 @@ use crate::extent::Rank;
 use crate::plan::cut::Cut;
 use crate::plan::expr::{Expr, Fill};
 use crate::plan::form::no_part;
-use crate::plan::quant::Orientation;
+use crate::plan::quant::{Orientation, check_derivable};
 use crate::plan::rules::Stage;
 use crate::plan::stages::StageSplit;
 use crate::plan::world::{Coord, Mesh};
@@ -74,7 +74,7 @@ pub(in crate::plan) enum Placement {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(in crate::plan) enum Owner {
     All,
-    Only(Rank),
+    Only(Vec<Rank>),
     /// Those with this part of a division.
     Where(Coord, u32),
 }
@@ -127,7 +127,7 @@ impl Placement {
     }
 
     pub(super) fn only(rank: Rank) -> Placement {
-        Placement::Place { owner: Owner::Only(rank), expr: Expr::Source }
+        Placement::Place { owner: Owner::Only(vec![rank]), expr: Expr::Source }
     }
 }
 
@@ -137,10 +137,10 @@ impl Owner {
         let size = mesh.size();
         match self {
             Owner::All => Ok(true),
-            Owner::Only(owner) if owner.0 >= size => {
-                Err(broken("rank", "no such rank").with_expected(format!("a rank below {size}"), owner))
-            }
-            Owner::Only(owner) => Ok(*owner == rank),
+            Owner::Only(owners) => match owners.iter().find(|owner| owner.0 >= size) {
+                Some(owner) => Err(broken("rank", "no such rank").with_expected(format!("a rank below {size}"), owner)),
+                None => Ok(owners.contains(&rank)),
+            },
             Owner::Where(by, part) => match by.of(mesh, rank)? {
                 (_, n) if *part >= n => Err(no_part(n, *part)),
                 (i, _) => Ok(i == *part),
@@ -164,11 +164,23 @@ impl Rule {
 
     /// Refuses what makes no sense for any tensor.
     pub(super) fn check(&self) -> Result<()> {
-        let Rule { pattern, placement, rename, among, .. } = self;
+        let Rule { pattern, scope, placement, rename, among, stage, .. } = self;
         let pattern = compiled("pattern", pattern)?;
         let of_rule = |error: Error| error.in_context(format_args!("rule `{}`", pattern.text()));
+        if let Scope::Module(ModuleRule { bias: Some((by, ..)), .. }) = scope {
+            by.check().map_err(of_rule)?;
+        }
+        if placement.expr().is_none() {
+            let said = [("among", among.is_some()), ("stage", stage.is_some())];
+            if let Some((what, _)) = said.into_iter().find(|(_, said)| *said) {
+                return Err(of_rule(broken(what, format!("{what} of what no rank holds by itself"))));
+            }
+        }
         if let Placement::Place { owner, expr } = placement {
             expr.check().map_err(of_rule)?;
+            if let Scope::Module(_) = scope {
+                check_derivable(expr).map_err(of_rule)?;
+            }
             if let Owner::Where(by, _) = owner {
                 by.check().map_err(of_rule)?;
             }

@@ -1,6 +1,6 @@
 //! Expressions of a rules file -> [`Expr`], with bounds on what a short file can make of itself.
 
-use super::grammar::{Concat, Const, Made, Merge, On, Pad, Repeat, Select, Slice, Step};
+use super::grammar::{Concat, Const, Filled, Made, Merge, Pad, Repeat, Select, Slice, Step};
 use super::refuse;
 use crate::error::Result;
 use crate::limits::{EXPRESSION_DEPTH, EXPRESSIONS_MAX};
@@ -129,11 +129,12 @@ impl Compiler {
             Step::Cast(to) => Expr::Cast { x, to: to.0 },
             Step::Pad(Pad { dim, to, fill }) => Expr::Pad { x, dim: dim.0, to: to.0, fill: fill.0.clone() },
             Step::Repeat(Repeat { dim, times }) => Expr::Repeat { x, dim: dim.0, times: times.0 },
-            Step::On(On { by, part, fill }) => Expr::On { x, by: by.0.clone(), part: part.0, fill: fill.0.clone() },
+            Step::On(Filled { by, part, fill }) => Expr::On { x, by: by.0.clone(), part: part.0, fill: fill.0.clone() },
         })
     }
 
-    fn spend_cut(&mut self, cut: &Cut) -> Result<()> {
+    /// Counts the units of a table.
+    pub(super) fn spend_cut(&mut self, cut: &Cut) -> Result<()> {
         match &cut.how {
             Split::Table(parts) => self.spend(parts.iter().map(|part| 1 + part.len()).sum()),
             _ => Ok(()),

@@ -1,5 +1,6 @@
 //! What stands in a rules file, table by table. What one value can get wrong is refused here, with its place.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use serde::Deserialize;
@@ -8,6 +9,9 @@ use crate::cast::Cast;
 use crate::dtype::Dtype;
 use crate::plan::cut::{Cut, Split, unit_range};
 use crate::plan::expr::Fill;
+use crate::plan::quant::{Orientation, Packed};
+use crate::plan::rules::Stage;
+use crate::plan::stages::StageSplit;
 use crate::plan::world::{Ax, Coord};
 
 #[derive(Deserialize)]
@@ -17,6 +21,8 @@ pub(super) struct File {
     pub(super) rule: Vec<Entry>,
     #[serde(default)]
     pub(super) alias: Vec<Alias>,
+    pub(super) pipeline: Option<Pipeline>,
+    pub(super) quantization: Option<Quantized>,
 }
 
 #[derive(Deserialize)]
@@ -24,13 +30,36 @@ pub(super) struct File {
 pub(super) struct Alias {
     pub(super) name: String,
     pub(super) of: String,
+    pub(super) stage: Option<On>,
 }
 
-/// A rule: one of the first seven says who gets what.
+/// The layers of pipeline stages.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Pipeline {
+    pub(super) layers: String,
+    pub(super) count: Option<Number<u64, 1>>,
+    pub(super) split: Option<Stages>,
+}
+
+/// How modules that a quantiser made are stored.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Quantized {
+    pub(super) method: Option<Method>,
+    pub(super) bits: Option<Number<u64, 1>>,
+    pub(super) group: Option<Number<u64, 1>>,
+    pub(super) act_order: Option<Yes>,
+    pub(super) block: Option<[Number<u64, 1>; 2]>,
+    pub(super) refine: Option<Yes>,
+}
+
+/// A rule: the first two say what it is about, one of the next seven who gets what.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Entry {
-    pub(super) r#match: String,
+    pub(super) r#match: Option<String>,
+    pub(super) module: Option<String>,
     pub(super) replicate: Option<Yes>,
     pub(super) shard: Option<Shard>,
     pub(super) skip: Option<Yes>,
@@ -39,6 +68,11 @@ pub(super) struct Entry {
     pub(super) steps: Option<Vec<Step>>,
     pub(super) expr: Option<Made>,
     pub(super) r#where: Option<Where>,
+    pub(super) among: Option<Among>,
+    pub(super) stage: Option<On>,
+    pub(super) orientation: Option<Order>,
+    pub(super) bias: Option<Filled>,
+    pub(super) suffix: Option<BTreeMap<String, String>>,
     pub(super) cast: Option<Target>,
     pub(super) transpose: Option<Yes>,
     pub(super) permute: Option<Vec<Number<usize, 0>>>,
@@ -99,7 +133,7 @@ pub(super) enum Step {
     Cast(Target),
     Pad(Pad),
     Repeat(Repeat),
-    On(On),
+    On(Filled),
 }
 
 #[derive(Deserialize)]
@@ -146,7 +180,7 @@ pub(super) struct Repeat {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct On {
+pub(super) struct Filled {
     pub(super) by: Part,
     pub(super) part: Number<u32, 0>,
     pub(super) fill: Value,
@@ -157,6 +191,19 @@ pub(super) struct On {
 pub(super) struct Where {
     pub(super) by: Part,
     pub(super) part: Number<u32, 0>,
+}
+
+/// Which of several like tensors each rank holds.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Among {
+    pub(super) wildcard: Number<usize, 1>,
+    pub(super) count: Number<u64, 1>,
+    by: Option<Part>,
+    split: Option<How>,
+    unit: Option<Number<u64, 1>>,
+    units: Option<Number<u64, 0>>,
+    replicate_units: Option<Yes>,
 }
 
 /// A key that is there or not.
@@ -192,6 +239,33 @@ pub(super) struct Part(pub(super) Coord);
 #[derive(Deserialize)]
 #[serde(try_from = "toml::Value")]
 pub(super) struct How(Split);
+
+/// Pipeline stages.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) struct On(pub(super) Stage);
+
+/// Which layers each pipeline stage has: a name, or a list of numbers of layers.
+#[derive(Deserialize)]
+#[serde(try_from = "toml::Value")]
+pub(super) struct Stages(pub(super) StageSplit);
+
+/// Which of a matrix's dimensions are the outputs.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) struct Order(pub(super) Orientation);
+
+/// Who packed a `qweight`.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(try_from = "String")]
+pub(super) struct Method(pub(super) Packed);
+
+impl Among {
+    pub(super) fn cut(&self) -> Cut {
+        let Among { wildcard: _, count: _, by, split, unit, units, replicate_units } = self;
+        cut(by, split, unit, units, replicate_units)
+    }
+}
 
 impl Shard {
     pub(super) fn cut(&self) -> Cut {
@@ -271,6 +345,54 @@ impl TryFrom<String> for Value {
         let value = named.or_else(|| text.strip_prefix("hex:").and_then(bytes).map(Fill::Bytes));
         let expected = "one of zero, one, -inf, hex:BYTES with the 1 to 8 bytes of an element";
         value.map(Value).ok_or_else(|| unlike("no such value", format!("`{text}`"), expected))
+    }
+}
+
+impl TryFrom<String> for On {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<On, String> {
+        let stages = [("first", Stage::First), ("last", Stage::Last), ("ends", Stage::Ends), ("all", Stage::All)];
+        one_of("no such stages", &name, &stages).map(On)
+    }
+}
+
+impl TryFrom<String> for Order {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Order, String> {
+        one_of("no such orientation", &name, &[("out-in", Orientation::OutIn), ("in-out", Orientation::InOut)])
+            .map(Order)
+    }
+}
+
+impl TryFrom<String> for Method {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Method, String> {
+        one_of("no such method", &name, &[("gptq", Packed::Gptq), ("awq", Packed::Awq)]).map(Method)
+    }
+}
+
+impl TryFrom<toml::Value> for Stages {
+    type Error = String;
+
+    fn try_from(value: toml::Value) -> Result<Stages, String> {
+        let unknown = |found: String| {
+            unlike("no such split", found, "one of even, vllm, hf, trt, or a list of numbers of layers")
+        };
+        let count = |count: &toml::Value| {
+            count.as_integer().and_then(|count| u64::try_from(count).ok()).ok_or_else(|| unknown(kind(count)))
+        };
+        match &value {
+            toml::Value::String(name) => {
+                StageSplit::named(name).map(Stages).ok_or_else(|| unknown(format!("`{name}`")))
+            }
+            toml::Value::Array(counts) => {
+                counts.iter().map(count).collect::<Result<_, _>>().map(StageSplit::Counts).map(Stages)
+            }
+            other => Err(unknown(kind(other))),
+        }
     }
 }
 
@@ -361,6 +483,15 @@ fn bytes(digits: &str) -> Option<Vec<u8>> {
 
 fn lower(dtype: Dtype) -> String {
     dtype.name().to_ascii_lowercase()
+}
+
+/// What has this name.
+fn one_of<T: Copy>(what: &str, name: &str, all: &[(&str, T)]) -> Result<T, String> {
+    let found = all.iter().find(|(known, _)| *known == name).map(|(_, it)| *it);
+    found.ok_or_else(|| {
+        let names: Vec<&str> = all.iter().map(|(known, _)| *known).collect();
+        unlike(what, format!("`{name}`"), &format!("one of {}", names.join(", ")))
+    })
 }
 
 /// A message as serde's own read.

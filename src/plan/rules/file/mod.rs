@@ -11,13 +11,15 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use self::compile::Compiler;
-use self::grammar::{Alias, Entry, File};
+use self::grammar::{Alias, Entry, File, Filled, Pipeline, Quantized};
 use super::pattern::Template;
+use super::rule::{ModuleRule, Scope};
 use super::{Owner, Placement, Rule, Rules};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits::RULES_MAX;
 use crate::plan::expr::Expr;
+use crate::plan::quant::Quantization;
 
 impl Rules {
     /// Reads a rules file; see [`Rules::from_toml`] for what is in it.
@@ -60,32 +62,54 @@ impl Rules {
     /// ```
     ///
     /// Each rule has exactly one of `replicate`, `shard`, `skip`, `only`, `part`, `steps` and `expr`; the last two say
-    /// all that an [`Expr`] can. `docs/rules.md` has the whole grammar.
+    /// all that an [`Expr`] can. With `module` in place of `match` it is one of [modules](Rules::module). The tables
+    /// `pipeline` and `quantization` are [`Rules::pipeline`] and [`Rules::quantization`]. `docs/rules.md` has the whole
+    /// grammar.
     ///
     /// # Errors
     /// [`ErrorKind::Rules`], with rule `rules-file` for TOML that does not parse, unknown keys and values, else `pattern`,
     /// `rename`, `alias` or `coordinate` for what makes no sense in whatever checkpoint.
     pub fn from_toml(text: &str) -> Result<Rules> {
-        let File { rule, alias } = toml::from_str(text).map_err(|error| place::located(text, &error))?;
+        let File { rule, alias, pipeline, quantization } =
+            toml::from_str(text).map_err(|error| place::located(text, &error))?;
         let mut compiler = Compiler::new();
         let mut rules = Rules::new();
-        for entry in rule {
-            let pattern = entry.r#match.clone();
+        for (at, entry) in rule.into_iter().enumerate() {
+            let (pattern, scope) = entry.scope().map_err(|error| error.in_context(format_args!("rule[{at}]")))?;
             let of_rule = |error: Error| error.in_context(format_args!("rule `{pattern}`"));
-            rules = entry.add(rules, &mut compiler).map_err(of_rule)?;
+            rules = entry.add(&pattern, scope, rules, &mut compiler).map_err(of_rule)?;
         }
-        for Alias { name, of } in alias {
-            rules = rules.alias(name, of);
+        for Alias { name, of, stage } in alias {
+            rules = match stage {
+                Some(stage) => rules.alias_on(stage.0, name, of),
+                None => rules.alias(name, of),
+            };
         }
+        if let Some(Pipeline { layers, count, split }) = pipeline {
+            rules = rules.pipeline(layers, count.map(|count| count.0), split.map_or_else(Default::default, |it| it.0));
+        }
+        rules = rules.quantization(quantization.map_or_else(Quantization::default, Quantization::from));
         rules.check()?;
         Ok(rules)
     }
 }
 
 impl Entry {
+    /// The pattern, and what names it is about.
+    fn scope(&self) -> Result<(String, Scope)> {
+        match (&self.r#match, &self.module) {
+            (Some(pattern), None) => Ok((pattern.clone(), Scope::Tensors)),
+            (None, Some(pattern)) => Ok((pattern.clone(), Scope::Module(ModuleRule::default()))),
+            (tensors, _) => {
+                let found = if tensors.is_some() { "both" } else { "neither" };
+                Err(refuse("does not say what it is about".into()).with_expected("one of match, module", found))
+            }
+        }
+    }
+
     /// Adds the rule to those before it.
-    fn add(self, rules: Rules, compiler: &mut Compiler) -> Result<Rules> {
-        let Entry { r#match, replicate, shard, skip, only, part, steps, expr, .. } = &self;
+    fn add(self, pattern: &str, scope: Scope, rules: Rules, compiler: &mut Compiler) -> Result<Rules> {
+        let Entry { replicate, shard, skip, only, part, steps, expr, .. } = &self;
         let everywhere = |expr| Placement::Place { owner: Owner::All, expr };
         let mut placements = Vec::new();
         let mut place = |key, placement| placements.push((key, placement));
@@ -118,7 +142,7 @@ impl Entry {
         }
         let (key, placement) = placements.remove(0);
         self.refuse_changes(key)?;
-        let mut rule = Rule::new(r#match, placement);
+        let mut rule = Rule { scope, ..Rule::new(pattern, placement) };
         rule.rename = self.rename.as_deref().map(Template::new);
         rule.optional = self.optional.is_some();
         let mut rules = rules.push(rule);
@@ -134,33 +158,70 @@ impl Entry {
         if let Some(of) = self.r#where {
             rules = rules.held_by(of.by.0, of.part.0);
         }
+        if let Some(among) = self.among {
+            let cut = among.cut();
+            compiler.spend_cut(&cut)?;
+            rules = rules.among(among.wildcard.0, among.count.0, cut);
+        }
+        if let Some(stage) = self.stage {
+            rules = rules.stage(stage.0);
+        }
+        if let Some(order) = self.orientation {
+            rules = rules.orientation(order.0);
+        }
+        if let Some(Filled { by, part, fill }) = self.bias {
+            rules = rules.bias_on(by.0, part.0, fill.0);
+        }
+        for (from, to) in self.suffix.into_iter().flatten() {
+            rules = rules.suffix(from, to);
+        }
         Ok(rules)
     }
 
     /// Refuses keys that make no sense beside `key`, which says who gets what.
     fn refuse_changes(&self, key: &str) -> Result<()> {
-        let Entry { r#where, cast, transpose, permute, .. } = self;
+        let Entry { r#where, among, stage, cast, transpose, permute, .. } = self;
         if transpose.is_some() && permute.is_some() {
             return Err(refuse("has both transpose and permute".into()));
         }
-        let changes = [
-            cast.map(|_| "cast"),
-            transpose.map(|_| "transpose"),
-            permute.as_ref().map(|_| "permute"),
-            r#where.as_ref().map(|_| "where"),
+        let changes = [cast.map(|_| "cast"), transpose.map(|_| "transpose"), permute.as_ref().map(|_| "permute")];
+        let holders =
+            [r#where.as_ref().map(|_| "where"), among.as_ref().map(|_| "among"), stage.as_ref().map(|_| "stage")];
+        let of_modules = [
+            self.orientation.map(|_| "orientation"),
+            self.bias.as_ref().map(|_| "bias"),
+            self.suffix.as_ref().map(|_| "suffix"),
         ];
-        let wrong = |what: &&str| match key {
-            "skip" | "part" => true,
-            "steps" | "expr" => *what != "where",
-            "only" => *what == "where",
-            _ => false,
+        if let Some(what) = of_modules.into_iter().flatten().next().filter(|_| self.module.is_none()) {
+            return Err(refuse(format!("{what} beside match")).with_expected("a rule of modules", "one of tensors"));
+        }
+        let refused = match key {
+            "skip" | "part" => [changes, holders, of_modules].concat(),
+            "steps" | "expr" => changes.to_vec(),
+            "only" => holders.to_vec(),
+            _ => Vec::new(),
         };
-        match (changes.into_iter().flatten().find(wrong), key) {
+        match (refused.into_iter().flatten().next(), key) {
             (None, _) => Ok(()),
             (Some(what), "skip") => Err(refuse(format!("{what} of a tensor that is skipped"))),
             (Some(what), "part") => Err(refuse(format!("{what} of a part of other destinations"))),
             (Some(what), "only") => Err(refuse(format!("has both only and {what}"))),
             (Some(what), key) => Err(refuse(format!("{what} beside {key}, where it is a step"))),
+        }
+    }
+}
+
+impl From<Quantized> for Quantization {
+    fn from(said: Quantized) -> Quantization {
+        let Quantized { method, bits, group, act_order, block, refine } = said;
+        let known = Quantization::default();
+        Quantization {
+            packed: method.map(|method| method.0),
+            bits: bits.map_or(known.bits, |bits| bits.0),
+            group: group.map(|group| group.0),
+            act_order: act_order.is_some(),
+            block: block.map_or(known.block, |block| block.map(|side| side.0)),
+            refine: refine.is_some(),
         }
     }
 }

@@ -38,9 +38,8 @@ fn said(message: &str) -> Error {
 fn keys(file: &DeTable<'_>, at: usize) -> Option<(Option<String>, String)> {
     let rules = file.get("rule").and_then(|rules| rules.get_ref().as_array());
     for rule in rules.into_iter().flatten() {
-        let Some(pattern) = rule.get_ref().get("match").and_then(|pattern| pattern.get_ref().as_str()) else {
-            continue;
-        };
+        let named = ["match", "module"].into_iter().find_map(|key| rule.get_ref().get(key));
+        let Some(pattern) = named.and_then(|pattern| pattern.get_ref().as_str()) else { continue };
         let mut keys = String::new();
         if find(rule.get_ref(), rule.span(), at, &mut keys) {
             return Some((Some(pattern.to_owned()), keys.trim_start_matches('.').to_owned()));

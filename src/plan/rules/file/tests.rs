@@ -188,6 +188,99 @@ fn ranks_that_hold_a_parameter_are_a_part_of_a_division() {
 }
 
 #[test]
+fn modules_are_said_as_in_rust() {
+    let rules = Rules::from_toml(
+        "[[rule]]
+        module = '**.o_proj'
+        shard = { dim = 1, unit = 8 }
+        orientation = 'in-out'
+        bias = { by = 'tp', part = 0, fill = 'zero' }
+        suffix = { '.weight' = '.kernel', '' = '.whole' }
+        rename = '{1}.o'
+
+        [[rule]]
+        module = '**.experts.*.{w1,w2}'
+        expr = { tensor = '{1}.w3', steps = [{ shard = { dim = 0 } }] }
+        among = { wildcard = 2, count = 8, by = 'ep', split = 'balanced' }
+        stage = 'last'
+
+        [[rule]]
+        module = '**.{k,v}_proj'
+        part = true
+
+        [quantization]
+        method = 'awq'
+        bits = 8
+        group = 64
+        act_order = true
+        block = [64, 32]
+        refine = true
+
+        [pipeline]
+        layers = 'model.layers.*.**'
+        count = 12
+        split = [5, 7]",
+    )
+    .unwrap();
+    let fill = Fill::Zero;
+    let named = Expr::Shard { x: boxed(tensor("{1}.w3")), dim: 0, cut: Cut::default() };
+    let among = Cut { by: Coord::Axis(Ax::Ep), how: Split::Balanced, ..Cut::default() };
+    let rust = Rules::new()
+        .module("**.o_proj", crate::plan::ShardRule::dim(1).unit(8).expr())
+        .orientation(crate::plan::Orientation::InOut)
+        .bias_on(Coord::Axis(Ax::Tp), 0, fill)
+        .suffix("", ".whole")
+        .suffix(".weight", ".kernel")
+        .rename("{1}.o")
+        .module("**.experts.*.{w1,w2}", named)
+        .among(2, 8, among)
+        .stage(crate::plan::Stage::Last)
+        .module_part("**.{k,v}_proj")
+        .pipeline("model.layers.*.**", 12, crate::plan::StageSplit::Counts(vec![5, 7]))
+        .quantization(Quantization {
+            packed: Some(crate::plan::Packed::Awq),
+            bits: 8,
+            group: Some(64),
+            act_order: true,
+            block: [64, 32],
+            refine: true,
+        });
+    assert_eq!(format!("{rules:?}"), format!("{rust:?}"));
+
+    let said = |text: &str| format!("{:?}", Rules::from_toml(text).unwrap());
+    let rust = Rules::new().pipeline("h.*.**", None, crate::plan::StageSplit::Vllm);
+    assert_eq!(said("pipeline = { layers = 'h.*.**', split = 'vllm' }"), format!("{rust:?}"));
+    let aliased = Rules::new().alias_on(crate::plan::Stage::Ends, "a", "b");
+    assert_eq!(said("alias = [{ name = 'a', of = 'b', stage = 'ends' }]"), format!("{aliased:?}"));
+}
+
+#[test]
+fn mistakes_outside_of_rules_are_named_with_their_keys() {
+    for (text, message) in [
+        (
+            "pipeline = { layers = 'h.*.**', split = 'fair' }",
+            "rules file: line 1: pipeline.split: no such split: expected one of even, vllm, hf, trt, or a list of numbers of layers, found `fair`",
+        ),
+        ("pipeline = { layers = 'h.*.**', split = [-1] }", "found integer"),
+        ("pipeline = { layers = 'h.*.**', count = 0 }", "pipeline.count: out of range: expected 1 or more, found 0"),
+        ("pipeline = { count = 2 }", "missing field `layers`"),
+        ("pipeline = { layers = 'h**' }", "`**` that is not a whole segment"),
+        ("quantization = { method = 'gguf' }", "no such method: expected one of gptq, awq, found `gguf`"),
+        ("quantization = { bits = 33 }", "expected 1 to 32 bits, found 33"),
+        ("quantization = { group = 0 }", "quantization.group: out of range"),
+        ("quantization = { block = [0, 128] }", "quantization.block: out of range"),
+        ("quantization = { act_order = false }", "says nothing: expected true, found `false`"),
+        (
+            "alias = [{ name = 'a', of = 'b', stage = 'middle' }]",
+            "alias[0].stage: no such stages: expected one of first",
+        ),
+    ] {
+        let error = refused(text).1;
+        assert!(error.contains(message), "{text}\n{error}\n{message}");
+    }
+}
+
+#[test]
 fn a_mistake_is_named_with_its_rule_and_its_keys() {
     let mut wrong = Vec::new();
     for (rest, message) in [
@@ -260,6 +353,19 @@ fn a_mistake_is_named_with_its_rule_and_its_keys() {
         ),
         ("replicate = true\nwhere = { by = [], part = 0 }", "rule `*.w`: no axis"),
         ("part = true\nrename = 'x'", "rule `*.w`: a tensor that is skipped or a part"),
+        ("part = true\nstage = 'last'", "rule `*.w`: stage of a part of other destinations"),
+        ("skip = true\namong = { wildcard = 1, count = 2 }", "rule `*.w`: among of a tensor that is skipped"),
+        ("only = 0\nstage = 'last'", "rule `*.w`: has both only and stage"),
+        ("steps = []\nstage = 'none'", "stage: no such stages: expected one of first, last, ends, all, found `none`"),
+        (
+            "steps = []\namong = { wildcard = 0, count = 2 }",
+            "among.wildcard: out of range: expected 1 or more, found 0",
+        ),
+        ("steps = []\namong = { wildcard = 2, count = 2 }", "there is no such wildcard: expected 1 to 1, found 2"),
+        ("steps = []\namong = { count = 2 }", "among: missing field `wildcard`"),
+        ("steps = []\norientation = 'in-out'", "orientation beside match: expected a rule of modules"),
+        ("steps = []\nbias = { by = 'tp', part = 0, fill = 'one' }", "bias beside match"),
+        ("steps = []\nsuffix = { }", "suffix beside match"),
         ("expr = { tensor = '{2}.x' }", "rule `*.w`: source `{2}.x` asks for more"),
         ("expr = { tensor = '{e}.x' }", "rule `*.w`: "),
     ] {
@@ -269,7 +375,24 @@ fn a_mistake_is_named_with_its_rule_and_its_keys() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
-    assert!(refused("[[rule]]\nskip = true").1.contains("line 1: rule[0]: missing field `match`"));
+    for (rest, message) in [
+        ("steps = [{ view = [2, 2] }]", "expected shard, slice, pad, on, cast, concat or stack, found view"),
+        ("shard = { dim = 0 }\ntranspose = true", "found permute"),
+        ("expr = { stack = [{ const = { dtype = 'u8', dims = [], fill = 'one' } }] }", "found const"),
+        ("steps = [{ repeat = { dim = 0, times = 2 } }]", "found repeat"),
+        ("expr = { tensor = '{2}.x' }", "source `{2}.x` asks for more"),
+        ("steps = []\norientation = 'io'", "orientation: no such orientation: expected one of out-in, in-out"),
+        ("steps = []\nbias = { by = [], part = 0, fill = 'one' }", "rule `*.w`: no axis"),
+        ("steps = []\nsuffix = { 'weight' = 'w' }", "no tensor of a module ends in `weight`"),
+        ("part = true\nsuffix = { '.weight' = '.w' }", "suffix of a part of other destinations"),
+    ] {
+        let refused = refused(&format!("[[rule]]\nmodule = '*.w'\n{rest}")).1;
+        assert!(refused.contains(message), "{rest}\n{refused}\n{message}");
+    }
+    for (said, found) in [("", "found neither"), ("match = 'a'\nmodule = 'a'\n", "found both")] {
+        let error = refused(&format!("[[rule]]\nmatch = '**'\nskip = true\n[[rule]]\n{said}skip = true")).1;
+        assert_eq!(error, format!("rule[1]: does not say what it is about: expected one of match, module, {found}"));
+    }
     assert!(
         refused("[[alias]]\nname = 3")
             .1

@@ -13,11 +13,10 @@ use serde_json::{Map, Value};
 use self::names::Engine;
 use self::style::{Placing, Style};
 use super::pattern::Pattern;
-use super::{Placement, Rule, Rules};
+use super::{Owner, Placement, Rule, Rules};
 use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::RULES_MAX;
-use crate::plan::expr::Expr;
 use crate::plan::world::Mesh;
 
 impl Rules {
@@ -170,13 +169,12 @@ impl HfPlan {
             let found = self.engine.names(&tensor.name).find_map(|name| Some((self.style(&name.text)?, name.expert)));
             named |= found.is_some();
             let (style, expert) = found.unwrap_or((Style::Whole, None));
-            let placed = placing.place(style, tensor, expert).map_err(|error| error.with_tensor(&*tensor.name))?;
+            let place = placing.place(style, tensor, expert).map_err(|error| error.with_tensor(&*tensor.name))?;
             // Experts go to different ranks, so their numbers tell them apart.
-            let pattern = match expert.filter(|_| style == Style::Experts && placed.is_some()) {
+            let pattern = match expert.filter(|_| place.owner() != Some(&Owner::All)) {
                 Some(expert) => names::of_expert(&tensor.name, expert),
                 None => Pattern::like(&tensor.name),
             };
-            let place = Placement::from(placed.unwrap_or(Expr::Source));
             let group = groups.entry((pattern.matches('*').count(), pattern)).or_default();
             match group.iter_mut().find(|(other, _)| *other == place) {
                 Some((_, tensors)) => tensors.push(tensor),

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use serde_json::Value;
 
 use super::names::{Engine, Expert};
-use super::refuse;
+use super::{Owner, Placement, refuse};
 use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -128,17 +128,23 @@ impl<'a> Placing<'a> {
         Placing { checkpoint, mesh, engine, experts, blocks }
     }
 
-    /// What the ranks get of a tensor, or nothing if that is all of it.
-    pub(super) fn place(&self, style: Style, tensor: &TensorMeta, expert: Option<Expert>) -> Result<Option<Expr>> {
+    /// What the ranks get of a tensor.
+    pub(super) fn place(&self, style: Style, tensor: &TensorMeta, expert: Option<Expert>) -> Result<Placement> {
         let dims = tensor.shape.len() + usize::from(expert.is_some());
-        let Some((dim, packed)) = style.cuts(dims, tensor.name.ends_with(".bias")) else { return Ok(None) };
-        let Some(Expert { index, start }) = expert else { return self.cut(style, tensor, dim, packed) };
-        match dim.checked_sub(1) {
+        let whole = Placement::replicate();
+        let Some((dim, packed)) = style.cuts(dims, tensor.name.ends_with(".bias")) else { return Ok(whole) };
+        let cut = match (expert, dim.checked_sub(1)) {
+            (None, _) => self.cut(style, tensor, dim, packed)?,
             // Gate and up are the halves.
-            Some(dim) => self.cut(style, tensor, dim, false),
-            None if style == Style::Experts => self.whole_expert(tensor, index, self.experts[&tensor.name[..start]]),
-            None => Err(refuse("style cuts the experts of a parameter that the files have expert by expert")),
-        }
+            (Some(_), Some(dim)) => self.cut(style, tensor, dim, false)?,
+            (Some(Expert { index, start }), None) if style == Style::Experts => {
+                return self.expert(index, self.experts[&tensor.name[..start]]);
+            }
+            (Some(_), None) => {
+                return Err(refuse("style cuts the experts of a parameter that the files have expert by expert"));
+            }
+        };
+        Ok(cut.map_or(whole, Placement::from))
     }
 
     fn cut(&self, style: Style, tensor: &TensorMeta, dim: usize, packed: bool) -> Result<Option<Expr>> {
@@ -174,21 +180,21 @@ impl<'a> Placing<'a> {
         Ok(Some(Expr::Concat { dim, parts: vec![part(0, half), part(half, size - half)] }))
     }
 
-    /// All of it on the ranks that have this expert, and none of it on the others.
-    fn whole_expert(&self, tensor: &TensorMeta, index: u64, count: u64) -> Result<Option<Expr>> {
+    /// Only the ranks that have this expert hold it.
+    fn expert(&self, index: u64, count: u64) -> Result<Placement> {
         let by = self.experts_by();
         let groups = u64::from(match by {
             Coord::Axis(ax) => self.mesh.axis(ax),
             _ => 1,
         });
-        let Some(&rows) = tensor.shape.first().filter(|&&rows| rows > 0 && groups > 1) else { return Ok(None) };
+        if groups <= 1 {
+            return Ok(Placement::replicate());
+        }
         if !count.is_multiple_of(groups) {
             return Err(refuse("experts do not divide evenly").with_expected(format!("a multiple of {groups}"), count));
         }
-        let has =
-            |group: u64| if group == index / (count / groups) { std::iter::once(0..1).collect() } else { Vec::new() };
-        let how = Split::Table((0..groups).map(has).collect());
-        Ok(Some(Expr::shard(0, Cut { by, how, unit: rows, ..Cut::default() })))
+        let owner = Owner::Where(by, (index / (count / groups)) as u32);
+        Ok(Placement::Place { owner, expr: Expr::Source })
     }
 
     /// 4.57 has one mesh.
