@@ -86,6 +86,9 @@ pub const RANKS_MAX: u32 = 8192;
 /// would hide the rest of the message.
 pub const DIVISORS_SHOWN: usize = 16;
 
+/// Most ranges of numbers that a line about layers or experts shows: more do not fit a line.
+pub const SPANS_SHOWN: usize = 4;
+
 /// Most spelled-out alternatives of one pattern of the rules: each is tried against each name.
 pub const PATTERN_FORMS: usize = 256;
 

@@ -42,7 +42,7 @@ fn plan() {
     assert_eq!(object["predicted_seconds"], Value::Null);
     let ranks = object["ranks"].as_array().unwrap();
     assert_eq!(ranks.len(), 2);
-    assert_eq!(ranks[1]["coord"], json!({ "dp": 0, "pp": 0, "cp": 0, "tp": 1 }));
+    assert_eq!(ranks[1]["coord"], json!({ "dp": 0, "pp": 0, "cp": 0, "tp": 1, "ep": 0 }));
     let args =
         ["plan", path(model.path()), "--tp", "2", "--rules", rules, "--rank", "1", "--storage", "1", "--link", "2"];
     let one = run(&args, 0);

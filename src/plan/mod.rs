@@ -26,6 +26,7 @@ mod stages;
 #[cfg(test)]
 mod tests;
 mod uses;
+mod who;
 mod world;
 
 use std::cmp::Reverse;

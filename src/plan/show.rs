@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::report::Size;
+use super::who::Who;
 use super::{BoxCopy, BoxFill, Inner, Plan, ReadOrder};
 
 impl fmt::Display for Plan {
@@ -39,11 +40,14 @@ impl fmt::Display for Plan {
             Size(self.storage_bytes()),
             Size(self.needed_bytes(world.driven())),
         )?;
-        writeln!(f, "  {:>4}  {:>10}  {:>8}  {:>8}", "rank", "bytes", "tensors", "pieces")?;
+        let who = Who::of(self);
+        let coordinates = who.header();
+        writeln!(f, "  {:>4}  {:>10}  {:>8}  {:>8}{coordinates}", "rank", "bytes", "tensors", "pieces")?;
         for rank in ranks {
             let here = if world.drives(rank.rank) { "" } else { "  elsewhere" };
             let bytes = Size(self.bytes_on(rank.rank)).to_string();
-            writeln!(f, "  {:>4}  {bytes:>10}  {:>8}  {:>8}{here}", rank.rank, rank.dests.len(), rank.pieces.len())?;
+            let (tensors, pieces, who) = (rank.dests.len(), rank.pieces.len(), who.row(rank.rank));
+            writeln!(f, "  {:>4}  {bytes:>10}  {tensors:>8}  {pieces:>8}{who}{here}", rank.rank)?;
         }
         Ok(())
     }

@@ -134,7 +134,7 @@ impl Serialize for RankObject<'_> {
         let RankPlan { rank: _, dests, pieces, fills } = plan.rank(rank);
         let fields = Fields {
             rank: rank.0,
-            coord: json!({ "dp": at(Ax::Dp), "pp": at(Ax::Pp), "cp": at(Ax::Cp), "tp": at(Ax::Tp) }),
+            coord: json!({ "dp": at(Ax::Dp), "pp": at(Ax::Pp), "cp": at(Ax::Cp), "tp": at(Ax::Tp), "ep": at(Ax::Ep) }),
             bytes: plan.bytes_on(rank),
             destinations: Array(|| dests.iter().map(|dest| DestObject { plan, dest, pieces, fills })),
         };

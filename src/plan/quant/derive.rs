@@ -255,7 +255,11 @@ impl Derived {
         }
         let at = Dim::find(&self.dims, dim);
         Ok(self.with(dim, Logical { size: None, ..logical }, |x| match at {
-            Some((dim, per, of)) => Expr::Shard { x, dim, cut: Cut { unit: unit / of * per, ..whole } },
+            Some((dim, per, of)) => {
+                // What is as long as the matrix is held against the configuration like it.
+                let units = cut.units.filter(|_| unit == cut.unit && (per, of) == (1, 1));
+                Expr::Shard { x, dim, cut: Cut { unit: unit / of * per, units, ..whole } }
+            }
             None => *x,
         }))
     }

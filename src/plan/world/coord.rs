@@ -44,6 +44,16 @@ impl Coord {
         }
     }
 
+    /// Whether an axis has a say.
+    pub(in crate::plan) fn names(&self, ax: Ax) -> bool {
+        match self {
+            Coord::One => false,
+            Coord::Axis(own) => *own == ax,
+            Coord::Flat(axes) => axes.contains(&ax),
+            Coord::Div(inner, _) | Coord::Mod(inner, _) => inner.names(ax),
+        }
+    }
+
     /// The part `(i, n)` of `rank`: `i < n`.
     ///
     /// # Errors
