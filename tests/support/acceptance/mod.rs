@@ -104,7 +104,8 @@ pub(crate) struct Dest {
     shape: Vec<u64>,
     /// Runs of the files, whatever their order in the destination.
     file: Option<Vec<Runs>>,
-    /// Runs in the order of the destination.
+    /// Runs in the order of the destination. The table counts those of the file, but for its cases 9 (grouped) and 13: what
+    /// these read is one run of the file.
     landing: Option<Vec<Runs>>,
     /// Name of the fill, and the bytes that have it.
     fill: Option<(&'static str, u64)>,
