@@ -1,6 +1,6 @@
 //! Quantised layers: weights, and what scales them, from one cut.
 
-use super::{Case, case, dest, run, runs};
+use super::{Case, Refusal, case, dest, run, runs};
 use crate::support::released::{DeepSeek, Experts, Llama, Model, Scheme};
 
 /// Without experts that nothing here is about.
@@ -54,6 +54,27 @@ pub(crate) fn fp8_blocks() -> Vec<Case> {
             ],
         ),
         case("27", deepseek().model(), "--tp 8 --target vllm").on(0, whole()).on(5, whole()),
+        case("27, rules", deepseek().model(), "--tp 8")
+            .rules(
+                r#"{ module = "**.q_a_proj", rename = "{1}.fused_qkv_a_proj",
+                    expr.concat = { dim = 0, parts = [{}, { tensor = "{1}.kv_a_proj_with_mqa" }] } },
+                   { module = "**.kv_a_proj_with_mqa", part = true },"#,
+            )
+            .on(5, whole()),
+        // Half a block of the keys and values would be followed by others.
+        case("27, reversed", deepseek().model(), "--tp 8")
+            .rules(
+                r#"{ module = "**.kv_a_proj_with_mqa", rename = "{1}.fused_qkv_a_proj",
+                    expr.concat = { dim = 0, parts = [{}, { tensor = "{1}.q_a_proj" }] } },
+                   { module = "**.q_a_proj", part = true },"#,
+            )
+            .refused(Refusal {
+                rule: "unit",
+                tensor: Some("model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"),
+                expected: Some("a multiple of 128"),
+                found: Some("576 indices"),
+                rank: None,
+            }),
         // Both halves of a block of 128 rows have its scale.
         case("29, refined", deepseek().model(), "--tp 32 --refine-scales")
             .on(
