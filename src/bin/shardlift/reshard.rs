@@ -17,7 +17,7 @@ pub(crate) fn run(
 ) -> Result<Map<String, Value>, Failure> {
     let ReshardArgs { model, out, mesh, force, json: _ } = args;
     mesh.supported()?;
-    let checkpoint = model::open(model)?;
+    let checkpoint = model::open_adapted(model, mesh)?;
     output.warn(checkpoint.warnings());
     let world = model::world(mesh, None, &Devices::Host)?;
     let rules = model::rules(&checkpoint, mesh, &world)?;

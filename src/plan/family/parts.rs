@@ -151,10 +151,10 @@ impl Rules {
         self.replicate(format!("**.{names}.{{weight,bias}}"))
     }
 
-    /// Layers of the language model: their tensors match `pattern`, in which the first wildcard that is a number is the
-    /// layer's. Their number is the first of these keys.
+    /// Layers of the language model, and of its adapter: their tensors match `pattern`, in which the first wildcard that
+    /// is a number is the layer's. Their number is the first of these keys.
     pub(super) fn layers(self, pattern: &str, count: &[&str], config: &Config<'_>) -> Result<Rules> {
-        Ok(self.pipeline(pattern, config.find(count)?, config.options.stages.clone()))
+        Ok(self.pipeline(format!("{ADAPTED}{pattern}"), config.find(count)?, config.options.stages.clone()))
     }
 }
 
@@ -168,3 +168,6 @@ pub(super) fn blocks_of(x: Expr, dim: usize, blocks: &[Block], by: Ax) -> Expr {
     });
     Expr::Concat { dim, parts: parts.collect() }
 }
+
+/// What names of a LoRA adapter have before those of the model.
+pub(super) const ADAPTED: &str = "{base_model.model.,}";
