@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod hub;
 mod index;
 mod names;
@@ -35,7 +36,9 @@ struct Inner {
     files: Vec<CheckpointFile>,
     tensors: Vec<TensorMeta>,
     names: names::NameTable,
-    config: Option<(PathBuf, Result<serde_json::Value>)>,
+    config: Option<Arc<(PathBuf, Result<serde_json::Value>)>>,
+    /// The path of the adapter's own.
+    adapter_config: Option<PathBuf>,
     warnings: Vec<String>,
 }
 
@@ -125,6 +128,19 @@ impl Checkpoint {
         open::open(&cache.snapshot(id)?)
     }
 
+    /// The same with a LoRA adapter: `adapter_model.safetensors` in `dir` is one more file, whose tensors keep their names
+    /// (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`). Rules of modules divide an adapter's factors
+    /// as what they are added to.
+    ///
+    /// # Errors
+    /// As [`open`](Checkpoint::open) for that file and the `adapter_config.json` beside it;
+    /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported) if that says that it is no LoRA adapter or has whole
+    /// modules (`modules_to_save`), [`Index`](crate::ErrorKind::Index) if the model has a tensor or a file of the same
+    /// name, [`Usage`](crate::ErrorKind::Usage) if this has an adapter already, or is the partition of one rank.
+    pub fn with_adapter(&self, dir: impl AsRef<Path>) -> Result<Checkpoint> {
+        adapter::with_adapter(self, dir.as_ref())
+    }
+
     /// The file or directory that was opened.
     pub fn path(&self) -> &Path {
         &self.inner.path
@@ -158,17 +174,22 @@ impl Checkpoint {
 
     /// The model's `config.json`, if there is one beside the files.
     pub fn config(&self) -> Option<&serde_json::Value> {
-        self.inner.config.as_ref().and_then(|(_, config)| config.as_ref().ok())
+        self.inner.config.as_deref().and_then(|(_, config)| config.as_ref().ok())
     }
 
     /// The path of that `config.json`.
     pub fn config_path(&self) -> Option<&Path> {
-        self.inner.config.as_ref().filter(|(_, config)| config.is_ok()).map(|(path, _)| path.as_path())
+        self.inner.config.as_deref().filter(|(_, config)| config.is_ok()).map(|(path, _)| path.as_path())
     }
 
     /// Why the `config.json` that is there is not used.
     pub(crate) fn config_error(&self) -> Option<&Error> {
-        self.inner.config.as_ref().and_then(|(_, config)| config.as_ref().err())
+        self.inner.config.as_deref().and_then(|(_, config)| config.as_ref().err())
+    }
+
+    /// The adapter's `adapter_config.json`, if there is an adapter.
+    pub(crate) fn adapter_config(&self) -> Option<&Path> {
+        self.inner.adapter_config.as_deref()
     }
 
     /// The rank whose partition this is, as far as names say: all files are `model-rank-R-part-P.safetensors` of one
@@ -203,8 +224,9 @@ impl Checkpoint {
         for (position, tensor) in tensors.iter().enumerate() {
             assert!(names.insert(&tensor.name, position, |at| tensors[at].name.as_str()).is_none(), "two of a name");
         }
-        let config = config.map(|config| (path.join("config.json"), Ok(config)));
-        Checkpoint { inner: Arc::new(Inner { path, files: vec![file], tensors, names, config, warnings: Vec::new() }) }
+        let config = config.map(|config| Arc::new((path.join("config.json"), Ok(config))));
+        let (files, adapter_config, warnings) = (vec![file], None, Vec::new());
+        Checkpoint { inner: Arc::new(Inner { path, files, tensors, names, config, adapter_config, warnings }) }
     }
 
     /// The bytes of all tensors.

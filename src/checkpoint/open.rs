@@ -211,7 +211,7 @@ fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-fn read_whole(path: &Path) -> Result<Vec<u8>> {
+pub(super) fn read_whole(path: &Path) -> Result<Vec<u8>> {
     let file = SourceFile::open(path)?;
     let size = file.identity().size;
     if size > limits::INDEX_MAX {
@@ -250,14 +250,10 @@ fn assemble(
             (Err(error), _) if in_directory => return Err(unusable(error)),
             (Err(error), _) => return Err(error),
         };
-        let Header { tensors: of_file, metadata, data_start, hash: header_hash, warnings: odd } = header;
-        warnings.extend(odd.iter().map(|warning| format!("{name}: {warning}")));
-        let file = FileId(position as u32);
-        tensors.extend(of_file.into_iter().map(|tensor| {
-            let crate::format::HeaderTensor { name, dtype, shape, start, end } = tensor;
-            TensorMeta { name, file, dtype, shape, start, end }
-        }));
-        files.push(CheckpointFile { name, path, identity, data_start, header_hash, metadata });
+        let read = File::new(FileId(position as u32), name, path, identity, header);
+        warnings.extend(read.warnings);
+        tensors.extend(read.tensors);
+        files.push(read.file);
     }
     let names = match &index {
         Some((index_path, index)) => {
@@ -265,11 +261,32 @@ fn assemble(
         }
         None => name_table(&files, &tensors)?,
     };
-    let config = read_config(dir.join("config.json"), &mut warnings);
-    Ok(Checkpoint { inner: Arc::new(Inner { path: path.to_owned(), files, tensors, names, config, warnings }) })
+    let config = read_config(dir.join("config.json"), &mut warnings).map(Arc::new);
+    let (path, adapter_config) = (path.to_owned(), None);
+    Ok(Checkpoint { inner: Arc::new(Inner { path, files, tensors, names, config, adapter_config, warnings }) })
 }
 
-fn name_table(files: &[CheckpointFile], tensors: &[TensorMeta]) -> Result<NameTable> {
+/// A file of a checkpoint, with what its header says.
+pub(super) struct File {
+    pub(super) file: CheckpointFile,
+    pub(super) tensors: Vec<TensorMeta>,
+    pub(super) warnings: Vec<String>,
+}
+
+impl File {
+    pub(super) fn new(id: FileId, name: String, path: PathBuf, identity: Identity, header: Header) -> File {
+        let Header { tensors, metadata, data_start, hash: header_hash, warnings } = header;
+        let warnings = warnings.iter().map(|warning| format!("{name}: {warning}")).collect();
+        let tensor = |tensor| {
+            let crate::format::HeaderTensor { name, dtype, shape, start, end } = tensor;
+            TensorMeta { name, file: id, dtype, shape, start, end }
+        };
+        let tensors = tensors.into_iter().map(tensor).collect();
+        File { file: CheckpointFile { name, path, identity, data_start, header_hash, metadata }, tensors, warnings }
+    }
+}
+
+pub(super) fn name_table(files: &[CheckpointFile], tensors: &[TensorMeta]) -> Result<NameTable> {
     let mut names = NameTable::with_capacity(tensors.len());
     for (position, tensor) in tensors.iter().enumerate() {
         if let Some(first) = names.insert(&tensor.name, position, |at| &tensors[at].name) {
@@ -384,7 +401,7 @@ fn read_headers(files: &[(String, PathBuf)]) -> Vec<Result<(Identity, Header)>> 
     read.map(|header| header.expect("bug in shardlift: a header was left out")).collect()
 }
 
-fn read_header(path: &Path, buffer: &mut Vec<u8>) -> Result<(Identity, Header)> {
+pub(super) fn read_header(path: &Path, buffer: &mut Vec<u8>) -> Result<(Identity, Header)> {
     let file = SourceFile::open(path)?;
     let identity = file.identity();
     // One read gets most headers whole.

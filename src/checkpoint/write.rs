@@ -154,8 +154,17 @@ impl Drop for NewDirectory {
 }
 
 /// What belongs to a model besides its weights: names, and paths to copy. The folder around a single file is a model's
-/// if it holds a `config.json`.
+/// if it holds a `config.json`. An adapter's configuration takes the place of one of its name.
 fn companions(model: &Checkpoint) -> Result<Vec<(OsString, PathBuf)>> {
+    let mut found = companions_of_model(model)?;
+    if let Some((path, name)) = model.adapter_config().and_then(|path| Some((path, path.file_name()?))) {
+        found.retain(|(other, _)| other != name);
+        found.push((name.to_owned(), path.to_owned()));
+    }
+    Ok(found)
+}
+
+fn companions_of_model(model: &Checkpoint) -> Result<Vec<(OsString, PathBuf)>> {
     let path = model.path();
     let folder = if path.is_dir() { path } else { folder_of(path) };
     if folder != path && fs::symlink_metadata(folder.join("config.json")).is_err() {

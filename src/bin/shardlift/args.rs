@@ -118,6 +118,9 @@ pub(crate) struct MeshArgs {
     /// Repeat scales of FP8 blocks that a cut falls inside, for smaller blocks
     #[arg(long)]
     pub(crate) refine_scales: bool,
+    /// A folder with a LoRA adapter of the model, divided as the layers that it is for
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<PathBuf>,
     /// Whose names and layouts the destinations have
     #[arg(long, value_enum, default_value_t = Target::Plain)]
     pub(crate) target: Target,

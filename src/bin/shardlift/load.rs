@@ -23,7 +23,7 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     let LoadArgs { model, mesh, rank, devices, only, skip, dtype, check, .. } = args;
 
     let opened = Instant::now();
-    let checkpoint = model::open(model)?;
+    let checkpoint = model::open_adapted(model, mesh)?;
     let open_seconds = opened.elapsed().as_secs_f64();
     output.warn(checkpoint.warnings());
 

@@ -17,6 +17,15 @@ pub(crate) fn open(model: &Path) -> Result<Checkpoint> {
     }
 }
 
+/// Opens MODEL with the adapter that MESH names.
+pub(crate) fn open_adapted(model: &Path, mesh: &MeshArgs) -> Result<Checkpoint> {
+    let checkpoint = open(model)?;
+    match &mesh.adapter {
+        Some(dir) => checkpoint.with_adapter(dir),
+        None => Ok(checkpoint),
+    }
+}
+
 /// Whether this reads as `org/name[@revision]`.
 fn is_hub_id(model: &str) -> bool {
     let (id, revision) = model.split_once('@').unwrap_or((model, "main"));

@@ -21,7 +21,7 @@ pub(crate) struct Planned {
 pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failure> {
     let PlanArgs { model, mesh, rank, explain, audit, storage, link, doctor, json: _ } = args;
     let measured = doctor.as_deref().map(rates::measured).transpose()?.unwrap_or_default();
-    let checkpoint = model::open(model)?;
+    let checkpoint = model::open_adapted(model, mesh)?;
     output.warn(checkpoint.warnings());
     let world = model::world(mesh, *rank, &Devices::Host)?;
     let rules = model::rules(&checkpoint, mesh, &world)?;

@@ -16,7 +16,7 @@ pub(crate) fn run(
     interrupt: &Interrupt,
 ) -> Result<Map<String, Value>, Failure> {
     let ReshardArgs { model, out, mesh, force, json: _ } = args;
-    let checkpoint = model::open(model)?;
+    let checkpoint = model::open_adapted(model, mesh)?;
     output.warn(checkpoint.warnings());
     let world = model::world(mesh, None, &Devices::Host)?;
     let rules = model::rules(&checkpoint, mesh, &world)?;

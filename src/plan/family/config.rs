@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use super::parts::ADAPTED;
 use super::{ModelOptions, broken};
 use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::error::Result;
@@ -83,7 +84,7 @@ impl<'a> Config<'a> {
         let rules = embeddings
             .iter()
             .fold(rules, |rules, name| rules.whole(format!("**.{}", module(name))).optional().stage(stage));
-        Ok(rules.whole(module(head)).optional().stage(Stage::Last))
+        Ok(rules.whole(format!("{ADAPTED}{}", module(head))).optional().stage(Stage::Last))
     }
 
     /// Makes `head` an alias of the first of `originals` that is there, if the config ties weights; and whether it did.

@@ -4,7 +4,7 @@
 
 use super::Family;
 use super::config::Config;
-use super::parts::{Block, Experts, blocks_of};
+use super::parts::{ADAPTED, Block, Experts, blocks_of};
 use crate::error::Result;
 use crate::plan::expr::Expr;
 use crate::plan::quant::Orientation;
@@ -26,7 +26,10 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     let is_text = config.checkpoint.position(text[0]).is_some();
     let [embeddings, head] = if is_text { text } else { multimodal };
     // Images become embeddings, which the first stage has.
-    let rules = Rules::new().replicate("{vision_model,multi_modal_projector}.**").optional().stage(Stage::First);
+    let rules = Rules::new()
+        .replicate(format!("{ADAPTED}{{vision_model,multi_modal_projector}}.**"))
+        .optional()
+        .stage(Stage::First);
     config
         .vocabulary(rules, head, &[embeddings], false)?
         .attention(config.heads()?)

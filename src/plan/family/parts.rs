@@ -168,10 +168,10 @@ impl Rules {
         self.replicate(format!("**.{names}.{{weight,bias}}"))
     }
 
-    /// Layers of the language model: their tensors match `pattern`, in which the first wildcard that is a number is the
-    /// layer's. Their number is the first of these keys.
+    /// Layers of the language model, and of its adapter: their tensors match `pattern`, in which the first wildcard that
+    /// is a number is the layer's. Their number is the first of these keys.
     pub(super) fn layers(self, pattern: &str, count: &[&str], config: &Config<'_>) -> Result<Rules> {
-        Ok(self.pipeline(pattern, config.find(count)?, config.options.stages()))
+        Ok(self.pipeline(format!("{ADAPTED}{pattern}"), config.find(count)?, config.options.stages()))
     }
 }
 
@@ -192,3 +192,6 @@ pub(super) fn blocks_of(x: Expr, dim: usize, blocks: &[Block], by: Ax) -> Expr {
 pub(super) fn all_of(x: Expr, dim: usize, len: u64) -> Expr {
     Expr::Shard { x: Box::new(x), dim, cut: Cut { by: Coord::One, units: Some(len), ..Cut::default() } }
 }
+
+/// What names of a LoRA adapter have before those of the model.
+pub(super) const ADAPTED: &str = "{base_model.model.,}";
