@@ -11,7 +11,7 @@ const ROWS: [(&str, u16); 4] = [("k", 4), ("q", 8), ("v", 4), ("z", 6)];
 
 /// The value of an element: where it is from.
 fn value(name: &str, row: u16, column: u16) -> u16 {
-    u16::from(name.as_bytes()[0]) << 8 | row * 16 + column
+    (u16::from(name.as_bytes()[0]) << 8) | (row * 16 + column)
 }
 
 fn open(folder: &Path) -> Checkpoint {
@@ -138,7 +138,7 @@ fn a_request_that_does_not_fit_is_refused_when_it_is_planned() {
 fn memory_that_does_not_fit_is_refused_before_anything_moves() {
     let folder = tempfile::tempdir().unwrap();
     let checkpoint = open(folder.path());
-    let mut buffer = [0u16; 80];
+    let buffer = [0u16; 80];
     let at = |element: usize| buffer.as_ptr().wrapping_add(element).cast_mut().cast::<u8>();
     let one = || Request::new("one", Dtype::Bf16, Expr::Tensor("k".into())).on([Rank(1)]);
     for (requests, kind, message) in [
