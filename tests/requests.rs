@@ -11,7 +11,7 @@ const ROWS: [(&str, u16); 4] = [("k", 4), ("q", 8), ("v", 4), ("z", 6)];
 
 /// The value of an element: where it is from.
 fn value(name: &str, row: u16, column: u16) -> u16 {
-    u16::from(name.as_bytes()[0]) << 8 | row * 16 + column
+    (u16::from(name.as_bytes()[0]) << 8) | (row * 16 + column)
 }
 
 fn open(folder: &Path) -> Checkpoint {

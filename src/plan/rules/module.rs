@@ -147,7 +147,7 @@ struct Filler<'a> {
 
 impl Filler<'_> {
     fn fill(&self, template: &str) -> Result<String> {
-        let template = Template::new(template).map_err(|what| Error::from(broken("source", what)))?;
+        let template = Template::new(template).map_err(|what| broken("source", what))?;
         Ok(template.fill(self.module, &self.captures))
     }
 }
