@@ -29,9 +29,10 @@ pub const EXPRESSIONS_MAX: usize = 1 << 18;
 /// models need fewer than 10.
 pub const EXPRESSION_DEPTH: usize = 64;
 
-/// Most parts of destinations that rules have several of, those of all tensors that they match together: forty times what
-/// DeepSeek-V3 has of experts, with their scales. They take seconds; a short file can ask for a thousand times as many.
-pub const PARTS_MAX: u64 = 1 << 22;
+/// Most parts of destinations that rules have several of, those of all tensors that they match together: ten times what
+/// DeepSeek-V3 has of experts, with their scales. So many take 4 seconds for one rank and 20 for 8, and a short file could
+/// ask for ten thousand times as many.
+pub const PARTS_MAX: u64 = 1 << 20;
 
 /// Most threads that read headers at once: beyond this storage answers no faster.
 pub const HEADER_THREADS_MAX: usize = 32;

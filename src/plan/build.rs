@@ -414,13 +414,12 @@ impl<'a> Builder<'a> {
     /// Refuses the cast of an F8 that another tensor scales: without its scale it would be another number.
     fn refuse_scaled(&self, entry: &Declared, scales: &Scales<'a>) -> Result<()> {
         let placed = &self.placed[entry.placed as usize];
+        let Some(to) = placed.expr.cast_to() else { return Ok(()) };
         for &tensor in entry.named.iter().chain(&entry.tensor) {
             let TensorMeta { name, dtype, .. } = &self.tensors[tensor as usize];
-            let Some(to) =
-                self.rules.cast_to(placed, *dtype).filter(|_| matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2))
-            else {
+            if !matches!(dtype, Dtype::F8E4M3 | Dtype::F8E5M2) {
                 continue;
-            };
+            }
             let Some(scale) = scales.of(name, self.tensors) else { continue };
             let (who, said) = self.rules.said_by(placed);
             let what = format!("{who} `{said}`: {dtype} that is scaled is not cast to {to}");
