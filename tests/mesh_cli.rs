@@ -279,8 +279,10 @@ fn what_lands_is_checked_and_written_on_every_mesh() {
 #[test]
 fn plan_says_who_holds_what() {
     let rows = |text: &str| -> Vec<String> {
-        let table = text.lines().skip_while(|line| !line.contains("rank "));
-        let columns = table.map(|line| line.split_whitespace().collect::<Vec<_>>()).take_while(|row| row.len() > 5);
+        let table = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let is_rank = |word: &str| word == "rank" || word.parse::<u32>().is_ok();
+        let table = table.skip_while(|row| row.first() != Some(&"rank"));
+        let columns = table.take_while(|row| row.first().is_some_and(|word| is_rank(word)));
         // Without bytes, tensors and pieces; bytes are a number and a unit.
         let told = columns.map(|row| [&row[..1], &row[if row[0] == "rank" { 4 } else { 5 }..]].concat().join(" "));
         told.collect()
