@@ -17,7 +17,7 @@ pub(crate) struct Case {
 /// Why no partition exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Refusal {
-    /// The units do not divide evenly, or the dimension is not a whole number of them.
+    /// Units do not divide evenly over several ranks, or the dimension is not a whole number of them.
     Uneven,
     /// A cut does not fall on a byte.
     Misaligned,
@@ -69,7 +69,8 @@ impl Case {
             at += self.unit;
         }
         let whole = size.is_multiple_of(self.unit) && (units.len() as u64).is_multiple_of(self.ranks);
-        if !self.ceil && !whole {
+        // One part is all of it, whatever the units are.
+        if !self.ceil && !whole && self.ranks > 1 {
             return Err(Refusal::Uneven);
         }
         let each = (units.len() as u64).div_ceil(self.ranks).max(1);
