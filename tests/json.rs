@@ -259,11 +259,6 @@ fn failures() {
         &["--engine", "cufile"][..],
         &["--repeat", "2"],
         &["--trace", "trace.json"],
-        &["--pp", "2"],
-        &["--ep", "2"],
-        &["--order", "pp,dp,cp,tp"],
-        &["--pp-split", "hf"],
-        &["--ep-split", "experts.txt"],
         &["--target", "hf"],
     ] {
         error(&[&["load", model][..], flags].concat(), 2, "unsupported");
