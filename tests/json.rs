@@ -255,11 +255,10 @@ fn failures() {
     error(&["plan", model, "--explain", "no.such.tensor"], 2, "not-found");
     for flags in [
         #[cfg(not(feature = "cuda"))]
-        &["--devices", "cuda:0,1"],
+        &["--devices", "cuda:0,1"][..],
         &["--engine", "cufile"][..],
         &["--repeat", "2"],
         &["--trace", "trace.json"],
-        &["--target", "hf"],
     ] {
         error(&[&["load", model][..], flags].concat(), 2, "unsupported");
     }

@@ -4,6 +4,7 @@
 
 use super::Family;
 use super::config::{Config, Heads};
+use super::parts::ADAPTED;
 use crate::error::Result;
 use crate::plan::rules::{Rules, Stage};
 
@@ -27,7 +28,10 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     let is_below = config.checkpoint.tensor(embeddings[0]).is_some();
     let head = if is_below { "language_model.lm_head.weight" } else { "lm_head.weight" };
     // Before the others: the tower has modules of the same names.
-    let rules = Rules::new().replicate("{vision_tower,multi_modal_projector}.**").optional().stage(Stage::First);
+    let rules = Rules::new()
+        .replicate(format!("{ADAPTED}{{vision_tower,multi_modal_projector}}.**"))
+        .optional()
+        .stage(Stage::First);
     config
         // Both tie by default.
         .vocabulary(rules, head, &embeddings, true)?

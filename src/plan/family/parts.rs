@@ -182,7 +182,7 @@ pub(super) fn blocks_of(x: Expr, dim: usize, blocks: &[Block], by: Ax) -> Expr {
     let mut start = 0;
     let parts = blocks.iter().map(|&block| {
         let part = Expr::Slice { x: Box::new(x.clone()), dim, start, len: block.len(), step: 1 };
-        start += block.len();
+        start = start.saturating_add(block.len());
         Expr::Shard { x: Box::new(part), dim, cut: block.cut(by) }
     });
     Expr::Concat { dim, parts: parts.collect() }

@@ -8,7 +8,7 @@ use crate::plan::cut::{Cut, Split};
 use crate::plan::expr::Expr;
 use crate::plan::family::config::Config;
 use crate::plan::family::deepseek::without_predicting_layers;
-use crate::plan::family::parts::{Block, Experts};
+use crate::plan::family::parts::{ADAPTED, Block, Experts};
 use crate::plan::rules::{Rules, Stage};
 use crate::plan::world::{Ax, Coord};
 
@@ -74,7 +74,7 @@ fn vocabulary(rules: Rules, config: &Config<'_>) -> Result<Rules> {
     let embeddings = ["model.embed_tokens.weight", "embed_tokens.weight"];
     let (rules, tied) = config.tie(rules, "lm_head.weight", &embeddings, false)?;
     let rules = rules.whole("**.embed_tokens").optional().stage(if tied { Stage::Ends } else { Stage::First });
-    Ok(rules.module("lm_head", Expr::shard(0, ceil())).optional().stage(Stage::Last))
+    Ok(rules.module(format!("{ADAPTED}lm_head"), Expr::shard(0, ceil())).optional().stage(Stage::Last))
 }
 
 /// Experts as two stacks below the module `mlp`: each divided over the tensor-parallel ranks, or, with expert

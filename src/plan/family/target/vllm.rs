@@ -8,7 +8,7 @@ use crate::plan::cut::{Cut, Split};
 use crate::plan::expr::{Expr, Fill};
 use crate::plan::family::config::{Config, Heads};
 use crate::plan::family::deepseek::without_predicting_layers;
-use crate::plan::family::parts::{Block, Experts};
+use crate::plan::family::parts::{ADAPTED, Block, Experts};
 use crate::plan::rules::{Rules, Stage};
 use crate::plan::world::{Ax, Coord, Mesh};
 
@@ -113,7 +113,7 @@ fn vocabulary(rules: Rules, config: &Config<'_>, renamed: &str) -> Result<Rules>
         .rename(format!("{{1}}.{renamed}"))
         .optional()
         .stage(if tied { Stage::Ends } else { Stage::First });
-    Ok(rules.module("lm_head", padded("lm_head.weight")?).optional().stage(Stage::Last))
+    Ok(rules.module(format!("{ADAPTED}lm_head"), padded("lm_head.weight")?).optional().stage(Stage::Last))
 }
 
 fn deepseek(config: &Config<'_>) -> Result<Rules> {
