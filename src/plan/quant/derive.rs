@@ -56,7 +56,7 @@ pub(in crate::plan) fn refined(expr: &Expr, parts: &Parts<'_>) -> Result<Option<
     };
     let (Some(block), Some(&size)) = (linear.block, linear.sizes.get(*dim)) else { return Ok(inner) };
     let count = cut.part(size, parts.mesh, Rank(0))?.1;
-    let unit = lcm(cut.unit, linear.align(*dim));
+    let unit = lcm(cut.unit, lcm(linear.align(*dim), linear.one(*dim)));
     if count <= 1 || !size.is_multiple_of(count) || (size / count).is_multiple_of(unit) {
         return Ok(inner);
     }
@@ -87,13 +87,26 @@ struct Logical {
     size: Option<u64>,
     /// So many indices that no tensor of the module divides.
     align: u64,
-    /// Whether the last of these groups has fewer.
+    /// The size of a group where one is all of the dimension, else 1: parts may share it, but nothing follows less.
+    one: u64,
+    /// Whether the last of the former groups has fewer.
     ragged: bool,
 }
 
 impl Logical {
-    fn of(size: u64, align: u64) -> Logical {
-        Logical { size: Some(size).filter(|&size| size != UNKNOWN), align, ragged: !size.is_multiple_of(align) }
+    fn of(size: u64, align: u64, one: u64) -> Logical {
+        Logical { size: Some(size).filter(|&size| size != UNKNOWN), align, one, ragged: !size.is_multiple_of(align) }
+    }
+
+    /// The groups that do not end where this does, if there are any: of a part that is one of several of a module
+    /// only those that it does not share.
+    fn unfinished(&self, of_one: bool) -> Option<u64> {
+        let shares = of_one || self.size.is_some_and(|size| size.is_multiple_of(self.one));
+        match (self.ragged, self.one) {
+            (true, _) => Some(self.align),
+            (false, one) if one > 1 && !shares => Some(one),
+            _ => None,
+        }
     }
 }
 
@@ -111,7 +124,7 @@ impl Deriver<'_> {
                     return Err(inside("padding", logical.align, format!("{to} indices")));
                 }
                 let at = Dim::find(&derived.dims, *dim);
-                Ok(derived.with(*dim, Logical::of(*to, logical.align), |x| match at {
+                Ok(derived.with(*dim, Logical::of(*to, logical.align, logical.one), |x| match at {
                     Some((dim, per, of)) => Expr::Pad { x, dim, to: to / of * per, fill: fill.clone() },
                     None => *x,
                 }))
@@ -147,7 +160,8 @@ impl Deriver<'_> {
             broken("module", format!("module has no `{}`", self.suffix))
                 .with_expected("as its other parts", all.join(", "))
         })?;
-        let logical = linear.sizes.iter().enumerate().map(|(dim, &size)| Logical::of(size, linear.align(dim)));
+        let logical = linear.sizes.iter().enumerate();
+        let logical = logical.map(|(dim, &size)| Logical::of(size, linear.align(dim), linear.one(dim)));
         Ok(Derived {
             expr: stored.refine(expr),
             dims: stored.dims.clone(),
@@ -182,30 +196,31 @@ impl Deriver<'_> {
     }
 
     fn concat(&self, dim: usize, parts: &[Expr]) -> Result<Derived> {
+        let of_one = parts.iter().all(|part| part.names() == 0);
         let (mut whole, mut last) = (Some(0), None::<Logical>);
         let (exprs, first) = self.parts(parts, &mut |derived| {
             let part = derived.logical(dim)?;
-            if let Some(Logical { size, align, ragged: true }) = last {
-                let size = size.map_or_else(|| "some".to_owned(), |size| size.to_string());
-                return Err(inside("the end of a part that others follow", align, format!("{size} indices")));
+            if let Some((before, group)) = last.and_then(|last| Some((last, last.unfinished(of_one)?))) {
+                let found =
+                    before.size.map_or_else(|| "a part of each rank".to_owned(), |size| format!("{size} indices"));
+                return Err(inside("the end of a part that others follow", group, found));
             }
             whole = whole.zip(part.size).map(|(whole, size): (u64, u64)| whole.saturating_add(size));
             last = Some(part);
             Ok(())
         })?;
         let Some(part) = last else { return Err(broken("concat", "nothing is put together")) };
-        let at = Dim::find(&first.dims, dim);
-        let of_one = parts.iter().all(|part| part.names() == 0);
+        let at = if of_one { Dim::find(&first.dims, dim).map(|(at, ..)| at) } else { Dim::place(&first.dims, dim) };
         let merged = match (at, first.merged) {
-            (Some((dim, ..)), _) => Expr::Concat { dim, parts: exprs },
+            (Some(dim), _) => Expr::Concat { dim, parts: exprs },
             // Parts of one module, which stays one.
             (None, _) if of_one => first.expr.clone(),
             (None, Merged::Each) if first.dims.is_empty() => Expr::Stack { parts: exprs },
             (None, Merged::Each) => Expr::Concat { dim: 0, parts: exprs },
-            (None, Merged::First) => {
+            (None, Merged::First(len)) => {
                 let own = first.dims.first().and_then(|own| match *own {
                     Dim::Of { dim, per, of } => first.logical.get(dim)?.size.map(|size| size.div_ceil(of) * per),
-                    Dim::Own => None,
+                    Dim::One { .. } | Dim::Own => Some(len),
                 });
                 let len =
                     own.ok_or_else(|| broken("module", format!("parts with `{}` are cut before", self.suffix)))?;
@@ -218,12 +233,12 @@ impl Deriver<'_> {
     fn stack(&self, parts: &[Expr]) -> Result<Derived> {
         let (exprs, mut first) = self.parts(parts, &mut |_| Ok(()))?;
         for dim in &mut first.dims {
-            if let Dim::Of { dim, .. } = dim {
+            if let Dim::Of { dim, .. } | Dim::One { dim, .. } = dim {
                 *dim += 1;
             }
         }
         first.dims.insert(0, Dim::same(0));
-        first.logical.insert(0, Logical { size: None, align: 1, ragged: false });
+        first.logical.insert(0, Logical { size: None, align: 1, one: 1, ragged: false });
         Ok(Derived { expr: Expr::Stack { parts: exprs }, ..first })
     }
 }
@@ -264,8 +279,12 @@ impl Derived {
             }
             (None, _) => {}
         }
+        let size = match logical.size {
+            Some(size) if whole.part(size, mesh, Rank(0))?.1 == 1 => Some(size),
+            _ => None,
+        };
         let at = Dim::find(&self.dims, dim);
-        Ok(self.with(dim, Logical { size: None, ..logical }, |x| match at {
+        Ok(self.with(dim, Logical { size, ..logical }, |x| match at {
             Some((dim, per, of)) => {
                 // What is as long as the matrix is held against the configuration like it.
                 let units = cut.units.filter(|_| unit == cut.unit && (per, of) == (1, 1));
@@ -283,7 +302,7 @@ impl Derived {
             return Err(inside("slice", align, format!("{len} from {start} by {step}")));
         }
         let at = Dim::find(&self.dims, dim);
-        Ok(self.with(dim, Logical::of(len, align), |x| match at {
+        Ok(self.with(dim, Logical::of(len, align, logical.one), |x| match at {
             Some((dim, per, of)) => {
                 Expr::Slice { x, dim, start: start / of * per, len: len.div_ceil(of).saturating_mul(per), step }
             }
@@ -304,17 +323,17 @@ impl Linear {
         let mut refined = self.clone();
         let Some(block) = self.block else { return refined };
         for Stored { dims, refined: repeats, .. } in &mut refined.stored {
-            let [.., Dim::Of { dim: rows, of: of_rows, .. }, Dim::Of { dim: columns, of: of_columns, .. }] =
-                &mut dims[..]
-            else {
-                continue;
+            let [.., rows, columns] = &mut dims[..] else { continue };
+            let group = |at: &Dim| match *at {
+                Dim::Of { dim, of, .. } | Dim::One { dim, of } => Some((dim, of)),
+                Dim::Own => None,
             };
-            if [*of_rows, *of_columns] == block {
-                *repeats = Some([
-                    (*of_rows / to, self.sizes[*rows].div_ceil(to)),
-                    (*of_columns / to, self.sizes[*columns].div_ceil(to)),
-                ]);
-                (*of_rows, *of_columns) = (to, to);
+            let (Some((first, of_rows)), Some((second, of_columns))) = (group(rows), group(columns)) else { continue };
+            if [of_rows, of_columns] == block {
+                let counts = [first, second].map(|dim| self.sizes[dim].div_ceil(to));
+                *repeats = Some([(of_rows / to, counts[0]), (of_columns / to, counts[1])]);
+                *rows = Dim::groups(first, to, counts[0]);
+                *columns = Dim::groups(second, to, counts[1]);
             }
         }
         refined

@@ -108,6 +108,8 @@ pub(super) struct Stored {
 enum Dim {
     /// A logical dimension: `per` indices for each `of` of that; the last `of` may be fewer.
     Of { dim: usize, per: u64, of: u64 },
+    /// One index for all of a logical dimension, which is one group of at most `of`: what is cut shares it.
+    One { dim: usize, of: u64 },
     /// None of the logical ones.
     Own,
 }
@@ -117,8 +119,8 @@ enum Dim {
 enum Merged {
     /// One for each part, one after the other.
     Each,
-    /// They are the same; the first one is taken.
-    First,
+    /// They are the same; the first one is taken, of so many indices.
+    First(u64),
 }
 
 impl Dim {
@@ -128,6 +130,17 @@ impl Dim {
 
     fn each(dim: usize, of: u64) -> Dim {
         Dim::Of { dim, per: 1, of }
+    }
+
+    /// So many groups of `of` indices of a logical dimension, the last of which may be smaller.
+    fn groups(dim: usize, of: u64, count: u64) -> Dim {
+        if count == 1 { Dim::One { dim, of } } else { Dim::each(dim, of) }
+    }
+
+    /// Where parts lie behind each other that are put together along this logical dimension.
+    fn place(dims: &[Dim], logical: usize) -> Option<usize> {
+        let is = |at: &Dim| matches!(*at, Dim::Of { dim, .. } | Dim::One { dim, .. } if dim == logical);
+        dims.iter().position(is)
     }
 
     /// Which one of the stored dimensions is this logical one, and how many of its indices each `of` are.
@@ -149,5 +162,15 @@ impl Linear {
     fn align(&self, dim: usize) -> u64 {
         let units = self.stored.iter().filter_map(|stored| Dim::find(&stored.dims, dim)).map(|(_, _, of)| of);
         units.fold(1, lcm)
+    }
+
+    /// The size of a group where one is all of a dimension, else 1.
+    fn one(&self, logical: usize) -> u64 {
+        let dims = self.stored.iter().flat_map(|stored| &stored.dims);
+        let ones = dims.filter_map(|at| match *at {
+            Dim::One { dim, of } if dim == logical => Some(of),
+            _ => None,
+        });
+        ones.fold(1, lcm)
     }
 }

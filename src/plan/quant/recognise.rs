@@ -30,7 +30,12 @@ pub(in crate::plan) const SUFFIXES: &[&str] = &[
     ".weight_zero_point",
     ".weight_global_scale",
     ".input_global_scale",
+    ".input_scale_ub",
     ".input_scale",
+    ".input_zero_point",
+    ".output_scale",
+    ".SCB",
+    ".weight_format",
     ".q_scale",
     ".k_scale",
     ".v_scale",
@@ -43,6 +48,14 @@ pub(in crate::plan) const SUFFIXES: &[&str] = &[
     "_blocks",
     "_scales",
     "_bias",
+];
+
+/// Tensors of several elements that are of all of a weight.
+const OF_ALL: &[&str] = &[
+    ".weight.quant_map",
+    ".weight.nested_quant_map",
+    ".weight.quant_state.bitsandbytes__nf4",
+    ".weight.quant_state.bitsandbytes__fp4",
 ];
 
 /// Elements that share an element of absmax in bitsandbytes, and those of these that share one of the nested absmax
@@ -95,7 +108,7 @@ pub(in crate::plan) fn recognise<'a>(
     } else {
         return Ok(None);
     };
-    Ok(Some(maker.with_common(linear)))
+    maker.with_common(linear).map(Some)
 }
 
 struct Maker<'a, F> {
@@ -122,18 +135,26 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
             sizes[last] *= 2;
             dims[last] = Dim::each(last, 2);
         }
-        if self.known.orientation == Orientation::InOut && shape.len() >= 2 && scale.is_none() {
+        let is_turned = self.known.orientation == Orientation::InOut && shape.len() >= 2;
+        if is_turned {
             sizes.swap(last - 1, last);
             dims.swap(last - 1, last);
         }
         let mut linear = Linear::new(sizes);
         linear.push(suffix, dims);
-        for suffix in [".weight_scale_inv", ".weight_scale"] {
+        for suffix in [".weight_scale_inv", ".weight_scale", ".weight_zero_point"] {
             if let Some(scale) = self.find(suffix) {
                 let (dims, block) = self.scale(&linear.sizes, scale)?;
                 linear.push(suffix, dims);
                 linear.block = linear.block.or(block);
             }
+        }
+        // bitsandbytes, 8 bits: one for each output.
+        if self.find(".SCB").is_some() {
+            linear.push(".SCB", smallvec![Dim::same(0)]);
+        }
+        if is_turned && (pairs || linear.block.is_some()) {
+            return Err(wrong("no layout of inputs before outputs is packed or in blocks", weight));
         }
         Ok(linear)
     }
@@ -148,16 +169,20 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
         let mut dims: Dims = (0..lead.len()).map(Dim::same).collect();
         let rest = shape.strip_prefix(lead);
         match rest {
+            Some(rest) if rest == blocks && scale.name.ends_with("_inv") => {}
             _ if shape.iter().all(|&size| size == 1) => return Ok((own(scale), None)),
-            Some(&[rows]) if rows == outputs => dims.push(Dim::same(first)),
-            Some(&[rows, 1]) if rows == outputs => dims.extend([Dim::same(first), Dim::Own]),
-            Some(rest) if rest == blocks => {
-                dims.push(if blocks[0] == 1 { Dim::Own } else { Dim::each(first, block[0]) });
-                dims.push(if blocks[1] == 1 { Dim::Own } else { Dim::each(second, block[1]) });
-                return Ok((dims, Some(block)));
+            Some(&[rows]) if rows == outputs => {
+                dims.push(Dim::same(first));
+                return Ok((dims, None));
             }
+            Some(&[rows, 1]) if rows == outputs => {
+                dims.extend([Dim::same(first), Dim::Own]);
+                return Ok((dims, None));
+            }
+            Some(rest) if rest == blocks => {}
             Some(&[rows, groups]) if rows == outputs && groups > 0 && inputs.is_multiple_of(groups) => {
                 dims.extend([Dim::same(first), Dim::each(second, inputs / groups)]);
+                return Ok((dims, None));
             }
             _ => {
                 return Err(wrong("scales are of no layout of their weight", scale).with_expected(
@@ -166,7 +191,8 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
                 ));
             }
         }
-        Ok((dims, None))
+        dims.extend([Dim::groups(first, block[0], blocks[0]), Dim::groups(second, block[1], blocks[1])]);
+        Ok((dims, Some(block)))
     }
 
     /// GPTQ and AWQ: `qweight`, `qzeros`, `scales`, `g_idx`.
@@ -196,7 +222,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
                 linear.push(suffix, smallvec![group, output]);
             }
         }
-        linear.push_shared(".g_idx", smallvec![Dim::same(1)]);
+        linear.push_shared(".g_idx", smallvec![Dim::same(1)], inputs);
         Ok(linear)
     }
 
@@ -225,7 +251,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
             let group = self.group(zeros, two(zeros)?[1], inputs)?;
             linear.push(".weight_zero_point", smallvec![Dim::Of { dim: 0, per: words, of: values }, group]);
         }
-        linear.push_shared(".weight_g_idx", smallvec![Dim::same(1)]);
+        linear.push_shared(".weight_g_idx", smallvec![Dim::same(1)], inputs);
         Ok(linear)
     }
 
@@ -271,7 +297,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
     }
 
     /// Adds what modules of all layouts may have.
-    fn with_common(&self, mut linear: Linear) -> Linear {
+    fn with_common(&self, mut linear: Linear) -> Result<Linear> {
         let is_stack = linear.sizes.len() == 3;
         for suffix in [".bias", "_bias"] {
             if let Some(bias) = self.find(suffix) {
@@ -287,15 +313,21 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
         linear.push(".lora_embedding_B", smallvec![Dim::same(inputs), Dim::Own]);
         linear.push(".lora_magnitude_vector", smallvec![Dim::same(0)]);
         for &suffix in SUFFIXES {
-            if linear.stored(suffix).is_none()
-                && let Some(other) = self.find(suffix)
-            {
-                linear.push(suffix, own(other));
+            let Some(other) = self.find(suffix).filter(|_| linear.stored(suffix).is_none()) else { continue };
+            let elements = other.shape.dims().iter().product::<u64>();
+            match suffix {
+                ".weight_shape" => linear.push_shared(suffix, own(other), elements),
+                _ if elements == 1 || OF_ALL.contains(&suffix) => linear.push(suffix, own(other)),
+                _ => {
+                    return Err(
+                        wrong("no layout says what this is of its weight", other).with_expected("1 element", elements)
+                    );
+                }
             }
         }
         let present = |stored: &Stored| self.find(stored.suffix).is_some();
         linear.stored.retain(present);
-        linear
+        Ok(linear)
     }
 
     /// Packed values of so many words.
@@ -328,8 +360,8 @@ impl Linear {
         self.stored.push(Stored { suffix, dims, merged: Merged::Each, refined: None });
     }
 
-    fn push_shared(&mut self, suffix: &'static str, dims: Dims) {
-        self.stored.push(Stored { suffix, dims, merged: Merged::First, refined: None });
+    fn push_shared(&mut self, suffix: &'static str, dims: Dims, len: u64) {
+        self.stored.push(Stored { suffix, dims, merged: Merged::First(len), refined: None });
     }
 }
 

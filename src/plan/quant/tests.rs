@@ -303,3 +303,56 @@ fn adapters_are_cut_as_their_base_layer() {
         ]
     );
 }
+
+#[test]
+fn zero_points_of_rows_are_cut_with_them_and_what_is_not_known_is_refused() {
+    let tensors = |zeros: &'static str| {
+        [("m.weight", Dtype::I8, &[128, 64][..]), ("m.weight_scale", F32, &[128, 1]), (zeros, Dtype::I8, &[128, 1])]
+    };
+    let rules = Rules::new().module("m", shard(0, 1));
+    let plan_of = |zeros| plan(&tensors(zeros), &rules, 2);
+    assert_eq!(shapes(&plan_of("m.weight_zero_point").unwrap(), 1)[2], ("m.weight_zero_point", vec![64, 1]));
+    let error = plan_of("m.input_scale").unwrap_err();
+    assert_eq!(
+        (error.rule(), error.tensor(), error.found()),
+        (Some("quantization"), Some("m.input_scale"), Some("128"))
+    );
+}
+
+#[test]
+fn a_block_that_is_all_of_a_side_is_shared_but_followed_only_when_full() {
+    let merged = |rows: u64, ranks: u32, refine: bool| {
+        let names: [(&str, Dtype, Vec<u64>); 4] = [
+            ("gate.weight", F8E4M3, vec![rows, 256]),
+            ("gate.weight_scale_inv", F32, vec![rows.div_ceil(128), 2]),
+            ("up.weight", F8E4M3, vec![rows, 256]),
+            ("up.weight_scale_inv", F32, vec![rows.div_ceil(128), 2]),
+        ];
+        let tensors: Vec<_> = names.iter().map(|(name, dtype, shape)| (*name, *dtype, &shape[..])).collect();
+        let part = |x| Expr::Shard { x: Box::new(x), dim: 0, cut: Cut::default() };
+        let parts = vec![part(Expr::Source), part(Expr::Tensor("up".into()))];
+        let rules = Rules::new().module("gate", Expr::Concat { dim: 0, parts }).rename("gate_up").module_part("up");
+        let rules = rules.quantization(Quantization { refine, ..Quantization::default() });
+        plan(&tensors, &rules, ranks).map(|plan| shapes(&plan, 0)[1].1.clone())
+    };
+    assert_eq!(merged(128, 1, false).unwrap(), [2, 2]);
+    // 64 rows, and then those of another block.
+    for (rows, ranks) in [(64, 1), (128, 2)] {
+        let error = merged(rows, ranks, false).unwrap_err();
+        assert_eq!((error.rule(), error.expected()), (Some("unit"), Some("a multiple of 128")), "{rows} {ranks}");
+    }
+    assert_eq!(merged(128, 2, true).unwrap(), [2, 4]);
+    // Alone it needs nothing.
+    let alone = [("m.weight", F8E4M3, &[128, 256][..]), ("m.weight_scale_inv", F32, &[1, 2])];
+    let alone = plan(&alone, &Rules::new().module("m", shard(0, 1)), 2).unwrap();
+    assert_eq!(shapes(&alone, 1), [("m.weight", vec![64, 256]), ("m.weight_scale_inv", vec![1, 2])]);
+}
+
+#[test]
+fn scales_of_inputs_before_outputs_turn_nothing_round() {
+    let tensors = [("m.weight", Dtype::I8, &[64, 64][..]), ("m.weight_scale", F32, &[])];
+    let rules = Rules::new().module("m", shard(1, 1)).orientation(crate::plan::Orientation::InOut);
+    assert_eq!(shapes(&plan(&tensors, &rules, 2).unwrap(), 1)[0], ("m.weight", vec![32, 64]));
+    let blocks = [("m.weight", F8E4M3, &[256, 256][..]), ("m.weight_scale_inv", F32, &[2, 2])];
+    assert_eq!(plan(&blocks, &rules, 2).unwrap_err().rule(), Some("quantization"));
+}

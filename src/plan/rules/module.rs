@@ -96,15 +96,14 @@ impl<'a> Modules<'a> {
     }
 
     fn derive(&self, expr: &Expr, how: &ModuleRule, suffix: &str, filler: &Filler<'_>) -> Result<Expr> {
-        let outputs = outputs(expr);
-        let known = Known { quantization: &self.rules.quantization, orientation: how.orientation, outputs };
-        let linear = |module: &str| -> Result<Linear> {
+        let linear = |module: &str, outputs: Option<u64>| -> Result<Linear> {
+            let known = Known { quantization: &self.rules.quantization, orientation: how.orientation, outputs };
             let tensor = |name: &str| -> Option<&TensorMeta> { self.checkpoint.tensor(name) };
             quant::recognise(module, known, tensor)?
                 .ok_or_else(|| broken("module", format!("no tensor is the weight of `{module}`")))
         };
-        let matched = linear(filler.module)?;
-        let named = |template: &str| linear(&filler.fill(template)?);
+        let matched = linear(filler.module, outputs(expr, None))?;
+        let named = |template: &str| linear(&filler.fill(template)?, outputs(expr, Some(template)));
         let mut parts = Parts { matched: &matched, named: &named, mesh: self.mesh, refined: None };
         if self.rules.quantization.refine {
             parts.refined = quant::refined(expr, &parts)?;
@@ -152,10 +151,16 @@ impl Filler<'_> {
     }
 }
 
-/// The outputs of the module, where a cut says how many units of them there are.
-fn outputs(expr: &Expr) -> Option<u64> {
+/// The outputs of a module that an expression speaks of, where a cut says how many units of them there are: of the one
+/// with this name in it, or of the one that the rule matched.
+fn outputs(expr: &Expr, name: Option<&str>) -> Option<u64> {
+    let is = |x: &Expr| match (x, name) {
+        (Expr::Source, None) => true,
+        (Expr::Tensor(other), Some(name)) => other == name,
+        _ => false,
+    };
     match expr {
-        Expr::Shard { x, dim: 0, cut } if matches!(**x, Expr::Source) => cut.units?.checked_mul(cut.unit),
-        _ => expr.inner().first().and_then(outputs),
+        Expr::Shard { x, dim: 0, cut } if is(x) => cut.units?.checked_mul(cut.unit),
+        _ => expr.inner().iter().find_map(|inner| outputs(inner, name)),
     }
 }
