@@ -400,9 +400,9 @@ fn rules_that_make_no_sense_are_refused() {
     for (rest, what) in [
         ("replicate = true, cast = 'f64'", "no such type to cast to: expected one of bf16, f16, f32, found `f64`"),
         ("replicate = true, cast = 'BF16'", "found `BF16`"),
-        ("replicate = true, transpose = false", "false says nothing"),
+        ("replicate = true, transpose = false", "transpose: says nothing: expected true, found `false`"),
         ("replicate = true, transpose = true, permute = [1, 0]", "has both transpose and permute"),
-        ("replicate = true, permute = [-1, 0]", "permute is out of range: expected 0 or more, found -1"),
+        ("replicate = true, permute = [-1, 0]", "permute: out of range: expected 0 or more, found -1"),
         ("skip = true, cast = 'f16'", "cast of a tensor that is skipped"),
         ("skip = true, transpose = true", "transpose of a tensor that is skipped"),
     ] {
