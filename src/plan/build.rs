@@ -8,6 +8,7 @@ use smallvec::SmallVec;
 use tracing::debug_span;
 
 use super::audit::{CHUNK, Wanted, audit};
+use super::complete::complete;
 use super::cover::{Strided, Times};
 use super::cut::Split;
 use super::digest::digest;
@@ -53,6 +54,7 @@ impl Plan {
         let mesh = world.mesh();
         let Matches { placed, made } =
             debug_span!("match").in_scope(|| rules.matches(checkpoint, mesh)).map_err(|error| rules.located(error))?;
+        complete(rules, checkpoint.tensors(), &placed, &made, mesh).map_err(|error| rules.located(error))?;
         let builder = Builder { tensors: checkpoint.tensors(), rules, placed: &placed, world };
         let Params { params, declared, holders } = debug_span!("rules").in_scope(|| builder.params(made))?;
         let (ranks, uses) = debug_span!("partition").in_scope(|| -> Result<_> {

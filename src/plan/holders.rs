@@ -98,12 +98,18 @@ impl<'a> HolderMaker<'a> {
                     let stage = self.stages.iter().position(|layers| layers.contains(&layer));
                     On::One(stage.expect("bug in shardlift: a layer of no stage") as u32)
                 }
+                None if pipeline.is_strict => {
+                    return Err(Error::new(ErrorKind::Rules, "nothing says on which stage this is")
+                        .with_rule("stages")
+                        .with_expected(format!("a tensor of `{}`", pipeline.text()), format!("`{name}`"))
+                        .with_tensor(name));
+                }
                 None => On::All,
             },
             _ => On::All,
         };
         let number = match among {
-            Some(among) => Some(self.rules.rules[rule as usize].number(among, subject)?),
+            Some(among) => Some(self.rules.rules[rule as usize].number(among, subject)?.0),
             None => None,
         };
         self.set(Key { rule: Some(rule), stages, number })

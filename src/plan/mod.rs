@@ -4,6 +4,7 @@
 
 mod audit;
 mod build;
+mod complete;
 mod cover;
 mod cut;
 mod digest;

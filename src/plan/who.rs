@@ -48,7 +48,7 @@ impl<'a> Who<'a> {
             let (rule, tensor): (&Rule, _) = (&rules.rules[rule as usize], &checkpoint.tensors()[tensor as usize]);
             let one = rule.among.as_ref().and_then(|among| rule.number(among, placed.subject(&tensor.name)).ok());
             let layer = rules.pipeline.as_ref().and_then(|pipeline| pipeline.layer(&tensor.name).ok().flatten());
-            let experts = one.map(Experts::One).or_else(|| expert_cut(&placed.expr, tensor));
+            let experts = one.map(|(number, _)| Experts::One(number)).or_else(|| expert_cut(&placed.expr, tensor));
             of[entry.param as usize] = Belongs { layer, experts };
         }
         let axes = Ax::ALL.into_iter().filter(|&ax| mesh.axis(ax) > 1).collect();

@@ -17,7 +17,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     let embeddings = ["transformer.word_embeddings.weight", "word_embeddings.weight"];
     config
         .vocabulary(Rules::new(), "lm_head.weight", &embeddings, true)?
-        .column("**.self_attention.query_key_value", heads, 3 * size)
+        .column("**.self_attention.query_key_value", heads, size.saturating_mul(3))
         .row("**.self_attention.dense", heads, size)
         .plain_mlp(hidden.saturating_mul(4))
         .norms("{input_layernorm,post_attention_layernorm}")

@@ -141,7 +141,8 @@ impl<'a> Config<'a> {
         match method {
             "gptq" | "awq" => {
                 let packed = Some(if method == "gptq" { Packed::Gptq } else { Packed::Awq });
-                if let Some(version) = json.get("version").and_then(Value::as_str).filter(|it| *it != "gemm")
+                if let Some(version) =
+                    json.get("version").and_then(Value::as_str).filter(|it| !it.eq_ignore_ascii_case("gemm"))
                     && method == "awq"
                 {
                     return Err(

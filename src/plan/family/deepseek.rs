@@ -12,10 +12,11 @@ pub(super) const FAMILY: Family =
 
 fn rules(config: &Config<'_>) -> Result<Rules> {
     let intermediate = config.count(&["moe_intermediate_size"])?;
-    let experts = Experts::new(config, config.count(&["n_routed_experts"])?, intermediate);
-    let rules = without_predicting_layers(Rules::new(), config)?.each_expert(
-        "**.mlp.experts.*.{gate,up}_proj",
-        "**.mlp.experts.*.down_proj",
+    let experts = Experts::new(config, config.count(&["n_routed_experts"])?, intermediate)?;
+    let rules = without_predicting_layers(Rules::new(), config)?.experts(
+        config,
+        "**.mlp.experts",
+        ["{gate,up}_proj", "down_proj"],
         &experts,
     );
     decoder(rules, config)
@@ -32,8 +33,8 @@ pub(super) fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
     config
         .vocabulary(rules, "lm_head.weight", &["model.embed_tokens.weight"], false)?
         .whole("**.self_attn.{q_a_proj,kv_a_proj_with_mqa}")
-        .column("**.self_attn.{q_proj,q_b_proj}", heads, nope + rope)
-        .column("**.self_attn.kv_b_proj", heads, nope + value)
+        .column("**.self_attn.{q_proj,q_b_proj}", heads, nope.saturating_add(rope))
+        .column("**.self_attn.kv_b_proj", heads, nope.saturating_add(value))
         .row("**.self_attn.o_proj", heads, value)
         .norms("self_attn.{q_a,kv_a}_layernorm")
         .optional_gated_mlp("**.mlp.shared_experts", shared)
@@ -44,8 +45,7 @@ pub(super) fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
         .norms("{input_layernorm,post_attention_layernorm}")
         .norms("norm")
         .stage(Stage::Last)
-        .skip("**.rotary_emb.inv_freq")
-        .optional()
+        .without_rotations()
         .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
 }
 

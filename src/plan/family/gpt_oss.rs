@@ -16,7 +16,7 @@ pub(super) const FAMILY: Family = Family { model_types: &["gpt_oss"], architectu
 fn rules(config: &Config<'_>) -> Result<Rules> {
     let heads = config.count(&["num_attention_heads"])?;
     let intermediate = config.count(&["intermediate_size"])?;
-    let experts = Experts::new(config, config.count(&["num_local_experts", "num_experts"])?, intermediate);
+    let experts = Experts::new(config, config.count(&["num_local_experts", "num_experts"])?, intermediate)?;
     let stacked = || Box::new(Expr::shard(0, experts.cut()));
     // The gate and the up output of an index are neighbours.
     let pairs = Block::new(intermediate, 2).cut(Ax::Etp);

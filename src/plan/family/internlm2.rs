@@ -23,7 +23,6 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .norms("{attention_norm,ffn_norm}")
         .norms("norm")
         .stage(Stage::Last)
-        .skip("**.rotary_emb.inv_freq")
-        .optional()
+        .without_rotations()
         .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
 }

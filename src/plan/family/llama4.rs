@@ -4,22 +4,17 @@
 
 use super::Family;
 use super::config::Config;
-use super::parts::{ADAPTED, Block, Experts, blocks_of};
+use super::parts::{ADAPTED, Experts};
 use crate::error::Result;
-use crate::plan::expr::Expr;
 use crate::plan::quant::Orientation;
 use crate::plan::rules::{Rules, Stage};
-use crate::plan::world::Ax;
 
 pub(super) const FAMILY: Family = Family { model_types: &["llama4", "llama4_text"], architectures: &["Llama4"], rules };
 
 fn rules(config: &Config<'_>) -> Result<Rules> {
     let config = &config.within("text_config");
     let intermediate = config.count(&["intermediate_size"])?;
-    let experts = Experts::new(config, config.count(&["num_local_experts"])?, intermediate);
-    let stacked = Expr::shard(0, experts.cut());
-    let half = Block::new(intermediate, 1);
-    let down = Expr::Shard { x: Box::new(stacked.clone()), dim: 2, cut: experts.inner() };
+    let experts = Experts::new(config, config.count(&["num_local_experts"])?, intermediate)?;
 
     let text = ["model.embed_tokens.weight", "lm_head.weight"];
     let multimodal = ["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"];
@@ -33,12 +28,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     config
         .vocabulary(rules, head, &[embeddings], false)?
         .attention(config.heads()?)
-        .module("**.feed_forward.experts.gate_up_proj", blocks_of(stacked, 1, &[half, half], Ax::Etp))
-        .orientation(Orientation::InOut)
-        .optional()
-        .module("**.feed_forward.experts.down_proj", down)
-        .orientation(Orientation::InOut)
-        .optional()
+        .stacked_experts("**.feed_forward.experts", &experts, Orientation::InOut)
         // Quantised models have modules for each expert.
         .optional_each_expert(
             "**.feed_forward.experts.*.{gate,up}_proj",
@@ -51,7 +41,6 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .norms("{input_layernorm,post_attention_layernorm}")
         .norms("norm")
         .stage(Stage::Last)
-        .skip("**.rotary_emb.inv_freq")
-        .optional()
+        .without_rotations()
         .layers("{language_model.,}model.layers.*.**", &["num_hidden_layers"], config)
 }

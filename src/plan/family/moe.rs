@@ -1,4 +1,4 @@
-//! The Llama kind with experts of which each is modules of its own: Mixtral, Qwen3-MoE.
+//! The Llama kind with experts: Mixtral, Qwen3-MoE.
 
 use super::Family;
 use super::config::Config;
@@ -14,16 +14,16 @@ pub(super) const QWEN3_MOE: Family =
 
 /// `w1` is the gate, `w3` what it gates, `w2` the way down.
 fn mixtral(config: &Config<'_>) -> Result<Rules> {
-    let experts = Experts::new(config, config.count(&["num_local_experts"])?, config.count(&["intermediate_size"])?);
+    let experts = Experts::new(config, config.count(&["num_local_experts"])?, config.count(&["intermediate_size"])?)?;
     Ok(decoder(Rules::new(), config)?
-        .each_expert("**.block_sparse_moe.experts.*.{w1,w3}", "**.block_sparse_moe.experts.*.w2", &experts)
-        .whole("**.block_sparse_moe.gate"))
+        .experts(config, "**.{block_sparse_moe,mlp}.experts", ["{w1,w3}", "w2"], &experts)
+        .whole("**.{block_sparse_moe,mlp}.gate"))
 }
 
 fn qwen3_moe(config: &Config<'_>) -> Result<Rules> {
-    let experts = Experts::new(config, config.count(&["num_experts"])?, config.count(&["moe_intermediate_size"])?);
+    let experts = Experts::new(config, config.count(&["num_experts"])?, config.count(&["moe_intermediate_size"])?)?;
     let rules = decoder(Rules::new(), config)?
-        .each_expert("**.mlp.experts.*.{gate,up}_proj", "**.mlp.experts.*.down_proj", &experts)
+        .experts(config, "**.mlp.experts", ["{gate,up}_proj", "down_proj"], &experts)
         .whole("**.mlp.gate");
     // Layers of `mlp_only_layers`, and those that `decoder_sparse_step` leaves out.
     Ok(rules.optional_gated_mlp("**.mlp", config.count(&["intermediate_size"])?))

@@ -1,10 +1,9 @@
 //! MPT and DBRX, which took over its attention: `Wqkv` is `[q; k; v]`, norms have no bias.
 
+use super::Family;
 use super::config::{Config, Heads};
 use super::parts::{Experts, all_of};
-use super::{Family, broken};
 use crate::error::Result;
-use crate::limits::UNROLL_MAX;
 use crate::plan::expr::Expr;
 use crate::plan::rules::{Rules, Stage};
 
@@ -28,11 +27,7 @@ fn mpt(config: &Config<'_>) -> Result<Rules> {
 fn dbrx(config: &Config<'_>) -> Result<Rules> {
     let ffn = config.within("ffn_config");
     let intermediate = ffn.count(&["ffn_hidden_size"])?;
-    let experts = Experts::new(config, ffn.count(&["moe_num_experts"])?, intermediate);
-    if experts.count > UNROLL_MAX {
-        return Err(broken("config", "config.json: moe_num_experts makes no sense")
-            .with_expected(format!("at most {UNROLL_MAX}"), experts.count));
-    }
+    let experts = Experts::new(config, ffn.count(&["moe_num_experts"])?, intermediate)?;
     let all = all_of(Expr::Source, 0, experts.count.saturating_mul(intermediate));
     let expert = |at: u64| {
         let rows = Expr::Slice {

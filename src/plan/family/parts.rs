@@ -1,10 +1,14 @@
 //! The parts that families are made of, as rules of target `plain`: disk names and layouts, sliced. Patterns name modules.
 
+use super::broken;
 use super::config::{Config, Heads};
 use crate::error::Result;
+use crate::extent::Rank;
+use crate::limits::UNROLL_MAX;
 use crate::plan::cut::{Cut, Split};
 use crate::plan::expr::Expr;
-use crate::plan::rules::{Rules, ShardRule};
+use crate::plan::quant::Orientation;
+use crate::plan::rules::{Rules, ShardRule, Stage};
 use crate::plan::world::{Ax, Coord};
 
 /// Indices of a dimension that are cut alike, before or after others that are cut on their own.
@@ -55,8 +59,24 @@ pub(super) struct Experts {
 }
 
 impl Experts {
-    pub(super) fn new(config: &Config<'_>, count: u64, intermediate: u64) -> Experts {
-        Experts { count, intermediate, split: config.options.experts() }
+    /// Refuses more than rules have parts for, and groups of ranks that would have none.
+    pub(super) fn new(config: &Config<'_>, count: u64, intermediate: u64) -> Result<Experts> {
+        if count > UNROLL_MAX {
+            return Err(broken("config", "config.json: the number of experts makes no sense")
+                .with_expected(format!("at most {UNROLL_MAX}"), count));
+        }
+        let (experts, mesh) = (Experts { count, intermediate, split: config.options.experts() }, config.options.mesh);
+        // What else is wrong with the cut is said of the tensor that it is for.
+        let has_none = |rank: &u32| {
+            experts.cut().take(count, mesh, Rank(*rank)).is_ok_and(|taken| taken.iter().all(|run| run.len == 0))
+        };
+        let size = if mesh.ep > 1 { mesh.size() } else { 0 };
+        match (0..size).find(has_none) {
+            Some(rank) => Err(broken("experts", "an expert-parallel group has no experts")
+                .with_expected(format!("some of {count} for each of {} groups", mesh.ep), "none")
+                .with_rank(Rank(rank))),
+            None => Ok(experts),
+        }
     }
 
     /// Which experts a rank has.
@@ -110,7 +130,7 @@ impl Rules {
     /// Fused query, key and value heads that are interleaved: each key head follows the query heads that share it, its
     /// value head follows it. Cut between such groups, so more ranks than key heads are an error.
     pub(super) fn grouped_heads(self, pattern: &str, heads: Heads) -> Result<Rules> {
-        Ok(self.column(pattern, heads.key_value, (heads.group()? + 2).saturating_mul(heads.size)))
+        Ok(self.column(pattern, heads.key_value, heads.group()?.saturating_add(2).saturating_mul(heads.size)))
     }
 
     /// Separate `q_proj`, `k_proj`, `v_proj` and `o_proj` below `self_attn`.
@@ -154,6 +174,21 @@ impl Rules {
         )
     }
 
+    /// Experts below `module`: [stacks](Rules::stacked_experts), as transformers 5 stores them, where the
+    /// checkpoint has some, else each of them is [modules of its own](Rules::each_expert) of these names.
+    pub(super) fn experts(
+        self,
+        config: &Config<'_>,
+        module: &str,
+        [columns, rows]: [&str; 2],
+        experts: &Experts,
+    ) -> Rules {
+        if config.checkpoint.tensors().iter().any(|tensor| tensor.name.contains(".experts.gate_up_proj")) {
+            return self.stacked_experts(module, experts, Orientation::OutIn);
+        }
+        self.each_expert(&format!("{module}.*.{columns}"), &format!("{module}.*.{rows}"), experts)
+    }
+
     /// The same where there may be none.
     pub(super) fn optional_each_expert(self, columns: &str, rows: &str, experts: &Experts) -> Rules {
         let each = |rules: Rules, pattern: &str, dim| {
@@ -163,15 +198,45 @@ impl Rules {
         each(each(self, columns, 0), rows, 1)
     }
 
+    /// Experts that are stacks of all, below `module`: gates and then ups, and downs.
+    pub(super) fn stacked_experts(self, module: &str, experts: &Experts, orientation: Orientation) -> Rules {
+        let stacked = Expr::shard(0, experts.cut());
+        let half = Block::new(experts.intermediate, 1);
+        let down = Expr::Shard { x: Box::new(stacked.clone()), dim: 2, cut: experts.inner() };
+        self.module(format!("{module}.gate_up_proj"), blocks_of(stacked, 1, &[half, half], Ax::Etp))
+            .orientation(orientation)
+            .optional()
+            .module(format!("{module}.down_proj"), down)
+            .orientation(orientation)
+            .optional()
+    }
+
+    /// Rotations, which are computed.
+    pub(super) fn without_rotations(self) -> Rules {
+        self.skip("**.rotary_emb.{inv_freq,cos_cached,sin_cached}").optional()
+    }
+
+    /// Heads of other tasks than to predict tokens.
+    pub(super) fn task_heads(self) -> Rules {
+        self.replicate(format!("{ADAPTED}{{score,classifier,qa_outputs,v_head}}.**")).optional().stage(Stage::Last)
+    }
+
+    /// Scales of attention whose keys and values are cached in 8 bits.
+    pub(super) fn cache_scales(self) -> Rules {
+        self.replicate("**.self_attn.{attn.,}{q,k,v,prob}_scale").optional()
+    }
+
     /// Norms and other tensors that no rank has a part of only.
     pub(super) fn norms(self, names: &str) -> Rules {
         self.replicate(format!("**.{names}.{{weight,bias}}"))
     }
 
     /// Layers of the language model, and of its adapter: their tensors match `pattern`, in which the first wildcard that
-    /// is a number is the layer's. Their number is the first of these keys.
+    /// is a number is the layer's. Their number is the first of these keys. All of them must be there to be divided, and
+    /// rules of other tensors say on which stage these are.
     pub(super) fn layers(self, pattern: &str, count: &[&str], config: &Config<'_>) -> Result<Rules> {
-        Ok(self.pipeline(format!("{ADAPTED}{pattern}"), config.find(count)?, config.options.stages()))
+        let layers = config.find(count)?;
+        Ok(self.pipeline(format!("{ADAPTED}{pattern}"), layers, config.options.stages()).all_have_stages())
     }
 }
 

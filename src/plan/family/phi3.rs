@@ -24,7 +24,6 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .norms("{input_layernorm,post_attention_layernorm}")
         .norms("norm")
         .stage(Stage::Last)
-        .skip("**.rotary_emb.inv_freq")
-        .optional()
+        .without_rotations()
         .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
 }

@@ -13,14 +13,14 @@ pub(super) const FAMILY: Family = Family { model_types: &["qwen3_next"], archite
 
 fn rules(config: &Config<'_>) -> Result<Rules> {
     let Heads { heads, key_value, size } = config.heads()?;
-    let experts = Experts::new(config, config.count(&["num_experts"])?, config.count(&["moe_intermediate_size"])?);
+    let experts = Experts::new(config, config.count(&["num_experts"])?, config.count(&["moe_intermediate_size"])?)?;
     let rules = linear_attention(Rules::new().skip("mtp.**").optional(), config)?
         // Queries and gate of each head.
         .column("**.self_attn.q_proj", heads, size.saturating_mul(2))
         .key_value("**.self_attn.{k,v}_proj", key_value, size)
         .row("**.self_attn.o_proj", heads, size);
     Ok(around_attention(rules, config)?
-        .each_expert("**.mlp.experts.*.{gate,up}_proj", "**.mlp.experts.*.down_proj", &experts)
+        .experts(config, "**.mlp.experts", ["{gate,up}_proj", "down_proj"], &experts)
         .whole("**.mlp.{gate,shared_expert_gate}")
         .gated_mlp("**.mlp.shared_expert", config.count(&["shared_expert_intermediate_size"])?)
         // Layers of `mlp_only_layers`, and those that `decoder_sparse_step` leaves out.

@@ -6,7 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::ErrorKind;
 use crate::extent::Rank;
 use crate::plan::tests::checkpoint;
-use crate::plan::{Plan, Rules, World};
+use crate::plan::{Mesh, ModelOptions, Plan, Rules, Split, World};
 
 type Named<'a> = (&'a str, &'a [u64]);
 
@@ -324,6 +324,151 @@ fn fused_blocks_of_a_quantised_module_are_one_module() {
         for (name, (.., part)) in names.iter().zip(kept) {
             assert_eq!(shape(&two, 1, name), *part, "{name}");
         }
+    }
+}
+
+/// Tensors of two layers.
+fn two_layers(change: impl Fn(String) -> String) -> Vec<(String, Vec<u64>)> {
+    let second = LLAMA.iter().filter(|(name, _)| name.contains("layers.0"));
+    let second = second.map(|&(name, dims)| (name.replace("layers.0", "layers.1"), dims.to_vec()));
+    let first = LLAMA.iter().map(|&(name, dims)| (name.to_owned(), dims.to_vec()));
+    first.chain(second).map(|(name, dims)| (change(name), dims)).collect()
+}
+
+fn on_mesh(tensors: &[(String, Vec<u64>)], config: Value, mesh: Mesh, experts: Option<Split>) -> crate::Result<Plan> {
+    let tensors: Vec<_> = tensors.iter().map(|(name, dims)| (name.as_str(), Dtype::Bf16, &dims[..])).collect();
+    let checkpoint = checkpoint(&tensors, Some(config));
+    let options = ModelOptions { mesh, experts, ..ModelOptions::default() };
+    let rules = Rules::for_model_with(&checkpoint, &options)?;
+    Plan::new(&checkpoint, &rules, &World::host(1).with_mesh(mesh))
+}
+
+#[test]
+fn stages_need_all_layers_and_a_place_for_all_else() {
+    let stages = Mesh { pp: 2, ..Mesh::tp(1) };
+    let of = |tensors: &[(String, Vec<u64>)], layers: u64, mesh| {
+        let mut config = llama();
+        config["num_hidden_layers"] = json!(layers);
+        config["tie_word_embeddings"] = json!(false);
+        on_mesh(tensors, config, mesh, None)
+    };
+    let two = two_layers(|name| name);
+    let plan = of(&two, 2, stages).unwrap();
+    let on = |rank: u32| plan.rank(Rank(rank)).dests.len();
+    assert_eq!((on(0), on(1)), (11, 11));
+    let elsewhere = two_layers(|name| name.replace("model.", "model.language_model."));
+    let error = of(&elsewhere, 2, stages).unwrap_err();
+    assert_eq!(error.rule(), Some("stages"), "{error}");
+    let mut more = two.clone();
+    more.push(("model.extra.self_attn.q_norm.weight".into(), vec![8]));
+    let error = of(&more, 2, stages).unwrap_err();
+    assert_eq!((error.rule(), error.tensor()), (Some("stages"), Some("model.extra.self_attn.q_norm.weight")));
+    let error = of(&two, 4, stages).unwrap_err();
+    assert_eq!((error.rule(), error.expected(), error.found()), (Some("stages"), Some("4 layers"), Some("2")));
+    for one_stage in [&two, &elsewhere, &more] {
+        of(one_stage, 4, Mesh::tp(2)).unwrap();
+    }
+}
+
+fn qwen3_moe(experts: u64) -> Value {
+    let mut config = llama();
+    let more = json!({ "model_type": "qwen3_moe", "num_experts": experts, "moe_intermediate_size": 32 });
+    config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    config
+}
+
+fn with_experts(mut experts: Vec<(String, Vec<u64>)>, gate: &str) -> Vec<(String, Vec<u64>)> {
+    let rest = LLAMA.iter().filter(|(name, _)| !name.contains(".mlp."));
+    experts.extend(rest.map(|&(name, dims)| (name.to_owned(), dims.to_vec())));
+    experts.push((format!("model.layers.0.{gate}.gate.weight"), vec![4, 64]));
+    experts
+}
+
+#[test]
+fn groups_need_all_experts_and_each_some() {
+    let groups = Mesh { ep: 2, ..Mesh::tp(2) };
+    let experts = |numbers: &[u64]| {
+        let of = |number: &u64| {
+            let name = |part: &str| format!("model.layers.0.mlp.experts.{number}.{part}_proj.weight");
+            [(name("gate"), vec![32, 64]), (name("up"), vec![32, 64]), (name("down"), vec![64, 32])]
+        };
+        with_experts(numbers.iter().flat_map(of).collect(), "mlp")
+    };
+    on_mesh(&experts(&[0, 1, 2, 3]), qwen3_moe(4), groups, None).unwrap();
+    on_mesh(&experts(&[0, 2, 3]), qwen3_moe(4), Mesh::tp(2), None).unwrap();
+    let error = on_mesh(&experts(&[0, 2, 3]), qwen3_moe(4), groups, None).unwrap_err();
+    assert_eq!((error.rule(), error.expected(), error.found()), (Some("experts"), Some("4 experts"), Some("3")));
+    assert!(error.message().contains("the first of them 1"), "{error}");
+    let one = Some(Split::Table(vec![vec![0..4], vec![]]));
+    let error = on_mesh(&experts(&[0, 1, 2, 3]), qwen3_moe(4), groups, one).unwrap_err();
+    assert_eq!(error.rule(), Some("experts"));
+    let error = on_mesh(&experts(&[0]), qwen3_moe(1 << 31), Mesh::tp(1), None).unwrap_err();
+    assert_eq!((error.rule(), error.found()), (Some("config"), Some("2147483648")));
+}
+
+/// transformers 5 stores them so.
+#[test]
+fn experts_may_be_stacked_on_disk() {
+    for (model_type, key, intermediate, gate) in [
+        ("qwen3_moe", "num_experts", "moe_intermediate_size", "mlp"),
+        ("mixtral", "num_local_experts", "intermediate_size", "mlp"),
+        ("mixtral", "num_local_experts", "intermediate_size", "block_sparse_moe"),
+    ] {
+        let name = |part: &str| format!("model.layers.0.{gate}.experts.{part}_proj");
+        let (gate_up, down) = (name("gate_up"), name("down"));
+        let experts = vec![(gate_up.clone(), vec![4, 64, 64]), (down.clone(), vec![4, 64, 32])];
+        let tensors = with_experts(experts, gate);
+        let mut config = llama();
+        (config["model_type"], config[key], config[intermediate]) = (json!(model_type), json!(4), json!(32));
+        config["intermediate_size"] = json!(32);
+        let two = on_mesh(&tensors, config.clone(), Mesh::tp(2), None).unwrap();
+        assert_eq!((shape(&two, 1, &gate_up), shape(&two, 1, &down)), (vec![4, 32, 64], vec![4, 64, 16]));
+        let groups = on_mesh(&tensors, config, Mesh { ep: 2, ..Mesh::tp(2) }, None).unwrap();
+        assert_eq!((shape(&groups, 1, &gate_up), shape(&groups, 1, &down)), (vec![2, 64, 64], vec![2, 64, 32]));
+    }
+}
+
+#[test]
+fn tensors_beside_the_model_are_known() {
+    let beside: &[Named] = &[
+        ("model.layers.0.self_attn.k_scale", &[1]),
+        ("model.layers.0.self_attn.attn.v_scale", &[1]),
+        ("model.layers.0.self_attn.prob_scale", &[1]),
+        ("model.layers.0.self_attn.rotary_emb.cos_cached", &[4, 4]),
+        ("model.layers.0.self_attn.rotary_emb.sin_cached", &[4, 4]),
+        ("qa_outputs.bias", &[2]),
+        ("score.weight", &[2, 64]),
+        ("v_head.summary.weight", &[1, 64]),
+    ];
+    let two = plan(&[LLAMA, beside].concat(), llama(), 2).unwrap();
+    assert_eq!(shape(&two, 1, "score.weight"), [2, 64]);
+    assert_eq!(shape(&two, 1, "model.layers.0.self_attn.k_scale"), [1]);
+    assert!(two.params().iter().all(|param| !param.name.ends_with("_cached")));
+}
+
+#[test]
+fn numbers_that_make_no_sense_are_errors() {
+    let mut config = llama();
+    config["quantization_config"] = json!({ "quant_method": "awq", "version": "GEMM" });
+    plan(LLAMA, config.clone(), 1).unwrap();
+    config["quantization_config"]["version"] = json!("GEMV");
+    assert_eq!(plan(LLAMA, config, 1).unwrap_err().rule(), Some("quantization"));
+    let deepseek = json!({
+        "model_type": "deepseek_v3", "num_hidden_layers": 1, "moe_intermediate_size": 8, "n_routed_experts": 1,
+        "num_attention_heads": 1, "qk_nope_head_dim": u64::MAX, "qk_rope_head_dim": 2, "v_head_dim": u64::MAX,
+        "intermediate_size": 8
+    });
+    assert!(plan(LLAMA, deepseek, 1).is_err());
+    let many = "{ const = { dtype = 'bf16', dims = [9223372036854775807, 0], fill = 'zero' } }";
+    for expr in [
+        "steps = [{ pad = { dim = 0, to = 4611686018427387904, fill = 'zero' } }]",
+        "expr = { const = { dtype = 'bf16', dims = [4294967296, 4294967296], fill = 'zero' } }",
+        "expr = { concat = { dim = 0, parts = [MANY, MANY, MANY] } }",
+    ] {
+        let rules = Rules::from_toml(&format!("rule = [{{ match = 'w', {expr} }}]").replace("MANY", many));
+        let checkpoint = checkpoint(&[("w", Dtype::Bf16, &[4, 4])], None);
+        let error = Plan::new(&checkpoint, &rules.unwrap(), &World::host(2)).unwrap_err();
+        assert!(matches!(error.rule(), Some("shape" | "cut-not-on-bytes")), "{error}");
     }
 }
 

@@ -83,7 +83,8 @@ impl Maker<'_> {
                     return Ok(form); // no units to be listed
                 }
                 let runs = table.iter().flatten().map(|run| {
-                    let (start, end) = (run.start * cut.unit, (run.end * cut.unit).min(size));
+                    let at = |unit: u64| unit.saturating_mul(cut.unit).min(size);
+                    let (start, end) = (at(run.start), at(run.end));
                     form.clone().slice(dim, start.min(end), end.saturating_sub(start), 1)
                 });
                 return Form::concat(dim, runs.collect::<Result<_>>()?);

@@ -147,6 +147,9 @@ impl Form {
         if self.dims.contains(&0) {
             return Ok(());
         }
+        // Numbers of bits that fit bound all products and sums below.
+        let bits = self.dims.iter().try_fold(self.dtype.bits().into(), |bits: u64, &dim| bits.checked_mul(dim));
+        bits.ok_or_else(|| too_large(&self.dims))?;
         let strides = self.strides();
         for Placed { spots, what } in &self.boxes {
             let offset = spots.iter().map(|spot| spot.first * strides[spot.dim]).sum();
@@ -298,13 +301,14 @@ impl Form {
             return Err(broken("merge", "there are no such dimensions to take as one")
                 .with_expected(format!("some of {}", self.dims.len()), format!("{count} from {dim} on")));
         };
+        merged.iter().try_fold(1u64, |size, &len| size.checked_mul(len.max(1))).ok_or_else(|| too_large(merged))?;
         // Indices of the one dimension from one index of each of them to the next.
         let mut strides: Dims = smallvec![1; count];
         for at in (1..count).rev() {
             // Nothing has a place where a dimension is empty, but steps stay steps.
-            strides[at - 1] = strides[at].saturating_mul(merged[at].max(1));
+            strides[at - 1] = strides[at] * merged[at].max(1);
         }
-        let size = merged.iter().fold(1, |product: u64, &len| product.saturating_mul(len));
+        let size = merged.iter().product();
         for Spot { dim: at, first, step } in self.boxes.iter_mut().flat_map(|placed| &mut placed.spots) {
             if let Some(stride) = at.checked_sub(dim).and_then(|within| strides.get(within)) {
                 (*at, *first, *step) = (dim, *first * stride, *step * stride);
@@ -362,12 +366,12 @@ impl Form {
             }
             whole.same_dtype(&form)?;
             let end = whole.dims[dim];
+            whole.dims[dim] = end.checked_add(form.dims[dim]).ok_or_else(|| too_large(&[end, form.dims[dim]]))?;
             whole.boxes.extend(form.boxes.into_iter().map(|mut placed| {
                 let axis = placed.axes(dim).start;
                 placed.spots[axis].first += end;
                 placed
             }));
-            whole.dims[dim] += form.dims[dim];
         }
         Ok(whole)
     }
@@ -412,7 +416,7 @@ impl Form {
             return Err(broken("repeat", "too many repetitions").with_expected(format!("1 to {UNROLL_MAX}"), needed));
         }
         let size = self.dim(dim)?;
-        self.dims[dim] = size.saturating_mul(times);
+        self.dims[dim] = size.checked_mul(times).ok_or_else(|| too_large(&[size, times]))?;
         let nth = |placed: &Placed, nth: u64| {
             let mut placed = placed.clone();
             let axes = placed.axes(dim);
@@ -584,6 +588,11 @@ fn split(spot: Spot, len: u64, size: u64, group: &[u64], lens: &mut Dims, spots:
         first %= inner;
     }
     false
+}
+
+/// Of dimensions, or what would become one.
+fn too_large(dims: &[u64]) -> Error {
+    broken("shape", "destination is too large").with_expected(format!("less than {} bits", u64::MAX), Shape::new(dims))
 }
 
 fn broken(rule: &'static str, message: impl Into<String>) -> Error {

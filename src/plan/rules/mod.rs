@@ -188,7 +188,17 @@ impl Rules {
     /// the pipeline stage that `how` gives this one of `count` layers; without a `count` there is one stage only. All other tensors are on every stage, unless their
     /// rule has a [`stage`](Rules::stage).
     pub fn pipeline(mut self, layers: impl AsRef<str>, count: impl Into<Option<u64>>, how: StageSplit) -> Rules {
-        self.pipeline = Some(Pipeline { pattern: Pattern::new(layers.as_ref()), layers: count.into(), how });
+        self.pipeline =
+            Some(Pipeline { pattern: Pattern::new(layers.as_ref()), layers: count.into(), how, is_strict: false });
+        self
+    }
+
+    /// With several stages all layers of the [`pipeline`](Rules::pipeline) must be there, and a tensor of none whose rule
+    /// has no [`stage`](Rules::stage) is an error.
+    pub(super) fn all_have_stages(mut self) -> Rules {
+        if let Some(pipeline) = &mut self.pipeline {
+            pipeline.is_strict = true;
+        }
         self
     }
 

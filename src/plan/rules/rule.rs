@@ -1,5 +1,7 @@
 //! A rule: which names it is about, and who gets what of them.
 
+use std::ops::Range;
+
 use super::pattern::{Pattern, Template};
 use super::{ShardRule, broken, compiled, unusable};
 use crate::error::{Error, Result};
@@ -57,6 +59,8 @@ pub(in crate::plan) struct Pipeline {
     /// How many layers there are; nothing can be divided into stages without.
     pub(in crate::plan) layers: Option<u64>,
     pub(in crate::plan) how: StageSplit,
+    /// Whether all layers must be there, and rules of other tensors must say on which stage they are.
+    pub(in crate::plan) is_strict: bool,
 }
 
 /// Who gets what of a matched tensor.
@@ -228,15 +232,13 @@ impl Rule {
         self.pattern.as_ref().is_ok_and(|pattern| pattern.matches(name))
     }
 
-    /// Which one of several like tensors this is, and of how many.
-    pub(in crate::plan) fn number(&self, among: &Among, subject: &str) -> Result<u64> {
+    /// Which one of several like tensors this is, and where in the name that stands.
+    pub(in crate::plan) fn number(&self, among: &Among, subject: &str) -> Result<(u64, Range<usize>)> {
         let captures = self.pattern.as_ref().ok().and_then(|pattern| pattern.captures(subject));
-        let text = captures
-            .as_ref()
-            .and_then(|captures| captures.get(among.wildcard - 1))
-            .map(|range| &subject[range.clone()]);
+        let range = captures.as_ref().and_then(|captures| captures.get(among.wildcard - 1)).cloned();
+        let text = range.as_ref().map(|range| &subject[range.clone()]);
         let number = text.and_then(|text| text.parse().ok()).filter(|number| *number < among.count);
-        number.ok_or_else(|| {
+        number.zip(range.clone()).ok_or_else(|| {
             broken("among", format!("rule `{}`: not the number of one", self.text()))
                 .with_expected(format!("a number below {}", among.count), text.unwrap_or("nothing"))
         })
@@ -250,6 +252,11 @@ impl Among {
 }
 
 impl Pipeline {
+    /// The pattern as it was written.
+    pub(in crate::plan) fn text(&self) -> &str {
+        self.pattern.as_ref().map_or("", |pattern| pattern.text())
+    }
+
     /// The layer that a tensor is of.
     pub(in crate::plan) fn layer(&self, name: &str) -> Result<Option<u64>> {
         let Some(captures) = self.pattern.as_ref().ok().and_then(|pattern| pattern.captures(name)) else {

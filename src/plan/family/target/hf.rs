@@ -19,21 +19,21 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
     match kind {
         Kind::Llama => decoder(Rules::new(), config)?.ceil_mlp("**.mlp").common(config),
         Kind::Mixtral => {
-            let experts = Experts::new(config, config.count(&["num_local_experts"])?, 1);
+            let experts = Experts::new(config, config.count(&["num_local_experts"])?, 1)?;
             stacked(decoder(Rules::new(), config)?, config, &Names::MIXTRAL, &experts, "mlp")
                 .whole("**.block_sparse_moe.gate")
                 .rename("{1}.mlp.gate")
                 .common(config)
         }
         Kind::Qwen3Moe => {
-            let experts = Experts::new(config, config.count(&["num_experts"])?, 1);
+            let experts = Experts::new(config, config.count(&["num_experts"])?, 1)?;
             stacked(decoder(Rules::new(), config)?, config, &Names::PROJECTIONS, &experts, "mlp")
                 .whole("**.mlp.gate")
                 .ceil_mlp("**.mlp")
                 .common(config)
         }
         Kind::DeepSeek => {
-            let experts = Experts::new(config, config.count(&["n_routed_experts"])?, 1);
+            let experts = Experts::new(config, config.count(&["n_routed_experts"])?, 1)?;
             let rules = vocabulary(without_predicting_layers(Rules::new(), config)?, config)?
                 .whole("**.self_attn.{q_proj,q_a_proj,q_b_proj,kv_a_proj_with_mqa,kv_b_proj,o_proj}")
                 .norms("self_attn.{q_a,kv_a}_layernorm");
@@ -47,7 +47,7 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
         }
         // Its plan has nothing but the output head, and with expert parallelism the experts.
         Kind::GptOss => {
-            let experts = Experts::new(config, config.count(&["num_local_experts"])?, 1);
+            let experts = Experts::new(config, config.count(&["num_local_experts"])?, 1)?;
             vocabulary(Rules::new(), config)?
                 .whole("**.self_attn.{q,k,v,o}_proj")
                 .replicate("**.self_attn.sinks")

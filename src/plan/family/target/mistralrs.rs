@@ -19,36 +19,36 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
                 .with_expected(format!("{axis} 1"), size));
         }
     }
-    let stacked = |rules: Rules, names: &Names, count: u64, intermediate: u64, mlp: &str| {
-        let experts = Experts::new(config, count, intermediate);
+    let stacked = |rules: Rules, names: &Names, count: u64, intermediate: u64, mlp: &str| -> Result<Rules> {
+        let experts = Experts::new(config, count, intermediate)?;
         // Those that are quantised are whole on every rank.
         if config.is_quantised() {
             let Names { experts, gate, up, down } = *names;
-            return rules.whole(format!("**.{experts}.*.{{{gate},{up},{down}}}"));
+            return Ok(rules.whole(format!("**.{experts}.*.{{{gate},{up},{down}}}")));
         }
         let (gate_up, down) = (format!("{mlp}.experts.gate_up_proj"), format!("{mlp}.experts.down_proj"));
         let inner = Some(Block::new(intermediate, 1).cut(Ax::Tp));
         let suffixes = &[(".weight", "")];
-        rules.stacked(names, &Stacked { experts: &experts, inner, gate_up: &gate_up, down: &down, suffixes })
+        Ok(rules.stacked(names, &Stacked { experts: &experts, inner, gate_up: &gate_up, down: &down, suffixes }))
     };
     let plain = |family: &Family| (family.rules)(config);
     match kind {
         Kind::Llama => plain(&llama::FAMILY),
         Kind::Mixtral => {
             let (count, size) = (config.count(&["num_local_experts"])?, config.count(&["intermediate_size"])?);
-            Ok(stacked(llama::decoder(Rules::new(), config)?, &Names::MIXTRAL, count, size, "block_sparse_moe")
+            Ok(stacked(llama::decoder(Rules::new(), config)?, &Names::MIXTRAL, count, size, "block_sparse_moe")?
                 .whole("**.block_sparse_moe.gate"))
         }
         Kind::Qwen3Moe => {
             let (count, size) = (config.count(&["num_experts"])?, config.count(&["moe_intermediate_size"])?);
-            Ok(stacked(llama::decoder(Rules::new(), config)?, &Names::PROJECTIONS, count, size, "mlp")
+            Ok(stacked(llama::decoder(Rules::new(), config)?, &Names::PROJECTIONS, count, size, "mlp")?
                 .whole("**.mlp.gate")
                 .optional_gated_mlp("**.mlp", config.count(&["intermediate_size"])?))
         }
         Kind::DeepSeek => {
             let (count, size) = (config.count(&["n_routed_experts"])?, config.count(&["moe_intermediate_size"])?);
             let rules = deepseek::without_predicting_layers(Rules::new(), config)?;
-            deepseek::decoder(stacked(rules, &Names::PROJECTIONS, count, size, "mlp"), config)
+            deepseek::decoder(stacked(rules, &Names::PROJECTIONS, count, size, "mlp")?, config)
         }
         Kind::GptOss => {
             let heads = config.heads()?;

@@ -42,12 +42,12 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
         }
         Kind::Mixtral => {
             let count = config.count(&["num_local_experts"])?;
-            let experts = Experts::new(config, count, config.count(&["intermediate_size"])?);
+            let experts = Experts::new(config, count, config.count(&["intermediate_size"])?)?;
             Ok(stacked(decoder(config)?, &Names::MIXTRAL, &experts).whole("**.block_sparse_moe.gate"))
         }
         Kind::Qwen3Moe => {
             let count = config.count(&["num_experts"])?;
-            let experts = Experts::new(config, count, config.count(&["moe_intermediate_size"])?);
+            let experts = Experts::new(config, count, config.count(&["moe_intermediate_size"])?)?;
             let rules = stacked(decoder(config)?, &Names::PROJECTIONS, &experts).whole("**.mlp.gate");
             Ok(gate_up(rules, "mlp", config.count(&["intermediate_size"])?))
         }
@@ -121,19 +121,25 @@ fn deepseek(config: &Config<'_>) -> Result<Rules> {
     let (nope, rope) = (config.count(&["qk_nope_head_dim"])?, config.count(&["qk_rope_head_dim"])?);
     let value = config.count(&["v_head_dim"])?;
     let intermediate = config.count(&["moe_intermediate_size"])?;
-    let experts = Experts::new(config, config.count(&["n_routed_experts"])?, intermediate);
+    let experts = Experts::new(config, config.count(&["n_routed_experts"])?, intermediate)?;
     let shared = intermediate.saturating_mul(config.find(&["n_shared_experts"])?.unwrap_or(1));
 
     let rules = vocabulary(without_predicting_layers(Rules::new(), config)?, config, "embed_tokens")?;
     let rules = match config.find(&["q_lora_rank"])? {
         Some(_) => {
             let parts = [("q_a_proj", whole()), ("kv_a_proj_with_mqa", whole())];
-            rules.merged("self_attn", &parts, "fused_qkv_a_proj").column("**.self_attn.q_b_proj", heads, nope + rope)
+            rules.merged("self_attn", &parts, "fused_qkv_a_proj").column(
+                "**.self_attn.q_b_proj",
+                heads,
+                nope.saturating_add(rope),
+            )
         }
-        None => rules.column("**.self_attn.q_proj", heads, nope + rope).whole("**.self_attn.kv_a_proj_with_mqa"),
+        None => rules
+            .column("**.self_attn.q_proj", heads, nope.saturating_add(rope))
+            .whole("**.self_attn.kv_a_proj_with_mqa"),
     };
     let rules = rules
-        .column("**.self_attn.kv_b_proj", heads, nope + value)
+        .column("**.self_attn.kv_b_proj", heads, nope.saturating_add(value))
         .row("**.self_attn.o_proj", heads, value)
         .norms("self_attn.{q_a,kv_a}_layernorm");
     let rules = stacked(rules, &Names::PROJECTIONS, &experts);
@@ -154,7 +160,7 @@ fn deepseek(config: &Config<'_>) -> Result<Rules> {
 
 fn gpt_oss(config: &Config<'_>) -> Result<Rules> {
     let heads = config.heads()?;
-    let experts = Experts::new(config, config.count(&["num_local_experts"])?, config.count(&["intermediate_size"])?);
+    let experts = Experts::new(config, config.count(&["num_local_experts"])?, config.count(&["intermediate_size"])?)?;
     let is_mxfp4 = config.checkpoint.tensors().iter().any(|tensor| tensor.name.ends_with(".gate_up_proj_blocks"));
     let rules = vocabulary(Rules::new(), config, "embedding")?;
     let queries = Block::new(heads.heads, heads.size).cut(Ax::Tp);
