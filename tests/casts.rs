@@ -378,6 +378,7 @@ fn rules_that_make_no_sense_are_refused() {
         ),
         (replicate().cast(Dtype::F8E4M3), "cast", "found F8_E4M3"),
         (replicate().cast(Dtype::F16).cast(Dtype::Bf16), "cast", "rule `w`: elements are cast twice"),
+        (replicate().cast(Dtype::F16).keep_dtype(), "cast", "rule `w`: casts to F16 what keeps its type"),
         (replicate().casting(Dtype::I8), "cast", "no such type to cast to"),
         (
             replicate().permute(&[0, 0]),
@@ -400,9 +401,11 @@ fn rules_that_make_no_sense_are_refused() {
     for (rest, what) in [
         ("replicate = true, cast = 'f64'", "no such type to cast to: expected one of bf16, f16, f32, found `f64`"),
         ("replicate = true, cast = 'BF16'", "found `BF16`"),
-        ("replicate = true, transpose = false", "false says nothing"),
+        ("replicate = true, transpose = false", "says nothing: expected true, found `false`"),
         ("replicate = true, transpose = true, permute = [1, 0]", "has both transpose and permute"),
         ("replicate = true, permute = [-1, 0]", "permute is out of range: expected 0 or more, found -1"),
+        ("replicate = true, cast = 'f16', keep_dtype = true", "has both cast and keep_dtype"),
+        ("skip = true, keep_dtype = true", "keep_dtype of a tensor that is skipped"),
         ("skip = true, cast = 'f16'", "cast of a tensor that is skipped"),
         ("skip = true, transpose = true", "transpose of a tensor that is skipped"),
     ] {

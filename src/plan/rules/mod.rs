@@ -232,6 +232,15 @@ impl Rules {
         self
     }
 
+    /// Tensors of the rule added last keep their type where [`casting`](Rules::casting) casts the others.
+    pub fn keep_dtype(mut self) -> Rules {
+        match self.rules.last_mut() {
+            Some(rule) => rule.keep_dtype = true,
+            None => self.mistake("keep-dtype", "keep_dtype() before any rule"),
+        }
+        self
+    }
+
     /// Destinations of the rule added last get this name, in which `{1}` is what the first wildcard of the pattern
     /// matched, `{2}` the second, and so on; `\` takes the next character as it is.
     pub fn rename(mut self, template: impl AsRef<str>) -> Rules {
@@ -261,7 +270,8 @@ impl Rules {
     }
 
     /// Casts all tensors of type BF16, F16 and F32 to `to`, which is one of these, unless their rule has a
-    /// [`cast`](Rules::cast) of its own. Tensors of other types stay as they are.
+    /// [`cast`](Rules::cast) of its own, or [keeps](Rules::keep_dtype) their type. Tensors of other types stay as they are,
+    /// and of [modules](Rules::module) all but weights that are not quantised, biases, and what a LoRA adapter adds.
     pub fn casting(mut self, to: Dtype) -> Rules {
         self.casting = Some(to);
         self

@@ -85,17 +85,19 @@ impl<'a> Modules<'a> {
         if let Some(&known) = self.derived.get(&key) {
             return Ok(known);
         }
-        let expr = self.derive(expr, how, suffix, &filler).map_err(|error| {
+        let (expr, casts) = self.derive(expr, how, suffix, &filler).map_err(|error| {
             let error = error.in_context(format_args!("rule `{}`", pattern.text()));
             if error.tensor().is_some() { error } else { error.with_tensor(name.as_str()) }
         })?;
         let at = placed.len() as u32;
-        placed.push(Placed { origin: Origin::Rule { rule, suffix: Some(suffix) }, expr });
+        let casts = casts && !self.rules.rules[rule as usize].keep_dtype;
+        placed.push(Placed { origin: Origin::Rule { rule, suffix: Some(suffix) }, expr, casts });
         self.derived.insert(key, at);
         Ok(at)
     }
 
-    fn derive(&self, expr: &Expr, how: &ModuleRule, suffix: &str, filler: &Filler<'_>) -> Result<Expr> {
+    /// What becomes of the tensors with a suffix, and whether they are cast with the model.
+    fn derive(&self, expr: &Expr, how: &ModuleRule, suffix: &str, filler: &Filler<'_>) -> Result<(Expr, bool)> {
         let outputs = outputs(expr);
         let known = Known { quantization: &self.rules.quantization, orientation: how.orientation, outputs };
         let linear = |module: &str| -> Result<Linear> {
@@ -110,12 +112,13 @@ impl<'a> Modules<'a> {
             parts.refined = quant::refined(expr, &parts)?;
         }
         let derived = quant::derive(expr, suffix, &parts)?;
-        Ok(match &how.bias {
+        let expr = match &how.bias {
             Some((by, part, fill)) if matches!(suffix, ".bias" | "_bias") => {
                 Expr::On { x: Box::new(derived), by: by.clone(), part: *part, fill: fill.clone() }
             }
             _ => derived,
-        })
+        };
+        Ok((expr, matched.casts(suffix)))
     }
 
     /// How a module is stored.

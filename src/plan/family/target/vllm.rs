@@ -72,6 +72,7 @@ fn attention(rules: Rules, below: &str, Heads { heads, key_value, size }: Heads)
         rules
             .replicate(format!("**.{below}.{of}_proj.{of}_scale"))
             .rename(format!("{{1}}.{below}.attn.{of}_scale"))
+            .keep_dtype()
             .optional()
     });
     let (queries, shared) = (Block::new(heads, size).cut(Ax::Tp), Block::shared(key_value, size).cut(Ax::Tp));
@@ -148,6 +149,7 @@ fn deepseek(config: &Config<'_>) -> Result<Rules> {
     gate_up(rules, "mlp", config.count(&["intermediate_size"])?)
         .whole("**.mlp.gate")
         .replicate("**.mlp.gate.e_score_correction_bias")
+        .keep_dtype()
         .optional()
         .common(config)
 }
