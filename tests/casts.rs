@@ -403,7 +403,7 @@ fn rules_that_make_no_sense_are_refused() {
         ("replicate = true, cast = 'BF16'", "found `BF16`"),
         ("replicate = true, transpose = false", "says nothing: expected true, found `false`"),
         ("replicate = true, transpose = true, permute = [1, 0]", "has both transpose and permute"),
-        ("replicate = true, permute = [-1, 0]", "permute is out of range: expected 0 or more, found -1"),
+        ("replicate = true, permute = [-1, 0]", "permute: out of range: expected 0 or more, found -1"),
         ("replicate = true, cast = 'f16', keep_dtype = true", "has both cast and keep_dtype"),
         ("skip = true, keep_dtype = true", "keep_dtype of a tensor that is skipped"),
         ("skip = true, cast = 'f16'", "cast of a tensor that is skipped"),

@@ -388,13 +388,24 @@ impl Rules {
         (self.keep.is_empty() || self.keep.iter().any(matches)) && !self.drop.iter().any(matches)
     }
 
-    /// Refuses filters that make no sense, or that match none of the tensors and destinations with these names.
-    pub(super) fn check_filters<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
+    /// Refuses filters that make no sense, or that match none of the tensors and destinations with these names. `parts`
+    /// are tensors that are parts of destinations only, and one of these.
+    pub(super) fn check_filters<'a>(
+        &self,
+        names: impl Iterator<Item = &'a str> + Clone,
+        parts: impl Iterator<Item = (&'a str, &'a str)> + Clone,
+    ) -> Result<()> {
         for Filter { glob, pattern } in self.keep.iter().chain(&self.drop) {
             let pattern = compiled("pattern", pattern)?;
-            if !names.clone().any(|name| pattern.matches(name)) {
-                return Err(broken("unused-rule", format!("no tensor and no destination matches `{glob}`")));
+            if names.clone().any(|name| pattern.matches(name)) {
+                continue;
             }
+            if let Some((part, whole)) = parts.clone().find(|(part, _)| pattern.matches(part)) {
+                return Err(broken("filter", format!("`{glob}` matches only parts of destinations"))
+                    .with_expected(format!("a destination, as `{whole}`"), "a part of it")
+                    .with_tensor(part));
+            }
+            return Err(broken("unused-rule", format!("no tensor and no destination matches `{glob}`")));
         }
         Ok(())
     }

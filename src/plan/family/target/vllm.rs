@@ -162,9 +162,12 @@ fn gpt_oss(config: &Config<'_>) -> Result<Rules> {
     let queries = Block::new(heads.heads, heads.size).cut(Ax::Tp);
     let shared = Block::shared(heads.key_value, heads.size).cut(Ax::Tp);
     let parts = [Expr::Source, tensor("k_proj"), tensor("v_proj")];
-    let parts = parts.into_iter().zip([queries, shared.clone(), shared]);
+    let parts = parts.into_iter().zip([queries.clone(), shared.clone(), shared.clone()]);
     let parts = parts.map(|(x, cut)| Expr::Shard { x: Box::new(x), dim: 0, cut }).collect();
     rules
+        .adapted("self_attn.q_proj", 0, &queries)
+        .adapted("self_attn.{k,v}_proj", 0, &shared)
+        .adapted("self_attn.o_proj", 1, &queries)
         .module("**.self_attn.q_proj", Expr::Concat { dim: 0, parts })
         .rename("{1}.attn.qkv_proj")
         .module_part("**.self_attn.{k,v}_proj")
