@@ -218,10 +218,30 @@ fn names_and_modules_that_do_not_fit_are_errors() {
     assert_eq!((error.rule(), error.tensor()), (Some("unmatched-tensor"), Some(score[0])));
     // A factor alone.
     let error = with(&|adapter| drop(adapter.tensors.remove(1)));
-    assert_eq!((error.rule(), error.found()), (Some("units"), Some("1")));
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("no such tensor")));
+    let error = with(&|adapter| drop(adapter.tensors.remove(0)));
+    assert_eq!((error.rule(), error.tensor()), (Some("adapter"), Some(factors.tensors[1].name.as_str())));
+    // Of another rank than the other.
+    let error = with(&|adapter| adapter.tensors[1].shape = vec![256, 8]);
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("[256, 8]")));
+    assert!(error.expected().unwrap().starts_with("[256, 4]"), "{error}");
+    // Made for a model of another width, or with more layers.
+    let error = with(&|adapter| adapter.tensors[0].shape = vec![4, 128]);
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("[4, 128]")));
+    let error = with(&|adapter| {
+        adapter.tensors.iter_mut().for_each(|it| it.name = it.name.replace("layers.1.", "layers.9."));
+    });
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("no weight of it")));
+    // A packed base has logical sizes.
+    let gptq = Scheme::Gptq { group: 16, act_order: false, bias: false };
+    let mut wide = factors.clone();
+    wide.tensors[0].shape = vec![4, 128];
+    let packed = Adapted::new(&Llama { scheme: gptq, ..Llama::TINY }.model(), &wide);
+    let error = packed.plan(Mesh::tp(2)).unwrap_err();
+    assert_eq!((error.rule(), error.tensor()), (Some("adapter"), Some(wide.tensors[0].name.as_str())));
     // Made for a model with other heads.
     let error = with(&|adapter| adapter.tensors[1].shape = vec![128, 4]);
-    assert_eq!((error.rule(), error.found()), (Some("units"), Some("128")));
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("[128, 4]")));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Rules of modules: what is said of a linear module once, for each of the tensors that are stored for it.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 
 use super::matching::{Match, Origin, Placed, templates};
 use super::pattern::{Captures, Template};
@@ -73,6 +74,11 @@ impl<'a> Modules<'a> {
         let name = &self.checkpoint.tensors()[tensor].name;
         let module = found.subject(name);
         let captures = pattern.captures(module).unwrap_or_default();
+        if suffix.starts_with(".lora_") {
+            let known =
+                Known { quantization: &self.rules.quantization, orientation: how.orientation, outputs: outputs(expr) };
+            self.check_adapter(module, suffix, &self.checkpoint.tensors()[tensor], known)?;
+        }
         let mut signatures = vec![self.signature(module)];
         let filler = Filler { module, captures };
         for at in 0..self.templates[rule as usize].len() {
@@ -94,6 +100,39 @@ impl<'a> Modules<'a> {
         placed.push(Placed { origin: Origin::Rule { rule, suffix: Some(suffix) }, expr, casts });
         self.derived.insert(key, at);
         Ok(at)
+    }
+
+    /// Refuses what an adapter has for a module that the model does not have, or has with other sizes.
+    fn check_adapter(&self, module: &str, suffix: &str, factor: &TensorMeta, known: Known<'_>) -> Result<()> {
+        let Some(base) = module.strip_prefix(ADAPTER) else { return Ok(()) };
+        let tensor = |name: &str| -> Option<&TensorMeta> {
+            // A tied head is no tensor.
+            let alias = || self.rules.aliases.iter().find(|alias| alias.name == name);
+            self.checkpoint.tensor(name).or_else(|| self.checkpoint.tensor(&alias()?.of))
+        };
+        let wrong = |what: &str, expected: String, found: &dyn Display| {
+            broken("adapter", what).with_expected(expected, found).with_tensor(factor.name.as_str())
+        };
+        let Some(linear) = quant::recognise(base, known, tensor)? else {
+            return Err(wrong(
+                "adapter of what the model does not have",
+                format!("module `{base}`"),
+                &"no weight of it",
+            ));
+        };
+        // Stacked experts have factors of their own kind.
+        let Some([outputs, inputs]) = linear.matrix(known.outputs) else { return Ok(()) };
+        let (dim, size) = match suffix {
+            ".lora_A.weight" => (1, inputs),
+            ".lora_embedding_A" => (1, outputs),
+            ".lora_embedding_B" => (0, inputs),
+            _ => (0, outputs),
+        };
+        if factor.shape.dims().get(dim) == Some(&size) {
+            return Ok(());
+        }
+        let expected = format!("{size} in dimension {dim}, for `{base}` of {outputs} x {inputs}");
+        Err(wrong("adapter is for a module of other sizes", expected, &factor.shape))
     }
 
     /// What becomes of the tensors with a suffix, and whether they are cast with the model.
@@ -154,6 +193,9 @@ impl Filler<'_> {
         Ok(template.fill(self.module, &self.captures))
     }
 }
+
+/// What PEFT puts before the names of a model's modules.
+const ADAPTER: &str = "base_model.model.";
 
 /// The outputs of the module, where a cut says how many units of them there are.
 fn outputs(expr: &Expr) -> Option<u64> {
