@@ -65,7 +65,7 @@ fn check_pairs(tensors: &[TensorMeta]) -> Result<()> {
             };
             let &[first, ..] = other.shape.dims() else { continue };
             if !is_a && columns != first {
-                let expected = format!("[{rows}, {first}], the rank of `{name}`");
+                let expected = format!("[{rows},{first}], the rank of `{name}`");
                 return Err(wrong("factors are of different ranks", &expected, &tensor.shape));
             }
         }
