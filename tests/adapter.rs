@@ -13,7 +13,7 @@ use std::path::Path;
 
 use released::{Kind, Llama, Llama4, Model, Scheme};
 use serde_json::json;
-use shardlift::plan::{Dest, Mesh, Plan, Rules, World};
+use shardlift::plan::{Dest, Mesh, ModelOptions, Plan, Rules, Target, World};
 use shardlift::{Checkpoint, ErrorKind, Loader, Rank, Result};
 use tempfile::TempDir;
 
@@ -218,7 +218,27 @@ fn names_and_modules_that_do_not_fit_are_errors() {
     assert_eq!((error.rule(), error.tensor()), (Some("unmatched-tensor"), Some(score[0])));
     // A factor alone.
     let error = with(&|adapter| drop(adapter.tensors.remove(1)));
-    assert_eq!((error.rule(), error.found()), (Some("units"), Some("1")));
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("no such tensor")));
+    let error = with(&|adapter| drop(adapter.tensors.remove(0)));
+    assert_eq!((error.rule(), error.tensor()), (Some("adapter"), Some(factors.tensors[1].name.as_str())));
+    // Of another rank than the other.
+    let error = with(&|adapter| adapter.tensors[1].shape = vec![256, 8]);
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("[256,8]")));
+    assert!(error.expected().unwrap().starts_with("[256,4]"), "{error}");
+    // Made for a model of another width, or with more layers.
+    let error = with(&|adapter| adapter.tensors[0].shape = vec![4, 128]);
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("[4,128]")));
+    let error = with(&|adapter| {
+        adapter.tensors.iter_mut().for_each(|it| it.name = it.name.replace("layers.1.", "layers.9."));
+    });
+    assert_eq!((error.rule(), error.found()), (Some("adapter"), Some("no weight of it")));
+    // A packed base has logical sizes.
+    let gptq = Scheme::Gptq { group: 16, act_order: false, bias: false };
+    let mut wide = factors.clone();
+    wide.tensors[0].shape = vec![4, 128];
+    let packed = Adapted::new(&Llama { scheme: gptq, ..Llama::TINY }.model(), &wide);
+    let error = packed.plan(Mesh::tp(2)).unwrap_err();
+    assert_eq!((error.rule(), error.tensor()), (Some("adapter"), Some(wide.tensors[0].name.as_str())));
     // Made for a model with other heads.
     let error = with(&|adapter| adapter.tensors[1].shape = vec![128, 4]);
     assert_eq!((error.rule(), error.found()), (Some("units"), Some("128")));
@@ -240,6 +260,43 @@ fn a_partition_gets_no_adapter() {
     assert_eq!((error.kind(), error.rule()), (ErrorKind::Usage, Some("adapter")));
     let error = Loader::new().reshard(&plan, adapted.adapter.path(), true).unwrap_err();
     assert_eq!(error.rule(), Some("output-is-model"));
+}
+
+#[test]
+fn targets_that_merge_leave_adapters_apart() {
+    let options = |target, mesh| {
+        let mut options = ModelOptions::default();
+        (options.target, options.mesh) = (target, mesh);
+        options
+    };
+    let planned = |model: &Model, targets: &[&str], target, mesh: Mesh| {
+        let checkpoint = Adapted::new(model, &model.adapter(4, targets)).open().unwrap();
+        let rules = Rules::for_model_with(&checkpoint, &options(target, mesh)).unwrap();
+        Plan::new(&checkpoint, &rules, &World::host(1).with_mesh(mesh)).unwrap_or_else(|error| panic!("{error}"))
+    };
+    let model = Llama::TINY.model();
+    let plain = |name: &str| {
+        let targets = ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"];
+        shape(&planned(&model, &targets, Target::Plain, Mesh::tp(2)), 1, name)
+    };
+    let all = [&["q_proj", "v_proj"][..], &["k_proj"], &["up_proj"], &["gate_proj"], &["q_proj", "k_proj", "v_proj"]];
+    for targets in all {
+        let plan = planned(&model, targets, Target::Vllm, Mesh::tp(2));
+        for target in targets {
+            let below = if target.len() == 6 { "self_attn" } else { "mlp" };
+            for factor in ["lora_A", "lora_B"] {
+                let name = format!("{LAYER}.{below}.{target}.{factor}.weight");
+                assert_eq!(shape(&plan, 1, &name), plain(&name));
+            }
+        }
+        assert!(dest(&plan, 0, "model.layers.1.self_attn.qkv_proj.weight").is_some());
+    }
+    let moe = Llama::tiny(Kind::Qwen3Moe).model();
+    for target in [Target::Vllm, Target::Hf] {
+        let plan = planned(&moe, &["up_proj", "down_proj"], target, Mesh { ep: 2, ..Mesh::tp(2) });
+        let name = |expert| format!("{LAYER}.mlp.experts.{expert}.up_proj.lora_B.weight");
+        assert!(dest(&plan, 0, &name(4)).is_none() && dest(&plan, 1, &name(4)).is_some());
+    }
 }
 
 #[cfg(feature = "cli")]

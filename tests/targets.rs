@@ -5,8 +5,8 @@ mod support {
 }
 
 use shardlift::plan::{Mesh, ModelOptions, RankPlan, Split, StageSplit, Target};
-use shardlift::{Checkpoint, Plan, Rank, Result, Rules, World};
-use support::released::{self, DeepSeek, GptOss, Kind, Llama, Model, Scheme};
+use shardlift::{Checkpoint, Dtype, Plan, Rank, Result, Rules, World};
+use support::released::{self, DeepSeek, GptOss, Kind, Llama, Model, Qwen3Next, Scheme};
 
 struct Planned(Plan);
 
@@ -282,4 +282,80 @@ fn every_target_plans_every_tiny_model_that_it_knows() {
         assert_eq!(error.rule(), Some("target"));
         assert!(error.expected().unwrap().contains("deepseek_v3"), "{error}");
     }
+}
+
+/// Names of the parameters that are of another type where the model is cast.
+fn cast(model: &Model, target: Target, to: Dtype) -> Vec<String> {
+    let folder = tempfile::tempdir().unwrap();
+    released::write(folder.path(), model).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let mut options = ModelOptions::default();
+    options.target = target;
+    let rules = Rules::for_model_with(&checkpoint, &options).unwrap();
+    let plan = |rules: &Rules| Plan::new(&checkpoint, rules, &World::host(1)).unwrap_or_else(|error| panic!("{error}"));
+    let (stored, cast) = (plan(&rules), plan(&rules.casting(to)));
+    let changed = stored.params().iter().zip(cast.params()).filter(|(stored, cast)| stored.dtype != cast.dtype);
+    changed.map(|(_, cast)| cast.name.clone()).collect()
+}
+
+#[test]
+fn what_is_stored_beside_a_weight_is_not_cast() {
+    let gptq = Scheme::Gptq { group: 16, act_order: false, bias: true };
+    let schemes = [gptq, Scheme::Fp8Tensor, Scheme::Fp8Channel, Scheme::Fp8Block { size: 32 }, Scheme::Nf4];
+    let schemes = schemes.into_iter().chain([Scheme::Nvfp4 { kv_scales: true }, Scheme::Awq { group: 16 }]);
+    for scheme in schemes {
+        let model = Llama { scheme, ..Llama::TINY }.model();
+        for to in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+            // Nested blocks of NF4 are larger than these projections: nothing can follow them in a merged one.
+            let targets = [Target::Plain, Target::Vllm].into_iter().take(if scheme == Scheme::Nf4 { 1 } else { 2 });
+            for target in targets {
+                for name in cast(&model, target, to) {
+                    let dense = ["norm.weight", "embed_tokens.weight", "lm_head.weight", ".bias"];
+                    assert!(dense.iter().any(|end| name.ends_with(end)), "{scheme:?} {to} {name}");
+                }
+            }
+        }
+        assert!(cast(&model, Target::Plain, Dtype::F32).iter().any(|name| name == "model.norm.weight"));
+    }
+    // Biases, and a bfloat16 weight beside scales of the cache.
+    let biases = cast(&Llama { scheme: gptq, ..Llama::TINY }.model(), Target::Plain, Dtype::F32);
+    assert!(biases.iter().any(|name| name.ends_with("q_proj.bias")));
+    let mut cached = Llama::TINY.model();
+    let scale = format!("{LAYER}.self_attn.k_proj.k_scale");
+    let mut tensor = cached.tensors[0].clone();
+    (tensor.name, tensor.dtype, tensor.shape) = (scale, Dtype::F32, vec![]);
+    cached.tensors.push(tensor);
+    let of_layer = |names: Vec<String>| -> Vec<String> {
+        names.into_iter().filter(|name| name.starts_with("model.layers.0.self_attn.k_")).collect()
+    };
+    assert_eq!(of_layer(cast(&cached, Target::Plain, Dtype::F16)), [format!("{LAYER}.self_attn.k_proj.weight")]);
+    assert!(cast(&cached, Target::Vllm, Dtype::F16).iter().all(|name| !name.ends_with("k_scale")));
+    // What engines compute with in float32.
+    for (model, kept) in [
+        (DeepSeek::TINY_V3.model(), &["e_score_correction_bias"][..]),
+        (Qwen3Next::TINY.model(), &["A_log", "dt_bias"]),
+    ] {
+        let names = [Dtype::Bf16, Dtype::F32].map(|to| cast(&model, Target::Plain, to)).concat();
+        assert!(names.iter().any(|name| name.ends_with("norm.weight")));
+        assert!(names.iter().all(|name| kept.iter().all(|kept| !name.ends_with(kept))), "{names:?}");
+    }
+}
+
+#[test]
+fn filters_that_name_only_parts_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    released::write(folder.path(), &Llama::TINY.model()).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let mut options = ModelOptions::default();
+    options.target = Target::Vllm;
+    let rules = Rules::for_model_with(&checkpoint, &options).unwrap();
+    let plan = |rules: &Rules| Plan::new(&checkpoint, rules, &World::host(1));
+    let glob = "**.k_proj.weight";
+    for rules in [rules.clone().keeping(glob), rules.clone().skipping(glob)] {
+        let error = plan(&rules).unwrap_err();
+        assert_eq!((error.rule(), error.tensor()), (Some("filter"), Some("model.layers.0.self_attn.k_proj.weight")));
+        assert!(error.expected().unwrap().contains("model.layers.0.self_attn.qkv_proj.weight"), "{error}");
+    }
+    assert_eq!(plan(&rules.clone().keeping("**.qkv_proj.weight")).unwrap().params().len(), 2);
+    assert_eq!(plan(&rules.keeping("**.{k,o}_proj.weight")).unwrap().params().len(), 2);
 }

@@ -1,5 +1,7 @@
 //! A LoRA adapter of a model, as PEFT writes it: one more file of the checkpoint.
 
+use std::collections::HashMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -7,7 +9,7 @@ use serde_json::Value;
 
 use super::index::rule;
 use super::open::{File, name_table, read_header, read_whole};
-use super::{Checkpoint, Inner};
+use super::{Checkpoint, Inner, TensorMeta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::FileId;
 
@@ -33,11 +35,42 @@ pub(super) fn with_adapter(model: &Checkpoint, dir: &Path) -> Result<Checkpoint>
     let (mut files, mut tensors, mut warnings) = (files.clone(), tensors.clone(), warnings.clone());
     let added = File::new(FileId(files.len() as u32), WEIGHTS.to_owned(), path, identity, header);
     warnings.extend(added.warnings);
+    let first = tensors.len();
     tensors.extend(added.tensors);
     files.push(added.file);
     let names = name_table(&files, &tensors)?;
+    check_pairs(&tensors[first..]).map_err(|error| error.with_file(dir.join(WEIGHTS)))?;
     let (path, config, adapter_config) = (of.clone(), config.clone(), Some(adapter_config));
     Ok(Checkpoint { inner: Arc::new(Inner { path, files, tensors, names, config, adapter_config, warnings }) })
+}
+
+/// Refuses a factor without the other, and two that do not meet in one rank.
+fn check_pairs(tensors: &[TensorMeta]) -> Result<()> {
+    let named: HashMap<&str, &TensorMeta> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+    let pairs = [(".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B")];
+    for tensor in tensors {
+        for (a, b) in pairs {
+            let is_a = tensor.name.ends_with(a);
+            let (mine, other) = if is_a { (a, b) } else { (b, a) };
+            let Some(module) = tensor.name.strip_suffix(mine) else { continue };
+            let wrong = |what, expected: &dyn Display, found: &dyn Display| {
+                rule("adapter", what).with_expected(expected, found).with_tensor(tensor.name.as_str())
+            };
+            let [rows, columns] = *tensor.shape.dims() else {
+                return Err(wrong("a factor is no matrix", &"2 dimensions", &tensor.shape));
+            };
+            let name = format!("{module}{other}");
+            let Some(other) = named.get(name.as_str()) else {
+                return Err(wrong("a factor without the other", &format!("`{name}` beside it"), &"no such tensor"));
+            };
+            let &[first, ..] = other.shape.dims() else { continue };
+            if !is_a && columns != first {
+                let expected = format!("[{rows},{first}], the rank of `{name}`");
+                return Err(wrong("factors are of different ranks", &expected, &tensor.shape));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Refuses a configuration of what is more than factors, or something else. The path of one that is neither.

@@ -186,8 +186,7 @@ impl<'a> Builder<'a> {
     /// All parameters that filters leave.
     fn params(&self, mut made: Vec<Made>) -> Result<Params> {
         let named = self.named(&made).map_err(|error| self.rules.located(error))?;
-        let tensors = self.tensors.iter().map(|tensor| tensor.name.as_str());
-        self.rules.check_filters(tensors.chain(named.iter().map(|entry| entry.name.as_str())))?;
+        self.check_filters(&named, &made)?;
         let named = self.wanted(named, &made);
 
         let mut params = Vec::with_capacity(named.len());
@@ -230,6 +229,20 @@ impl<'a> Builder<'a> {
             }
         }
         Ok(Params { params, declared, holders })
+    }
+
+    /// Refuses filters that match nothing, or nothing but parts of destinations.
+    fn check_filters(&self, named: &[Named<'a>], made: &[Made]) -> Result<()> {
+        let mut part_of = vec![None; self.tensors.len()];
+        for Named { name, what, .. } in named {
+            let What::Made(at) = *what else { continue };
+            made[at as usize].named.iter().for_each(|&part| part_of[part as usize] = Some(name.as_str()));
+        }
+        made.iter().filter_map(|made| made.tensor).for_each(|tensor| part_of[tensor as usize] = None);
+        let tensors = self.tensors.iter().map(|tensor| tensor.name.as_str()).zip(&part_of);
+        let whole = tensors.clone().filter_map(|(name, of)| of.is_none().then_some(name));
+        let parts = tensors.filter_map(|(name, of)| Some((name, (*of)?)));
+        self.rules.check_filters(whole.chain(named.iter().map(|entry| entry.name.as_str())), parts)
     }
 
     /// The set of ranks that hold a destination.

@@ -41,6 +41,7 @@ pub(super) fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
         .optional_gated_mlp("**.mlp", config.count(&["intermediate_size"])?)
         .whole("**.mlp.gate")
         .replicate("**.mlp.gate.e_score_correction_bias")
+        .keep_dtype()
         .optional()
         .norms("{input_layernorm,post_attention_layernorm}")
         .norms("norm")

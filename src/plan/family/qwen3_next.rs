@@ -40,6 +40,7 @@ fn linear_attention(rules: Rules, config: &Config<'_>) -> Result<Rules> {
         .column("**.linear_attn.in_proj_ba", keys, group.saturating_mul(2))
         .blocks("**.linear_attn.conv1d", &[of_key, of_key, of_value])
         .shard("**.linear_attn.{A_log,dt_bias}", ShardRule::dim(0).units(keys).unit(group))
+        .keep_dtype()
         .norms("linear_attn.norm")
         .row("**.linear_attn.out_proj", keys, value))
 }

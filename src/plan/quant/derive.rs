@@ -139,6 +139,9 @@ impl Deriver<'_> {
                 if !derived.is_dense {
                     return Err(broken("cast", "quantised weights are not cast"));
                 }
+                if !self.parts.matched.casts(self.suffix) {
+                    return Ok(derived);
+                }
                 Ok(Derived { expr: Expr::Cast { x: Box::new(derived.expr), to: *to }, ..derived })
             }
             Expr::Concat { dim, parts } => self.concat(*dim, parts),
@@ -314,8 +317,13 @@ impl Derived {
 impl Linear {
     /// Whether its weight is one tensor of plain numbers.
     fn is_dense(&self) -> bool {
-        self.block.is_none()
-            && self.stored.iter().all(|stored| matches!(stored.suffix, "" | ".weight" | ".bias" | "_bias"))
+        let beside = |suffix| is_weight(suffix) || is_added(suffix) || CACHE_SCALES.contains(&suffix);
+        self.block.is_none() && self.stored.iter().all(|stored| beside(stored.suffix))
+    }
+
+    /// Whether the tensor with this suffix is cast with the model: scales, zeros and the like have types of their own.
+    pub(in crate::plan) fn casts(&self, suffix: &str) -> bool {
+        is_added(suffix) || (is_weight(suffix) && self.is_dense())
     }
 
     /// The same with smaller FP8 blocks.
@@ -350,6 +358,18 @@ impl Stored {
             Expr::Slice { x: Box::new(repeated), dim: first + at, start: 0, len, step: 1 }
         })
     }
+}
+
+/// Scales of the queries, keys and values that a module puts out, not of its weight.
+const CACHE_SCALES: [&str; 3] = [".q_scale", ".k_scale", ".v_scale"];
+
+fn is_weight(suffix: &str) -> bool {
+    matches!(suffix, "" | ".weight")
+}
+
+/// What is plain numbers whatever a quantiser made of the weight: a bias, and what an adapter adds.
+fn is_added(suffix: &str) -> bool {
+    matches!(suffix, ".bias" | "_bias") || suffix.starts_with(".lora_")
 }
 
 /// Why tensors of a module cannot be divided alike.

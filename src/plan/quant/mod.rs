@@ -158,6 +158,13 @@ impl Linear {
         self.stored.iter().find(|stored| stored.suffix == suffix)
     }
 
+    /// The logical outputs and inputs, where they are known: packed rows are told apart by the outputs that a rule says.
+    pub(super) fn matrix(&self, outputs: Option<u64>) -> Option<[u64; 2]> {
+        let &[rows, columns] = &self.sizes[..] else { return None };
+        let is_known = columns != recognise::UNKNOWN && (self.whole_inputs.is_none() || outputs.is_some());
+        is_known.then_some([rows, columns])
+    }
+
     /// Logical indices of a dimension that no tensor of the module divides: a cut must fall between such groups.
     fn align(&self, dim: usize) -> u64 {
         let units = self.stored.iter().filter_map(|stored| Dim::find(&stored.dims, dim)).map(|(_, _, of)| of);

@@ -20,6 +20,8 @@ pub(in crate::plan) struct Placed {
     pub(in crate::plan) origin: Origin,
     /// What the destination is made of.
     pub(in crate::plan) expr: Expr,
+    /// Whether it is cast with the model.
+    pub(super) casts: bool,
 }
 
 /// Who asks for a destination.
@@ -94,7 +96,7 @@ impl Rules {
         let mut placed: Vec<Placed> = Vec::with_capacity(self.rules.len() + self.requests.len());
         for (rule, entry) in (0..).zip(&self.rules) {
             let expr = entry.placement.expr().cloned().unwrap_or(Expr::Source);
-            placed.push(Placed { origin: Origin::Rule { rule, suffix: None }, expr });
+            placed.push(Placed { origin: Origin::Rule { rule, suffix: None }, expr, casts: !entry.keep_dtype });
         }
         let mut modules = Modules::new(self, checkpoint, mesh, &matched)?;
         let mut positions = vec![0; tensors.len()];
@@ -122,7 +124,7 @@ impl Rules {
             let named = request.sources(checkpoint)?;
             named.iter().for_each(|&source| is_part[source as usize] = true);
             made.push(Made { tensor: None, placed: placed.len() as u32, named });
-            placed.push(Placed { origin: Origin::Request(at), expr: request.expr.clone() });
+            placed.push(Placed { origin: Origin::Request(at), expr: request.expr.clone(), casts: false });
         }
         for ((tensor, matched), is_part) in tensors.iter().zip(&matched).zip(is_part) {
             match matched.map(|matched| (matched.rule, &self.rules[matched.rule as usize].placement)) {
@@ -261,9 +263,10 @@ impl Rules {
         placed.expr.cast_to().or(all)
     }
 
-    /// What floats of 16 and 32 bits are cast to that are placed so; a request says itself of which type it is.
+    /// What floats of 16 and 32 bits are cast to that are placed so; a request says itself of which type it is, and what is
+    /// stored beside a weight has a type of its own.
     pub(in crate::plan) fn casting_of(&self, placed: &Placed) -> Option<Dtype> {
-        self.casting.filter(|_| matches!(placed.origin, Origin::Rule { .. }))
+        self.casting.filter(|_| placed.casts)
     }
 
     fn refuse_unused(&self, tensors: &[TensorMeta], matched: &[Option<Match>]) -> Result<()> {

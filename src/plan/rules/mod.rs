@@ -242,6 +242,15 @@ impl Rules {
         self
     }
 
+    /// Tensors of the rule added last keep their type where [`casting`](Rules::casting) casts the others.
+    pub fn keep_dtype(mut self) -> Rules {
+        match self.rules.last_mut() {
+            Some(rule) => rule.keep_dtype = true,
+            None => self.mistake("keep-dtype", "keep_dtype() before any rule"),
+        }
+        self
+    }
+
     /// Destinations of the rule added last get this name, in which `{1}` is what the first wildcard of the pattern
     /// matched, `{2}` the second, and so on; `\` takes the next character as it is.
     pub fn rename(mut self, template: impl AsRef<str>) -> Rules {
@@ -271,7 +280,8 @@ impl Rules {
     }
 
     /// Casts all tensors of type BF16, F16 and F32 to `to`, which is one of these, unless their rule has a
-    /// [`cast`](Rules::cast) of its own. Tensors of other types stay as they are.
+    /// [`cast`](Rules::cast) of its own, or [keeps](Rules::keep_dtype) their type. Tensors of other types stay as they are,
+    /// and of [modules](Rules::module) all but weights that are not quantised, biases, and what a LoRA adapter adds.
     pub fn casting(mut self, to: Dtype) -> Rules {
         self.casting = Some(to);
         self
@@ -388,13 +398,24 @@ impl Rules {
         (self.keep.is_empty() || self.keep.iter().any(matches)) && !self.drop.iter().any(matches)
     }
 
-    /// Refuses filters that make no sense, or that match none of the tensors and destinations with these names.
-    pub(super) fn check_filters<'a>(&self, names: impl Iterator<Item = &'a str> + Clone) -> Result<()> {
+    /// Refuses filters that make no sense, or that match none of the tensors and destinations with these names. `parts`
+    /// are tensors that are parts of destinations only, and one of these.
+    pub(super) fn check_filters<'a>(
+        &self,
+        names: impl Iterator<Item = &'a str> + Clone,
+        parts: impl Iterator<Item = (&'a str, &'a str)> + Clone,
+    ) -> Result<()> {
         for Filter { glob, pattern } in self.keep.iter().chain(&self.drop) {
             let pattern = compiled("pattern", pattern)?;
-            if !names.clone().any(|name| pattern.matches(name)) {
-                return Err(broken("unused-rule", format!("no tensor and no destination matches `{glob}`")));
+            if names.clone().any(|name| pattern.matches(name)) {
+                continue;
             }
+            if let Some((part, whole)) = parts.clone().find(|(part, _)| pattern.matches(part)) {
+                return Err(broken("filter", format!("`{glob}` matches only parts of destinations"))
+                    .with_expected(format!("a destination, as `{whole}`"), "a part of it")
+                    .with_tensor(part));
+            }
+            return Err(broken("unused-rule", format!("no tensor and no destination matches `{glob}`")));
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Rules of modules: what is said of a linear module once, for each of the tensors that are stored for it.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 
 use super::matching::{Match, Origin, Placed, templates};
 use super::pattern::{Captures, Template};
@@ -73,6 +74,14 @@ impl<'a> Modules<'a> {
         let name = &self.checkpoint.tensors()[tensor].name;
         let module = found.subject(name);
         let captures = pattern.captures(module).unwrap_or_default();
+        if suffix.starts_with(".lora_") {
+            let known = Known {
+                quantization: &self.rules.quantization,
+                orientation: how.orientation,
+                outputs: outputs(expr, None),
+            };
+            self.check_adapter(module, suffix, &self.checkpoint.tensors()[tensor], known)?;
+        }
         let mut signatures = vec![self.signature(module)];
         let filler = Filler { module, captures };
         for at in 0..self.templates[rule as usize].len() {
@@ -85,17 +94,52 @@ impl<'a> Modules<'a> {
         if let Some(&known) = self.derived.get(&key) {
             return Ok(known);
         }
-        let expr = self.derive(expr, how, suffix, &filler).map_err(|error| {
+        let (expr, casts) = self.derive(expr, how, suffix, &filler).map_err(|error| {
             let error = error.in_context(format_args!("rule `{}`", pattern.text()));
             if error.tensor().is_some() { error } else { error.with_tensor(name.as_str()) }
         })?;
         let at = placed.len() as u32;
-        placed.push(Placed { origin: Origin::Rule { rule, suffix: Some(suffix) }, expr });
+        let casts = casts && !self.rules.rules[rule as usize].keep_dtype;
+        placed.push(Placed { origin: Origin::Rule { rule, suffix: Some(suffix) }, expr, casts });
         self.derived.insert(key, at);
         Ok(at)
     }
 
-    fn derive(&self, expr: &Expr, how: &ModuleRule, suffix: &str, filler: &Filler<'_>) -> Result<Expr> {
+    /// Refuses what an adapter has for a module that the model does not have, or has with other sizes.
+    fn check_adapter(&self, module: &str, suffix: &str, factor: &TensorMeta, known: Known<'_>) -> Result<()> {
+        let Some(base) = module.strip_prefix(ADAPTER) else { return Ok(()) };
+        let tensor = |name: &str| -> Option<&TensorMeta> {
+            // A tied head is no tensor.
+            let alias = || self.rules.aliases.iter().find(|alias| alias.name == name);
+            self.checkpoint.tensor(name).or_else(|| self.checkpoint.tensor(&alias()?.of))
+        };
+        let wrong = |what: &str, expected: String, found: &dyn Display| {
+            broken("adapter", what).with_expected(expected, found).with_tensor(factor.name.as_str())
+        };
+        let Some(linear) = quant::recognise(base, known, tensor)? else {
+            return Err(wrong(
+                "adapter of what the model does not have",
+                format!("module `{base}`"),
+                &"no weight of it",
+            ));
+        };
+        // Stacked experts have factors of their own kind.
+        let Some([outputs, inputs]) = linear.matrix(known.outputs) else { return Ok(()) };
+        let (dim, size) = match suffix {
+            ".lora_A.weight" => (1, inputs),
+            ".lora_embedding_A" => (1, outputs),
+            ".lora_embedding_B" => (0, inputs),
+            _ => (0, outputs),
+        };
+        if factor.shape.dims().get(dim) == Some(&size) {
+            return Ok(());
+        }
+        let expected = format!("{size} in dimension {dim}, for `{base}` of {outputs} x {inputs}");
+        Err(wrong("adapter is for a module of other sizes", expected, &factor.shape))
+    }
+
+    /// What becomes of the tensors with a suffix, and whether they are cast with the model.
+    fn derive(&self, expr: &Expr, how: &ModuleRule, suffix: &str, filler: &Filler<'_>) -> Result<(Expr, bool)> {
         let linear = |module: &str, outputs: Option<u64>| -> Result<Linear> {
             let known = Known { quantization: &self.rules.quantization, orientation: how.orientation, outputs };
             let tensor = |name: &str| -> Option<&TensorMeta> { self.checkpoint.tensor(name) };
@@ -109,12 +153,13 @@ impl<'a> Modules<'a> {
             parts.refined = quant::refined(expr, &parts)?;
         }
         let derived = quant::derive(expr, suffix, &parts)?;
-        Ok(match &how.bias {
+        let expr = match &how.bias {
             Some((by, part, fill)) if matches!(suffix, ".bias" | "_bias") => {
                 Expr::On { x: Box::new(derived), by: by.clone(), part: *part, fill: fill.clone() }
             }
             _ => derived,
-        })
+        };
+        Ok((expr, matched.casts(suffix)))
     }
 
     /// How a module is stored.
@@ -150,6 +195,9 @@ impl Filler<'_> {
         Ok(template.fill(self.module, &self.captures))
     }
 }
+
+/// What PEFT puts before the names of a model's modules.
+const ADAPTER: &str = "base_model.model.";
 
 /// The outputs of a module that an expression speaks of, where a cut says how many units of them there are: of the one
 /// with this name in it, or of the one that the rule matched.

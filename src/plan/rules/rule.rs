@@ -23,6 +23,8 @@ pub(in crate::plan) struct Rule {
     pub(in crate::plan) among: Option<Among>,
     pub(super) rename: Option<Result<Template, String>>,
     pub(super) optional: bool,
+    /// Whether [`Rules::casting`](super::Rules::casting) leaves its tensors alone.
+    pub(super) keep_dtype: bool,
 }
 
 /// What names a rule's pattern is about.
@@ -163,6 +165,7 @@ impl Rule {
             among: None,
             rename: None,
             optional: false,
+            keep_dtype: false,
         }
     }
 
@@ -182,6 +185,11 @@ impl Rule {
         }
         if let Placement::Place { owner, expr } = placement {
             expr.check().map_err(of_rule)?;
+            if self.keep_dtype
+                && let Some(to) = expr.cast_to()
+            {
+                return Err(of_rule(broken("cast", format!("casts to {to} what keeps its type"))));
+            }
             if let Scope::Module(_) = scope {
                 check_derivable(expr).map_err(of_rule)?;
             }

@@ -42,6 +42,7 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
                 .ceil_mlp("**.mlp")
                 .whole("**.mlp.gate")
                 .replicate("**.mlp.gate.e_score_correction_bias")
+                .keep_dtype()
                 .optional()
                 .common(config)
         }

@@ -36,16 +36,23 @@ pub(super) struct Stacked<'a> {
 }
 
 impl Rules {
+    /// Modules of an adapter, which keep their names: it may be for some of the modules of which one is made only.
+    pub(super) fn adapted(self, module: &str, dim: usize, cut: &Cut) -> Rules {
+        self.module(format!("base_model.model.**.{module}"), Expr::shard(dim, cut.clone())).optional()
+    }
+
     /// Modules of which one is made, where there are any: `parts` are the last segments of their names, each with its
-    /// cut. The first of them is renamed to `into`.
+    /// cut. The first of them is renamed to `into`. Those of an adapter stay apart.
     pub(super) fn merged(self, below: &str, parts: &[(&str, Cut)], into: &str) -> Rules {
         let Some((&(first, _), rest)) = parts.split_first() else { return self };
         let exprs = parts.iter().enumerate().map(|(at, (name, cut))| {
             let x = if at == 0 { Expr::Source } else { Expr::Tensor(format!("{{1}}.{below}.{name}")) };
             Expr::Shard { x: Box::new(x), dim: 0, cut: cut.clone() }
         });
+        let apart = parts.iter().fold(self, |rules, (name, cut)| rules.adapted(&format!("{below}.{name}"), 0, cut));
         let others: Vec<&str> = rest.iter().map(|(name, _)| *name).collect();
-        self.module(format!("**.{below}.{first}"), Expr::Concat { dim: 0, parts: exprs.collect() })
+        apart
+            .module(format!("**.{below}.{first}"), Expr::Concat { dim: 0, parts: exprs.collect() })
             .rename(format!("{{1}}.{below}.{into}"))
             .optional()
             .module_part(format!("**.{below}.{{{}}}", others.join(",")))
@@ -53,7 +60,7 @@ impl Rules {
     }
 
     /// Experts that become two stacks: gates and ups `[experts, 2 * intermediate, hidden]`, downs
-    /// `[experts, hidden, intermediate]`.
+    /// `[experts, hidden, intermediate]`. Those of an adapter stay apart.
     pub(super) fn stacked(self, names: &Names, stacked: &Stacked<'_>) -> Rules {
         let Names { experts: module, gate, up, down } = *names;
         let Stacked { experts, ref inner, gate_up, down: stacked_down, suffixes } = *stacked;
@@ -71,7 +78,15 @@ impl Rules {
         let both =
             stack(&|expert| Expr::Concat { dim: 0, parts: vec![tensor(expert, gate, 0), tensor(expert, up, 0)] });
         let rows = stack(&|expert| tensor(expert, down, 1));
-        let rules = self
+        let apart =
+            [(format!("{{{gate},{up}}}"), 0), (down.to_owned(), 1)].into_iter().fold(self, |rules, (name, dim)| {
+                let expr = inner.as_ref().map_or(Expr::Source, |cut| Expr::shard(dim, cut.clone()));
+                rules
+                    .module(format!("base_model.model.**.{module}.*.{name}"), expr)
+                    .among(2, experts.count, experts.cut())
+                    .optional()
+            });
+        let rules = apart
             .module(format!("**.{module}.0.{gate}"), both)
             .rename(format!("{{1}}.{gate_up}"))
             .suffixes(suffixes)

@@ -72,6 +72,7 @@ fn attention(rules: Rules, below: &str, Heads { heads, key_value, size }: Heads)
         rules
             .replicate(format!("**.{below}.{of}_proj.{of}_scale"))
             .rename(format!("{{1}}.{below}.attn.{of}_scale"))
+            .keep_dtype()
             .optional()
     });
     let (queries, shared) = (Block::new(heads, size).cut(Ax::Tp), Block::shared(key_value, size).cut(Ax::Tp));
@@ -154,6 +155,7 @@ fn deepseek(config: &Config<'_>) -> Result<Rules> {
     gate_up(rules, "mlp", config.count(&["intermediate_size"])?)
         .whole("**.mlp.gate")
         .replicate("**.mlp.gate.e_score_correction_bias")
+        .keep_dtype()
         .optional()
         .common(config)
 }
@@ -166,9 +168,12 @@ fn gpt_oss(config: &Config<'_>) -> Result<Rules> {
     let queries = Block::new(heads.heads, heads.size).cut(Ax::Tp);
     let shared = Block::shared(heads.key_value, heads.size).cut(Ax::Tp);
     let parts = [Expr::Source, tensor("k_proj"), tensor("v_proj")];
-    let parts = parts.into_iter().zip([queries, shared.clone(), shared]);
+    let parts = parts.into_iter().zip([queries.clone(), shared.clone(), shared.clone()]);
     let parts = parts.map(|(x, cut)| Expr::Shard { x: Box::new(x), dim: 0, cut }).collect();
     rules
+        .adapted("self_attn.q_proj", 0, &queries)
+        .adapted("self_attn.{k,v}_proj", 0, &shared)
+        .adapted("self_attn.o_proj", 1, &queries)
         .module("**.self_attn.q_proj", Expr::Concat { dim: 0, parts })
         .rename("{1}.attn.qkv_proj")
         .module_part("**.self_attn.{k,v}_proj")

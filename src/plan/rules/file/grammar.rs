@@ -74,6 +74,7 @@ pub(super) struct Entry {
     pub(super) bias: Option<Filled>,
     pub(super) suffix: Option<BTreeMap<String, String>>,
     pub(super) cast: Option<Target>,
+    pub(super) keep_dtype: Option<Yes>,
     pub(super) transpose: Option<Yes>,
     pub(super) permute: Option<Vec<Number<usize, 0>>>,
     pub(super) rename: Option<String>,

@@ -155,6 +155,9 @@ impl Entry {
         if let Some(to) = self.cast {
             rules = rules.cast(to.0);
         }
+        if self.keep_dtype.is_some() {
+            rules = rules.keep_dtype();
+        }
         if let Some(of) = self.r#where {
             rules = rules.held_by(of.by.0, of.part.0);
         }
@@ -180,11 +183,14 @@ impl Entry {
 
     /// Refuses keys that make no sense beside `key`, which says who gets what.
     fn refuse_changes(&self, key: &str) -> Result<()> {
-        let Entry { r#where, among, stage, cast, transpose, permute, .. } = self;
+        let Entry { r#where, among, stage, cast, keep_dtype, transpose, permute, .. } = self;
         if transpose.is_some() && permute.is_some() {
             return Err(refuse("has both transpose and permute".into()));
         }
         let changes = [cast.map(|_| "cast"), transpose.map(|_| "transpose"), permute.as_ref().map(|_| "permute")];
+        if cast.is_some() && keep_dtype.is_some() {
+            return Err(refuse("has both cast and keep_dtype".into()));
+        }
         let holders =
             [r#where.as_ref().map(|_| "where"), among.as_ref().map(|_| "among"), stage.as_ref().map(|_| "stage")];
         let of_modules = [
@@ -192,11 +198,12 @@ impl Entry {
             self.bias.as_ref().map(|_| "bias"),
             self.suffix.as_ref().map(|_| "suffix"),
         ];
+        let kept = [keep_dtype.map(|_| "keep_dtype")];
         if let Some(what) = of_modules.into_iter().flatten().next().filter(|_| self.module.is_none()) {
             return Err(refuse(format!("{what} beside match")).with_expected("a rule of modules", "one of tensors"));
         }
         let refused = match key {
-            "skip" | "part" => [changes, holders, of_modules].concat(),
+            "skip" | "part" => [&changes[..], &holders, &of_modules, &kept].concat(),
             "steps" | "expr" => changes.to_vec(),
             "only" => holders.to_vec(),
             _ => Vec::new(),
