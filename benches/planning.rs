@@ -130,7 +130,8 @@ impl Bound {
             let checkpoint = Checkpoint::open(folder.join(name)).map_err(io::Error::other)?;
             open.push(began.elapsed().as_secs_f64());
             let began = Instant::now();
-            let planned = Plan::new(&checkpoint, &rules(&checkpoint)?, &world).map_err(io::Error::other)?;
+            let rules = Rules::for_model(&checkpoint).map_err(io::Error::other)?;
+            let planned = Plan::new(&checkpoint, &rules, &world).map_err(io::Error::other)?;
             plan.push(began.elapsed().as_secs_f64());
             assert_eq!(planned.storage_bytes(), planned.needed_bytes(world.driven()), "every byte is read once");
             tensors = checkpoint.tensors().len();
@@ -151,15 +152,6 @@ impl Bound {
         writeln!(io::stdout(), "{result}")?;
         Ok(if within || runs == 1 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
-}
-
-/// The family's rules, or those of this bench where there is no such family yet.
-fn rules(checkpoint: &Checkpoint) -> io::Result<Rules> {
-    let rules = match Rules::for_model(checkpoint) {
-        Err(error) if error.rule() == Some("unknown-architecture") => Rules::from_toml(RULES),
-        rules => rules,
-    };
-    rules.map_err(io::Error::other)
 }
 
 fn time(folder: &Path, runs: usize) -> io::Result<()> {
