@@ -114,6 +114,7 @@ impl Rules {
     /// # Errors
     /// As [`Rules::for_model`].
     pub fn for_model_with(checkpoint: &Checkpoint, options: &ModelOptions) -> Result<Rules> {
+        options.mesh.check()?;
         if let Some(error) = checkpoint.config_error() {
             let at = error.file().unwrap_or(checkpoint.path());
             let broken = broken("config", format!("config.json cannot be used: {}", error.message())).with_file(at);

@@ -218,7 +218,18 @@ impl Rules {
 
     /// Heads of other tasks than to predict tokens.
     pub(super) fn task_heads(self) -> Rules {
-        self.replicate(format!("{ADAPTED}{{score,classifier,qa_outputs,v_head}}.**")).optional().stage(Stage::Last)
+        const HEADS: &str = "{score,classifier,qa_outputs,v_head}";
+        // Those of an adapter are modules, and so held against the model.
+        let adapted = format!("base_model.model.{HEADS}");
+        self.replicate(format!("{HEADS}.**"))
+            .optional()
+            .stage(Stage::Last)
+            .module(adapted.as_str(), Expr::Source)
+            .optional()
+            .stage(Stage::Last)
+            .module(format!("{adapted}.**"), Expr::Source)
+            .optional()
+            .stage(Stage::Last)
     }
 
     /// Scales of attention whose keys and values are cached in 8 bits.

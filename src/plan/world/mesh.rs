@@ -114,7 +114,7 @@ impl Mesh {
     }
 
     /// Refuses a mesh of no or too many ranks, and experts that do not divide the ranks of a stage.
-    pub(super) fn check(self) -> Result<()> {
+    pub(in crate::plan) fn check(self) -> Result<()> {
         let usage = |message: &str| Error::new(ErrorKind::Usage, message);
         if !(1..=RANKS_MAX).contains(&self.size()) {
             return Err(usage("number of ranks out of range").with_expected(format!("1 to {RANKS_MAX}"), self));
