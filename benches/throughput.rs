@@ -1,34 +1,66 @@
-//! Warm loads against a bare loop of large `pread`s into equally prepared memory, with the same number of threads;
-//! and the engines against each other, cold and warm.
+//! Warm loads against bare loops that do no more than they must, with as many threads and equally prepared memory; and
+//! the engines against each other, cold and warm.
 //!
 //! `cargo bench --bench throughput [-- FOLDER]`: writes a Llama-shaped checkpoint of 2 GB random bytes into FOLDER
 //! (default `target/bench`) unless it is there, reads it once so that the page cache holds it, then measures pairs in
-//! turn (ceiling, load, load, ceiling), then rounds of all engines. Prints medians and their spread, and the ratios
+//! turn (bare, load, load, bare) of each cut, then rounds of all engines. Prints medians and their spread, and the ratios
 //! that count. `cargo test --bench throughput` does it once with 6 MB: what lands is checked, the figures mean nothing.
+
+mod support;
 
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::thread;
 use std::time::Instant;
 
 use memmap2::{Advice, MmapMut};
+use rustix::time::ClockId;
 use shardlift::read::EngineChoice;
 use shardlift::{Checkpoint, Loader, Plan, Rules, World};
+use support::{median, seconds};
 
 const PAIRS: usize = 8;
-const CHUNK: usize = 2 << 20;
+/// Bytes that the bare loop reads at once: with the buffer that it cuts from, a core's L2 cache.
+const CHUNK: usize = 1 << 20;
 const ROUNDS: usize = 7;
 const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::Uring, EngineChoice::Mmap];
 
-/// The cuts of a Llama layer, its row-parallel third included.
-const RULES: &str = r#"
-rule = [
-  { match = "**.{q,k,v,gate,up}_proj.weight", shard = { dim = 0 } },
-  { match = "**.{o,down}_proj.weight", shard = { dim = 1 } },
-]
-"#;
+/// The tensors whose columns are cut: the row-parallel third of a Llama layer.
+const ROW_PARALLEL: [&str; 2] = ["o_proj", "down_proj"];
+
+/// How the tensors of a load are cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cuts {
+    /// As a Llama layer: columns of the row-parallel third, rows of the rest.
+    Llama,
+    Rows,
+    Columns,
+}
+
+impl Cuts {
+    fn rules(self) -> Rules {
+        let columns = format!("**.{{{}}}.weight", ROW_PARALLEL.join(","));
+        match self {
+            Cuts::Llama => Rules::new().shard(columns, 1).shard("**", 0),
+            Cuts::Rows => Rules::new().shard("**", 0),
+            Cuts::Columns => Rules::new().shard("**", 1),
+        }
+    }
+
+    fn cuts_columns(self, tensor: &str) -> bool {
+        match self {
+            Cuts::Llama => ROW_PARALLEL.iter().any(|name| tensor.contains(name)),
+            Cuts::Rows => false,
+            Cuts::Columns => true,
+        }
+    }
+}
+
+const CASES: [(u32, Cuts); 6] =
+    [(1, Cuts::Llama), (2, Cuts::Llama), (4, Cuts::Llama), (8, Cuts::Llama), (8, Cuts::Rows), (8, Cuts::Columns)];
 
 fn main() -> io::Result<()> {
     // `cargo bench` says --bench, `cargo test` does not.
@@ -39,36 +71,36 @@ fn main() -> io::Result<()> {
     let (pairs, rounds, layers, hidden) = if bench { (PAIRS, ROUNDS, 5, 4096) } else { (1, 1, 1, 512) };
     let file = write_model(&folder, layers, hidden)?;
     let checkpoint = Checkpoint::open(&folder).map_err(io::Error::other)?;
-    let rules = Rules::from_toml(RULES).map_err(io::Error::other)?;
     let mut out = io::stdout();
-    for ranks in [1, 4] {
-        let plan = Plan::new(&checkpoint, &rules, &World::host(ranks)).map_err(io::Error::other)?;
+    for (ranks, cuts) in CASES {
+        let plan = Plan::new(&checkpoint, &cuts.rules(), &World::host(ranks)).map_err(io::Error::other)?;
         let loader = Loader::new().engine(EngineChoice::Pread);
         // Warm-up: the page cache, the staging ring, and the answer.
         let (weights, _) = loader.load(&plan).map_err(io::Error::other)?;
         weights.check().map_err(io::Error::other)?;
         drop(weights);
-        ceiling(&file)?;
-        let (mut bare, mut loads, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
+        let bare = Bare { file: File::open(&file)?, checkpoint: &checkpoint, ranks, cuts };
+        bare.load()?;
+        let mut measured: [Vec<Measured>; 2] = Default::default();
         for pair in 0..pairs {
-            let mut measured = [0.0; 2];
             let order = if pair % 2 == 0 { [0, 1] } else { [1, 0] };
             for which in order {
-                measured[which] = if which == 0 { ceiling(&file)? } else { load(&loader, &plan)? };
+                measured[which].push(Measured::of(|| if which == 0 { bare.load() } else { load(&loader, &plan) })?);
             }
-            bare.push(measured[0]);
-            loads.push(measured[1]);
-            ratios.push(measured[1] / measured[0]);
         }
+        let [bare, loads] = &measured;
+        let ratio = |figure: fn(&Measured) -> f64| spread(bare.iter().zip(loads).map(|(a, b)| figure(b) / figure(a)));
         writeln!(
             out,
-            "{{\"ranks\": {ranks}, \"ceiling_gb_per_s\": {}, \"load_gb_per_s\": {}, \"ratio\": {}}}",
-            spread(&mut bare),
-            spread(&mut loads),
-            spread(&mut ratios)
+            "{{\"ranks\": {ranks}, \"cuts\": \"{cuts:?}\", \"bare_gb_per_s\": {}, \"load_gb_per_s\": {}, \"ratio\": {}, \"load_cpu_s_per_gb\": {}, \"cpu_ratio\": {}}}",
+            spread(bare.iter().map(Measured::gb_per_s)),
+            spread(loads.iter().map(Measured::gb_per_s)),
+            ratio(Measured::gb_per_s),
+            spread(loads.iter().map(Measured::cpu_per_gb)),
+            ratio(Measured::cpu_per_gb),
         )?;
     }
-    let plan = Plan::new(&checkpoint, &rules, &World::host(1)).map_err(io::Error::other)?;
+    let plan = Plan::new(&checkpoint, &Rules::replicate_all(), &World::host(1)).map_err(io::Error::other)?;
     for cold in [false, true] {
         engines(&file, &plan, cold, rounds, &mut out)?;
     }
@@ -110,53 +142,133 @@ fn engines(file: &Path, plan: &Plan, cold: bool, rounds: usize, out: &mut impl W
         writeln!(
             out,
             "{{\"engine\": \"{engine:?}\", \"cold\": {cold}, \"gb_per_s\": {}, \"of_the_best\": {}}}",
-            spread(&mut speeds[which]),
-            spread(&mut ratios[which])
+            spread(speeds[which].iter().copied()),
+            spread(ratios[which].iter().copied())
         )?;
     }
     writeln!(out, "{{\"auto_chose\": \"{chosen}\", \"cold\": {cold}}}")
 }
 
-/// GB/s of one load, its memory allocated in the time and freed after it.
-fn load(loader: &Loader, plan: &Plan) -> io::Result<f64> {
-    let began = Instant::now();
-    let (weights, report) = loader.load(plan).map_err(io::Error::other)?;
-    let seconds = began.elapsed().as_secs_f64();
-    drop(weights);
-    Ok(report.needed_bytes as f64 / seconds / 1e9)
+/// What one load took.
+struct Measured {
+    bytes: u64,
+    wall: f64,
+    cpu: f64,
 }
 
-/// GB/s of the bare loop: the file in chunks, into fresh memory with huge pages advised, as many threads as a load.
-fn ceiling(file: &Path) -> io::Result<f64> {
-    let threads = thread::available_parallelism().map_or(2, usize::from).max(2);
-    let file = File::open(file)?;
-    let bytes = file.metadata()?.len() as usize;
-    let began = Instant::now();
-    let mut memory = MmapMut::map_anon(bytes)?;
-    let _ = memory.advise(Advice::HugePage); // as a load does: where the kernel has none, small ones serve
-    let next = std::sync::Mutex::new(memory.chunks_mut(CHUNK).enumerate());
-    thread::scope(|scope| {
-        let readers: Vec<_> = (0..threads)
-            .map(|_| {
-                scope.spawn(|| {
-                    loop {
-                        let taken = next.lock().map_err(|_| io::Error::other("poisoned"))?.next();
-                        let Some((index, chunk)) = taken else { return Ok::<_, io::Error>(()) };
-                        file.read_exact_at(chunk, (index * CHUNK) as u64)?;
+impl Measured {
+    /// Measures what loads so many bytes.
+    fn of(load: impl FnOnce() -> io::Result<u64>) -> io::Result<Measured> {
+        let clocks = || [ClockId::Monotonic, ClockId::ProcessCPUTime].map(seconds);
+        let [wall, cpu] = clocks();
+        let bytes = load()?;
+        let [wall_end, cpu_end] = clocks();
+        Ok(Measured { bytes, wall: wall_end - wall, cpu: cpu_end - cpu })
+    }
+
+    fn gb_per_s(&self) -> f64 {
+        self.bytes as f64 / self.wall / 1e9
+    }
+
+    fn cpu_per_gb(&self) -> f64 {
+        self.cpu / self.bytes as f64 * 1e9
+    }
+}
+
+/// One load, its memory allocated and freed in the time.
+fn load(loader: &Loader, plan: &Plan) -> io::Result<u64> {
+    let (_, report) = loader.load(plan).map_err(io::Error::other)?;
+    Ok(report.needed_bytes)
+}
+
+/// A load without a program around it: a thread for each core, reads of [`CHUNK`] bytes into fresh memory with huge pages
+/// advised; where columns are cut, into a buffer of the thread and from there row by row.
+struct Bare<'a> {
+    file: File,
+    checkpoint: &'a Checkpoint,
+    ranks: u32,
+    cuts: Cuts,
+}
+
+impl Bare<'_> {
+    fn load(&self) -> io::Result<u64> {
+        let threads = thread::available_parallelism().map_or(2, usize::from).max(2);
+        let tensors = self.checkpoint.tensors();
+        let (start, end) = (tensors.iter().map(|it| it.start).min(), tensors.iter().map(|it| it.end).max());
+        let (start, end) = (start.unwrap_or(0), end.unwrap_or(0));
+        let mut memory = MmapMut::map_anon((end - start) as usize)?;
+        let _ = memory.advise(Advice::HugePage); // as a load does: where the kernel has none, small ones serve
+        let mut chunks = Vec::new();
+        let (mut rest, mut at) = (&mut memory[..], start);
+        for tensor in tensors {
+            let (mine, others) = rest.split_at_mut((tensor.end - at) as usize);
+            (rest, at) = (others, tensor.end);
+            match self.cuts.cuts_columns(&tensor.name) && self.ranks > 1 {
+                false => {
+                    let offsets = (tensor.start..).step_by(CHUNK);
+                    chunks.extend(offsets.zip(mine.chunks_mut(CHUNK)).map(|(offset, chunk)| Chunk {
+                        offset,
+                        width: 0,
+                        parts: vec![chunk],
+                    }));
+                }
+                true => {
+                    let rows = tensor.shape.dims()[0] as usize;
+                    let part = mine.len() / self.ranks as usize;
+                    let width = part / rows;
+                    let rows_each = (CHUNK / (mine.len() / rows)).max(1);
+                    let step = (rows_each * width * self.ranks as usize) as u64;
+                    let mut parts: Vec<_> =
+                        mine.chunks_mut(part).map(|part| part.chunks_mut(rows_each * width)).collect();
+                    let mut offset = tensor.start;
+                    while offset < tensor.end {
+                        let parts = parts.iter_mut().filter_map(Iterator::next).collect();
+                        chunks.push(Chunk { offset, width, parts });
+                        offset += step;
                     }
-                })
-            })
-            .collect();
-        readers.into_iter().try_for_each(|reader| reader.join().map_err(|_| io::Error::other("panicked"))?)
-    })?;
-    Ok(bytes as f64 / began.elapsed().as_secs_f64() / 1e9)
+                }
+            }
+        }
+        let next = Mutex::new(chunks.into_iter());
+        thread::scope(|scope| {
+            let readers: Vec<_> = (0..threads).map(|_| scope.spawn(|| self.read(&next))).collect();
+            readers.into_iter().try_for_each(|reader| reader.join().map_err(|_| io::Error::other("panicked"))?)
+        })?;
+        Ok(end - start)
+    }
+
+    fn read<'m>(&self, chunks: &Mutex<impl Iterator<Item = Chunk<'m>>>) -> io::Result<()> {
+        let mut buffer = vec![0; CHUNK];
+        loop {
+            let taken = chunks.lock().map_err(|_| io::Error::other("poisoned"))?.next();
+            let Some(Chunk { offset, width, mut parts }) = taken else { return Ok(()) };
+            if let [chunk] = &mut parts[..] {
+                self.file.read_exact_at(chunk, offset)?;
+                continue;
+            }
+            let pitch = width * parts.len();
+            buffer.resize(parts.iter().map(|part| part.len()).sum(), 0);
+            self.file.read_exact_at(&mut buffer, offset)?;
+            for (at, part) in parts.into_iter().enumerate() {
+                for (to, row) in part.chunks_exact_mut(width).zip(buffer.chunks_exact(pitch)) {
+                    to.copy_from_slice(&row[at * width..][..width]);
+                }
+            }
+        }
+    }
 }
 
+/// Bytes of the file from an offset on, and where they go: to one place, or rows of `width` bytes to each in turn.
+struct Chunk<'m> {
+    offset: u64,
+    width: usize,
+    parts: Vec<&'m mut [u8]>,
+}
 /// The median with the smallest and the largest value.
-fn spread(values: &mut [f64]) -> String {
+fn spread(values: impl Iterator<Item = f64>) -> String {
+    let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
-    let median = (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0;
-    format!("[{:.3}, {median:.3}, {:.3}]", values[0], values[values.len() - 1])
+    format!("[{:.3}, {:.3}, {:.3}]", values[0], median(&values), values[values.len() - 1])
 }
 
 /// A Llama-shaped checkpoint, a third of it row-parallel. Five layers of a 7B model (hidden size 4096) take 2.02 GB.

@@ -126,6 +126,12 @@ pub const DIRECT_CHUNK: u64 = 2 << 20;
 /// Chosen by `benches/throughput.rs`.
 pub const CUT_CHUNK: u64 = 512 << 10;
 
+/// Shortest run, and fewest bytes of a copy, that are written past the processor's caches: what a load copies is not looked
+/// at soon, but of shorter runs too many lines are written in part. Chosen by `benches/throughput.rs`.
+pub const STREAM_RUN: u64 = 512;
+/// See [`STREAM_RUN`].
+pub const STREAM_MIN: u64 = 32 << 10;
+
 /// Most bytes of short runs that are gathered for one write of a rank's output file: beyond this a system call costs
 /// little beside its bytes, and a hundred ranks must not take more than a few MiB.
 pub const WRITE_GATHER: usize = 64 << 10;

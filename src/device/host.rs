@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::elements::{copy_elements, element};
-use super::{Allocation, Device, Feed, Op, Queue, RawCopy};
+use super::{Allocation, Device, Feed, Op, Queue, RawCopy, stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
-use crate::stride::for_each_run;
+use crate::stride::{bytes_moved, for_each_run};
 
 /// Page-aligned anonymous memory, huge pages advised.
 #[derive(Debug)]
@@ -109,16 +109,22 @@ pub(crate) unsafe fn copy_now(copy: &RawCopy) {
         return unsafe { copy_elements(copy, bytes) };
     }
     let dst = std::ptr::with_exposed_provenance_mut::<u8>(copy.dst as usize);
+    let run = copy.run as usize;
+    let streams = copy.run >= limits::STREAM_RUN && bytes_moved(&copy.loops, copy.run) >= limits::STREAM_MIN;
     for_each_run(&copy.loops, 0, 0, &mut |src_offset, dst_offset| {
         // SAFETY: the caller answers for every run of the copy.
         unsafe {
             let (src, dst) = (copy.src.add(src_offset as usize), dst.add(dst_offset as usize));
             match copy.cast {
-                Some(cast) => cast.convert_raw(src, dst, copy.run as usize / cast.source_bytes()),
-                None => std::ptr::copy_nonoverlapping(src, dst, copy.run as usize),
+                Some(cast) => cast.convert_raw(src, dst, run / cast.source_bytes()),
+                None if streams => stream::copy(src, dst, run),
+                None => std::ptr::copy_nonoverlapping(src, dst, run),
             }
         }
     });
+    if streams {
+        stream::fence();
+    }
 }
 
 /// Host memory, reached directly.

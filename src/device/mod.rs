@@ -6,6 +6,7 @@ mod cuda;
 mod elements;
 mod file;
 mod host;
+mod stream;
 
 use std::any::Any;
 use std::fmt::Debug;

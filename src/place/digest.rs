@@ -21,19 +21,13 @@ impl Digest {
     /// is padded as if the tensor ended there.
     pub fn add(&mut self, offset: u64, bytes: &[u8]) {
         assert!(offset.is_multiple_of(8), "a piece must start on a word of the tensor");
-        let mut index = offset / 8;
         let (words, rest) = bytes.as_chunks::<8>();
-        let mut sum = self.0;
-        for word in words {
-            index += 1;
-            sum = sum.wrapping_add(splitmix64(u64::from_le_bytes(*word) ^ index.wrapping_mul(GOLDEN)));
-        }
+        self.0 = self.0.wrapping_add(sum(words, offset / 8));
         if !rest.is_empty() {
             let mut word = [0; 8];
             word[..rest.len()].copy_from_slice(rest);
-            sum = sum.wrapping_add(splitmix64(u64::from_le_bytes(word) ^ (index + 1).wrapping_mul(GOLDEN)));
+            self.0 = self.0.wrapping_add(sum_here(&[word], offset / 8 + words.len() as u64));
         }
-        self.0 = sum;
     }
 
     /// The digest of the pieces so far.
@@ -44,7 +38,47 @@ impl Digest {
 
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
+/// The sum over words of a tensor, the first of which has this index: with the widest multiplications that the processor
+/// has (`docs/performance.md`).
+fn sum(words: &[[u8; 8]], first: u64) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512dq") {
+            // SAFETY: the processor has what the function needs; AVX-512DQ implies AVX-512F.
+            return unsafe { sum_avx512(words, first) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has what the function needs.
+            return unsafe { sum_avx2(words, first) };
+        }
+    }
+    sum_here(words, first)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512dq")]
+fn sum_avx512(words: &[[u8; 8]], first: u64) -> u64 {
+    sum_here(words, first)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn sum_avx2(words: &[[u8; 8]], first: u64) -> u64 {
+    sum_here(words, first)
+}
+
+/// Compiled into each caller, with its instructions.
+#[inline(always)]
+fn sum_here(words: &[[u8; 8]], first: u64) -> u64 {
+    let mut position = first.wrapping_mul(GOLDEN);
+    words.iter().fold(0, |sum: u64, word| {
+        position = position.wrapping_add(GOLDEN);
+        sum.wrapping_add(splitmix64(u64::from_le_bytes(*word) ^ position))
+    })
+}
+
 /// The finaliser of the SplitMix64 generator (Steele, Lea, Flood, OOPSLA 2014).
+#[inline(always)]
 fn splitmix64(mut word: u64) -> u64 {
     word = word.wrapping_add(GOLDEN);
     word = (word ^ (word >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -69,6 +103,26 @@ mod tests {
         }
         assert_ne!(whole, Digest::of(&bytes[..1002]));
         assert_eq!(Digest::of(&[]), 0);
+    }
+
+    #[test]
+    fn every_width_of_multiplication_sums_alike() {
+        let bytes: Vec<u8> = (0..=255).cycle().map(|byte: u8| byte.wrapping_mul(31)).take(8 * 1001).collect();
+        let (words, _) = bytes.as_chunks();
+        for (first, len) in [(0, 1001), (5, 1000), (u64::MAX - 3, 17), (1, 0)] {
+            let words = &words[..len];
+            let expected = (1..).zip(words).fold(0, |sum: u64, (at, word)| {
+                let position = first.wrapping_add(at).wrapping_mul(GOLDEN);
+                sum.wrapping_add(splitmix64(u64::from_le_bytes(*word) ^ position))
+            });
+            assert_eq!(sum_here(words, first), expected);
+            assert_eq!(sum(words, first), expected);
+            #[cfg(target_arch = "x86_64")]
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: the processor has what the function needs.
+                assert_eq!(unsafe { sum_avx2(words, first) }, expected);
+            }
+        }
     }
 
     #[test]
