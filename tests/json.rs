@@ -257,8 +257,6 @@ fn failures() {
         #[cfg(not(feature = "cuda"))]
         &["--devices", "cuda:0,1"][..],
         &["--engine", "cufile"][..],
-        &["--repeat", "2"],
-        &["--trace", "trace.json"],
     ] {
         error(&[&["load", model][..], flags].concat(), 2, "unsupported");
     }

@@ -1,12 +1,21 @@
-//! What a load reports: [`Progress`] while it runs, [`Report`] afterwards, and the counters both come from.
+//! What a load reports: [`Progress`] while it runs, [`Report`] afterwards, and the counters both come from; when what
+//! happened: [`Trace`].
 
 #![forbid(unsafe_code)]
+
+mod chrome;
+#[cfg(test)]
+mod tests;
+mod trace;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::sync::lock;
+
+pub use trace::Trace;
+pub(crate) use trace::{Event, Kind, Names, Recording};
 
 /// How far a load is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -64,20 +73,33 @@ pub struct Report {
     pub abandoned_bytes: u64,
     /// Busy and waiting seconds of each stage, summed over its threads.
     pub stages: Stages,
-    /// The stage that bounds the load: `storage`, `cpu` or `link`.
+    /// What took how many seconds of the load.
+    pub spent: Spent,
+    /// What took most of them: `storage`, `cpu`, `link` or `consumer`.
     pub bottleneck: String,
     /// What was odd but no error.
     pub warnings: Vec<String>,
+}
+
+impl Report {
+    /// Adds what the caller did with the tensors, and says what took longest.
+    pub(crate) fn consumed(&mut self, consume: StageTime) {
+        self.stages.consume = consume;
+        self.spent.consumer = consume.busy;
+        self.bottleneck = self.spent.most().into();
+    }
 }
 
 /// Times of the stages of a load.
 #[derive(Debug, Clone, Copy, Default)]
 #[non_exhaustive]
 pub struct Stages {
-    /// Reading: busy in reads, waiting for a free slot.
+    /// Reading: busy in the engine, which reads or waits for storage; waiting for a free slot.
     pub read: StageTime,
     /// Cutting, and submitting to devices: busy in that, waiting for the queue of a device while others submit.
     pub copy: StageTime,
+    /// The caller who iterates over tensors: busy between them, waiting for the next.
+    pub consume: StageTime,
 }
 
 /// Times of one stage, in seconds, summed over its threads.
@@ -89,6 +111,42 @@ pub struct StageTime {
     pub waiting: f64,
 }
 
+/// Seconds of a load by what they went to: those of the reading threads divided by their number, and what came after. The
+/// setting up before the first read is not in it.
+#[derive(Debug, Clone, Copy, Default)]
+#[non_exhaustive]
+pub struct Spent {
+    /// Reading threads waited in their engine: for storage, or a throttle. With files as destinations also for these.
+    pub storage: f64,
+    /// They had a processor, or waited for one: cutting, submitting, and copying out of the page cache.
+    pub cpu: f64,
+    /// They waited for slots that devices copied from, or for a device to take copies; and from the last read on, until
+    /// devices had copied everything.
+    pub link: f64,
+    /// The caller was busy with tensors that it was given, while the load went on or after it.
+    pub consumer: f64,
+}
+
+impl Spent {
+    /// What took longest.
+    fn most(&self) -> &'static str {
+        let Spent { storage, cpu, link, consumer } = *self;
+        let all = [("cpu", cpu), ("storage", storage), ("link", link), ("consumer", consumer)];
+        all.into_iter().reduce(|most, one| if one.1 > most.1 { one } else { most }).map_or("cpu", |(name, _)| name)
+    }
+}
+
+/// What the reading threads of a load hand on to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Behind {
+    /// Nobody: they copy themselves.
+    Nothing,
+    /// Queues of devices.
+    Link,
+    /// Queues that write files.
+    Files,
+}
+
 /// The counters and warnings of one load, added to from all its threads.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
@@ -97,10 +155,14 @@ pub(crate) struct Counters {
     pub(crate) storage_bytes: AtomicU64,
     pub(crate) reads: AtomicU64,
     pub(crate) abandoned_bytes: AtomicU64,
-    read_busy_ns: AtomicU64,
     read_waiting_ns: AtomicU64,
     copy_busy_ns: AtomicU64,
     copy_waiting_ns: AtomicU64,
+    /// Threads that have ended reading, and from begin to end of theirs: what passed, and how much of that they had a
+    /// processor or waited for one.
+    readers: AtomicU64,
+    readers_ns: AtomicU64,
+    readers_cpu_ns: AtomicU64,
     warnings: Mutex<Vec<String>>,
 }
 
@@ -127,10 +189,6 @@ impl Counters {
         lock(&self.warnings).clone()
     }
 
-    pub(crate) fn read_busy(&self, time: Duration) {
-        add_time(&self.read_busy_ns, time);
-    }
-
     pub(crate) fn read_waiting(&self, time: Duration) {
         add_time(&self.read_waiting_ns, time);
     }
@@ -143,31 +201,50 @@ impl Counters {
         add_time(&self.copy_waiting_ns, time);
     }
 
-    pub(crate) fn stages(&self) -> Stages {
-        let seconds = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64 / 1e9;
-        Stages {
-            read: StageTime { busy: seconds(&self.read_busy_ns), waiting: seconds(&self.read_waiting_ns) },
-            copy: StageTime { busy: seconds(&self.copy_busy_ns), waiting: seconds(&self.copy_waiting_ns) },
-        }
+    /// Counts this thread, which has read for so long and ends now.
+    pub(crate) fn reader_ended(&self, time: Duration) {
+        self.readers.fetch_add(1, Ordering::Relaxed);
+        add_time(&self.readers_ns, time);
+        add_time(&self.readers_cpu_ns, processor_time());
     }
-}
 
-impl Stages {
-    /// The stage that the others wait for.
-    pub(crate) fn bottleneck(&self) -> &'static str {
-        let Stages { read, copy } = *self;
-        if read.waiting > read.busy {
-            "link"
-        } else if copy.busy > read.busy {
-            "cpu"
-        } else {
-            "storage"
+    /// The times of a load whose last bytes landed so long after the last thread had read, and what they went to.
+    pub(crate) fn times(&self, behind: Behind, drained: Duration) -> (Stages, Spent) {
+        let seconds = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64 / 1e9;
+        let all = seconds(&self.readers_ns);
+        let slots = seconds(&self.read_waiting_ns);
+        let copy = StageTime { busy: seconds(&self.copy_busy_ns), waiting: seconds(&self.copy_waiting_ns) };
+        let read = StageTime { busy: (all - slots - copy.busy - copy.waiting).max(0.0), waiting: slots };
+        let stages = Stages { read, copy, consume: StageTime::default() };
+
+        let cpu = seconds(&self.readers_cpu_ns);
+        let asleep = (all - cpu - slots - copy.waiting).max(0.0);
+        let storage = asleep.min(read.busy);
+        // A driver that makes whoever submits wait; and slots that only other readers have are waited for with these.
+        let behind_them = if behind == Behind::Nothing { 0.0 } else { slots + copy.waiting + asleep - storage };
+        let readers = self.readers.load(Ordering::Relaxed).max(1) as f64;
+        let mut spent = Spent { storage: storage / readers, cpu: cpu / readers, ..Spent::default() };
+        let behind_them = behind_them / readers + drained.as_secs_f64();
+        match behind {
+            Behind::Files => spent.storage += behind_them,
+            Behind::Link => spent.link = behind_them,
+            Behind::Nothing => {}
         }
+        (stages, spent)
     }
 }
 
 fn add_time(counter: &AtomicU64, time: Duration) {
     counter.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+}
+
+/// How long this thread has had a processor, or waited for one where the system tells that too.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    // Nanoseconds on a processor as of the last tick, then waiting for one (proc_pid_schedstat(5)).
+    let told = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let waited = told.split_whitespace().nth(1).and_then(|number| number.parse().ok()).unwrap_or(0);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32) + Duration::from_nanos(waited)
 }
 
 /// Anonymous memory of this process in bytes, or `None` where the system does not say. What it shares are files, also
