@@ -4,10 +4,13 @@
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
+#[path = "support/stuck.rs"]
+mod stuck;
 #[path = "support/worlds.rs"]
 mod worlds;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -129,4 +132,29 @@ fn what_a_cancelled_load_did_is_told() {
         let read = sum(&events, &["read"], "bytes");
         assert!(read > 0 && read < checkpoint.bytes(), "{read}");
     }
+}
+
+#[test]
+fn what_a_failed_load_did_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 8);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let rules = Rules::from_toml(RULES).unwrap();
+    let failing = |engine: stuck::Stuck, stall: Duration| {
+        let trace = Trace::new();
+        let loader = Loader::new().custom_engine(Arc::new(engine)).stall(stall, stall).trace(Some(&trace));
+        let error = loader.load(&loader.plan(&checkpoint, &rules, &worlds::of(1)[0]).unwrap()).unwrap_err();
+        let events = written(&trace);
+        assert_nests(&events);
+        (error.kind(), events)
+    };
+    let (kind, events) = failing(stuck::Stuck(Duration::ZERO), Duration::from_secs(60));
+    assert_eq!(kind, ErrorKind::Truncated);
+    assert!(sum(&events, &["read"], "bytes") > 0);
+    // Reads that did not come back: both threads have one.
+    let (kind, events) = failing(stuck::Stuck(Duration::from_millis(1500)), Duration::from_millis(100));
+    assert_eq!(kind, ErrorKind::Stalled);
+    let stalled: Vec<&Value> = events.iter().filter(|event| event["name"] == "stalled read").collect();
+    assert!((1..=2).contains(&stalled.len()), "{events:?}");
+    assert!(stalled.iter().all(|read| read["args"]["file"].is_string() && read["dur"].as_f64().unwrap() >= 100e3));
 }

@@ -10,7 +10,7 @@ mod trace;
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::sync::lock;
 
@@ -208,8 +208,9 @@ impl Counters {
         add_time(&self.readers_cpu_ns, processor_time());
     }
 
-    /// The times of a load whose last bytes landed so long after the last thread had read, and what they went to.
-    pub(crate) fn times(&self, behind: Behind, drained: Duration) -> (Stages, Spent) {
+    /// The times of a load whose last thread had read at `read_at` and whose last bytes had landed at `landed_at`, and what they
+    /// went to.
+    pub(crate) fn times(&self, behind: Behind, read_at: Instant, landed_at: Instant) -> (Stages, Spent) {
         let seconds = |counter: &AtomicU64| counter.load(Ordering::Relaxed) as f64 / 1e9;
         let all = seconds(&self.readers_ns);
         let slots = seconds(&self.read_waiting_ns);
@@ -223,8 +224,11 @@ impl Counters {
         // A driver that makes whoever submits wait; and slots that only other readers have are waited for with these.
         let behind_them = if behind == Behind::Nothing { 0.0 } else { slots + copy.waiting + asleep - storage };
         let readers = self.readers.load(Ordering::Relaxed).max(1) as f64;
-        let mut spent = Spent { storage: storage / readers, cpu: cpu / readers, ..Spent::default() };
-        let behind_them = behind_them / readers + drained.as_secs_f64();
+        let from_to = |from: Instant, to: Instant| to.saturating_duration_since(from).as_secs_f64();
+        // An engine may sit out its throttle when there is nothing left to read.
+        let storage = (storage / readers - from_to(landed_at, read_at)).max(0.0);
+        let mut spent = Spent { storage, cpu: cpu / readers, ..Spent::default() };
+        let behind_them = behind_them / readers + from_to(read_at, landed_at);
         match behind {
             Behind::Files => spent.storage += behind_them,
             Behind::Link => spent.link = behind_them,

@@ -120,16 +120,20 @@ fn seconds_go_to_what_threads_waited_for() {
         copy_waiting_ns: seconds(1),
         ..Counters::default()
     };
-    let spent = |behind| counters.times(behind, Duration::from_secs(2)).1;
+    let read = Instant::now();
+    let landed = read + Duration::from_secs(2);
+    let spent = |behind| counters.times(behind, read, landed).1;
     let of = |Spent { storage, cpu, link, .. }: Spent| [storage, cpu, link];
     assert_eq!(of(spent(Behind::Link)), [1.5, 2.0, 3.5]);
     assert_eq!(of(spent(Behind::Files)), [5.0, 2.0, 0.0]);
     assert_eq!(of(spent(Behind::Nothing)), [1.5, 2.0, 0.0]);
-    let (stages, _) = counters.times(Behind::Link, Duration::ZERO);
+    let (stages, late) = counters.times(Behind::Link, read + Duration::from_secs(1), read);
+    assert_eq!(of(late), [0.5, 2.0, 1.5]);
     assert_eq!((stages.read.busy, stages.read.waiting, stages.copy.busy), (4.0, 2.0, 3.0));
     // A driver that makes who submits wait: half of what copying took was without a processor.
-    let blocked = Counters { readers: 1.into(), readers_ns: seconds(10), copy_busy_ns: seconds(9), ..Counters::default() };
-    assert_eq!(of(blocked.times(Behind::Link, Duration::ZERO).1), [1.0, 0.0, 9.0]);
+    let blocked =
+        Counters { readers: 1.into(), readers_ns: seconds(10), copy_busy_ns: seconds(9), ..Counters::default() };
+    assert_eq!(of(blocked.times(Behind::Link, read, read).1), [1.0, 0.0, 9.0]);
 
     let mut report = Report { spent: spent(Behind::Link), ..Report::default() };
     report.consumed(StageTime::default());

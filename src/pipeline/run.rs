@@ -298,7 +298,7 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64, read: Instant) -> Re
         true if job.setup.destinations.are_files() => Behind::Files,
         true => Behind::Link,
     };
-    let (stages, spent) = counters.times(behind, ended.saturating_duration_since(read));
+    let (stages, spent) = counters.times(behind, read, ended);
     let mut report = Report {
         seconds: (ended - job.setup.started).as_secs_f64(),
         cpu_seconds: cpu_seconds() - cpu_before,

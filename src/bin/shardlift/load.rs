@@ -79,7 +79,7 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     if repeat.is_some() {
         let [min, median, max] = [0, (times - 1) / 2, times - 1].map(|at| by_time[at].report.seconds);
         let runs = count(times, "run");
-        output.line(format_args!("{runs}: min {min:.3} s, median {median:.3} s (above), max {max:.3} s"));
+        output.line(format_args!("{runs}: min {min:.3} s, median {median:.3} s, max {max:.3} s"));
     }
     for rank in world.driven() {
         let bytes = human_bytes(plan.bytes_on(*rank));
