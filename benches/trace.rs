@@ -5,7 +5,6 @@
 //! event, the median of interleaved pairs in one process, and where valgrind is there instructions: of an event, and of
 //! such a read without a trace. `cargo test --bench trace` does it once with few reads.
 
-#[allow(dead_code, reason = "only the model and the median are needed")]
 mod support;
 
 use std::io::{self, Write};

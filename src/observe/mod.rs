@@ -158,11 +158,12 @@ pub(crate) struct Counters {
     read_waiting_ns: AtomicU64,
     copy_busy_ns: AtomicU64,
     copy_waiting_ns: AtomicU64,
-    /// Threads that have ended reading, and from begin to end of theirs: what passed, and how much of that they had a
-    /// processor or waited for one.
+    /// Threads that have ended reading, and from begin to end of theirs: what passed, how much of that they had a
+    /// processor, and how much they waited for one.
     readers: AtomicU64,
     readers_ns: AtomicU64,
     readers_cpu_ns: AtomicU64,
+    readers_delayed_ns: AtomicU64,
     warnings: Mutex<Vec<String>>,
 }
 
@@ -205,7 +206,9 @@ impl Counters {
     pub(crate) fn reader_ended(&self, time: Duration) {
         self.readers.fetch_add(1, Ordering::Relaxed);
         add_time(&self.readers_ns, time);
-        add_time(&self.readers_cpu_ns, processor_time());
+        let (cpu, delayed) = processor_times();
+        add_time(&self.readers_cpu_ns, cpu);
+        add_time(&self.readers_delayed_ns, delayed);
     }
 
     /// The times of a load whose last thread had read at `read_at` and whose last bytes had landed at `landed_at`, and what they
@@ -218,8 +221,12 @@ impl Counters {
         let read = StageTime { busy: (all - slots - copy.busy - copy.waiting).max(0.0), waiting: slots };
         let stages = Stages { read, copy, consume: StageTime::default() };
 
-        let cpu = seconds(&self.readers_cpu_ns);
-        let asleep = (all - cpu - slots - copy.waiting).max(0.0);
+        let (cpu, delayed) = (seconds(&self.readers_cpu_ns), seconds(&self.readers_delayed_ns));
+        // Who seldom needs a processor waits for one when something else is over: no faster one would end that earlier.
+        let delayed = delayed * cpu / (all - delayed).max(cpu).max(f64::MIN_POSITIVE);
+        let off = (all - cpu - slots - copy.waiting).max(0.0);
+        let cpu = cpu + delayed.min(off);
+        let asleep = (off - delayed).max(0.0);
         let storage = asleep.min(read.busy);
         // A driver that makes whoever submits wait; and slots that only other readers have are waited for with these.
         let behind_them = if behind == Behind::Nothing { 0.0 } else { slots + copy.waiting + asleep - storage };
@@ -242,13 +249,13 @@ fn add_time(counter: &AtomicU64, time: Duration) {
     counter.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
 }
 
-/// How long this thread has had a processor, or waited for one where the system tells that too.
-fn processor_time() -> Duration {
+/// How long this thread has had a processor, and waited for one where the system tells that.
+fn processor_times() -> (Duration, Duration) {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    // Nanoseconds on a processor as of the last tick, then waiting for one (proc_pid_schedstat(5)).
+    // The second number, in nanoseconds (proc_pid_schedstat(5)); the first one is as old as the last tick.
     let told = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     let waited = told.split_whitespace().nth(1).and_then(|number| number.parse().ok()).unwrap_or(0);
-    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32) + Duration::from_nanos(waited)
+    (Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32), Duration::from_nanos(waited))
 }
 
 /// Anonymous memory of this process in bytes, or `None` where the system does not say. What it shares are files, also

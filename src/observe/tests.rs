@@ -135,6 +135,17 @@ fn seconds_go_to_what_threads_waited_for() {
         Counters { readers: 1.into(), readers_ns: seconds(10), copy_busy_ns: seconds(9), ..Counters::default() };
     assert_eq!(of(blocked.times(Behind::Link, read, read).1), [1.0, 0.0, 9.0]);
 
+    // A busy machine, where threads wait for a processor half of the time: it counts as what they need it for.
+    let busy = |cpu| Counters {
+        readers: 1.into(),
+        readers_ns: seconds(10),
+        readers_cpu_ns: seconds(cpu),
+        readers_delayed_ns: seconds(5),
+        ..Counters::default()
+    };
+    assert_eq!(of(busy(5).times(Behind::Nothing, read, read).1), [0.0, 10.0, 0.0]);
+    assert_eq!(of(busy(1).times(Behind::Nothing, read, read).1), [8.0, 2.0, 0.0]);
+
     let mut report = Report { spent: spent(Behind::Link), ..Report::default() };
     report.consumed(StageTime::default());
     assert_eq!(report.bottleneck, "link");
@@ -145,11 +156,16 @@ fn seconds_go_to_what_threads_waited_for() {
 #[test]
 fn a_thread_knows_its_processor_time() {
     let began = Instant::now();
-    let before = processor_time();
+    let taken = || {
+        let (cpu, delayed) = processor_times();
+        cpu + delayed
+    };
+    let before = taken();
     while began.elapsed() < Duration::from_millis(20) {}
-    let took = processor_time() - before;
+    let took = taken() - before;
     assert!(took > Duration::from_millis(10), "{took:?}");
-    let before = processor_time();
+    let (before, _) = processor_times();
     thread::sleep(Duration::from_millis(20));
-    assert!(processor_time() - before < Duration::from_millis(15));
+    let (after, _) = processor_times();
+    assert!(after - before < Duration::from_millis(15));
 }
