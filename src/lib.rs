@@ -37,7 +37,7 @@ pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, OneLine, Result};
 pub use extent::{Extent, FileId, Rank};
 pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Reshard, Residency};
-pub use observe::{Progress, Report};
+pub use observe::{Progress, Report, Trace};
 pub use place::{Digest, Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};
 pub use shape::Shape;

@@ -207,6 +207,16 @@ pub const AUTO_RESIDENT: f64 = 0.5;
 /// How many files `auto` looks at.
 pub const AUTO_FILES: usize = 8;
 
+/// Most events of a [`Trace`](crate::observe::Trace): three for each read of 150 GB in pieces of [`CUT_CHUNK`], or 50 MB
+/// of memory.
+pub const TRACE_EVENTS: usize = 1 << 20;
+
+/// Events that a thread gets room for at once: 12 KiB, which costs little beside recording so many.
+pub const TRACE_CHUNK: usize = 256;
+
+/// Shortest wait for a lock, or for what may be there already, that is a wait in a trace.
+pub const TRACE_WAIT_MIN: Duration = Duration::from_micros(1);
+
 /// Memory that holds a value many times, for places of destinations that no tensor fills: few copies, and in the cache.
 pub const FILL_BYTES: usize = 256 << 10;
 

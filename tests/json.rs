@@ -128,6 +128,52 @@ fn load() {
 }
 
 #[test]
+fn loads_are_repeated_and_the_median_is_told() {
+    let (model, trace) = (model(), tempfile::NamedTempFile::new().unwrap());
+    let args = ["load", path(model.path()), "--check", "--trace", path(trace.path()), "--repeat"];
+    for times in [1, 2, 5] {
+        let object = run(&[&args[..], &[&times.to_string()]].concat(), 0);
+        let runs = object["runs"].as_array().unwrap();
+        assert_eq!(runs.len(), times);
+        let mut seconds: Vec<f64> = runs.iter().map(|run| run["seconds"].as_f64().unwrap()).collect();
+        seconds.sort_by(f64::total_cmp);
+        assert_eq!(object["seconds"], seconds[(times - 1) / 2]);
+        let median = runs.iter().find(|run| run["seconds"] == object["seconds"]).unwrap();
+        assert!(median.as_object().unwrap().iter().all(|(field, value)| object[field] == *value));
+        assert!(object["ranks"][0]["digest"].is_string());
+        // One file has all runs.
+        let events: Vec<Value> = serde_json::from_slice(&fs::read(trace.path()).unwrap()).unwrap();
+        let loads = events.iter().filter(|event| event["name"] == "process_name").count();
+        let read: u64 = runs.iter().map(|run| run["storage_bytes_read"].as_u64().unwrap()).sum();
+        let reads = events.iter().filter(|event| event["ph"] == "X" && event["name"] == "read");
+        let traced: u64 = reads.map(|read| read["args"]["bytes"].as_u64().unwrap()).sum();
+        assert_eq!((loads, traced), (times, read));
+    }
+    assert_eq!(run(&["load", path(model.path())], 0)["runs"], Value::Null);
+    let text = String::from_utf8(shardlift(&["load", path(model.path()), "--repeat", "3"]).stdout).unwrap();
+    let line = text.lines().find(|line| line.starts_with("3 runs: min ")).unwrap();
+    assert!(line.contains(" s, median ") && line.contains(" s, max "), "{text}");
+}
+
+#[test]
+fn a_trace_that_cannot_be_written_is_an_error_before_the_load() {
+    let model = model();
+    for file in [model.path().to_owned(), model.path().join("none").join("trace.json")] {
+        let error = &run(&["load", path(model.path()), "--trace", path(&file)], 2)["error"];
+        assert_eq!(error["file"], path(&file), "{error}");
+    }
+    let full = Path::new("/dev/full");
+    if full.exists() {
+        let error = &run(&["load", path(model.path()), "--trace", path(full)], 1)["error"];
+        assert_eq!((&error["kind"], &error["file"]), (&json!("io"), &json!("/dev/full")));
+    }
+    // One of a load that fails is JSON, too.
+    let trace = model.path().join("trace.json");
+    run(&["load", path(model.path()), "--trace", path(&trace), "--devices", "cuda:77"], 4);
+    serde_json::from_slice::<Vec<Value>>(&fs::read(&trace).unwrap()).unwrap();
+}
+
+#[test]
 fn what_is_cast_says_so() {
     let model = model();
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -257,8 +303,6 @@ fn failures() {
         #[cfg(not(feature = "cuda"))]
         &["--devices", "cuda:0,1"][..],
         &["--engine", "cufile"][..],
-        &["--repeat", "2"],
-        &["--trace", "trace.json"],
     ] {
         error(&[&["load", model][..], flags].concat(), 2, "unsupported");
     }

@@ -58,9 +58,13 @@ fn a_load_is_cancelled() {
         for engine in ["pread", "mmap", "uring"] {
             for devices in ["host", "host:staged"] {
                 let args = ["load", path, "--tp", "2", "--engine", engine, "--devices", devices, "--throttle", "1M"];
+                let trace = folder.path().join("trace.json");
+                let args = [&args[..], &["--trace", trace.to_str().unwrap(), "--repeat", "2"]].concat();
                 let (code, object, took) = end(start(&args), number);
                 assert_eq!((code, &object["error"]["kind"]), (status, &Value::from("cancelled")), "{object}");
                 assert!(took < Duration::from_secs(1), "{engine} {devices}: {took:?}");
+                let events: Vec<Value> = serde_json::from_slice(&fs::read(&trace).unwrap()).unwrap();
+                assert!(events.iter().any(|event| event["name"] == "allocate"), "what was done is told: {events:?}");
             }
         }
     }

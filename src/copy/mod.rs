@@ -26,6 +26,23 @@ pub(crate) struct Filled {
     pub(crate) staged: Staged,
     pub(crate) ops: Vec<Op>,
     pub(crate) landing: Vec<Landing>,
+    pub(crate) traced: Option<Traced>,
+}
+
+/// What a trace wants to know of a slot's copies when they are done.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Traced {
+    /// When they were submitted.
+    pub(crate) since: Instant,
+    pub(crate) kernels: u32,
+}
+
+impl Traced {
+    /// Of operations that are submitted now.
+    pub(crate) fn begin(ops: &[Op]) -> Traced {
+        let kernels = |op: &Op| if let Op::Cut { copies, .. } = op { copies.len() as u32 } else { 0 };
+        Traced { since: Instant::now(), kernels: ops.iter().map(kernels).sum() }
+    }
 }
 
 /// Bytes of a destination that arrive with a copy.
@@ -41,6 +58,8 @@ pub(crate) struct Landing {
 pub(crate) trait Landed {
     /// The bytes have landed and are visible.
     fn landed(&self, landing: Landing);
+    /// All copies of a slot to a device are done.
+    fn copied(&self, _device: usize, _filled: &Filled) {}
     /// Whether everything was submitted.
     fn fed(&self) -> bool;
     /// A device failed.
@@ -268,7 +287,12 @@ fn report(device: usize, done: Result<Vec<Filled>, CopyError>, landed: &dyn Land
             return false;
         }
     };
-    let landings = || filled.iter().flat_map(|filled| &filled.landing).for_each(|&landing| landed.landed(landing));
+    let landings = || {
+        for filled in &filled {
+            landed.copied(device, filled);
+            filled.landing.iter().for_each(|&landing| landed.landed(landing));
+        }
+    };
     if let Err(payload) = catch_unwind(AssertUnwindSafe(landings)) {
         landed.failed(device, CopyError { error: Error::panicked(payload), landing: None });
     }
@@ -456,7 +480,7 @@ mod tests {
         fn submit(&self, dest: u32) {
             let staged = self.ring.try_lend(Lend::Any).unwrap().unwrap().stage();
             let landing = vec![Landing { rank: Rank(0), dest, bytes: 1 }];
-            self.copies.submit(0, Filled { staged, ops: Vec::new(), landing }, &*self.seen);
+            self.copies.submit(0, Filled { staged, ops: Vec::new(), landing, traced: None }, &*self.seen);
         }
 
         fn end(self) -> Arc<Seen> {

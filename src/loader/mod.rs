@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
-use crate::observe::{Counters, Progress, Report, Totals};
-use crate::pipeline::{Device, Gpus, Job, Ring, Running, Setup, devices};
+use crate::observe::{Counters, Event, Kind, Progress, Report, StageTime, Totals, Trace};
+use crate::pipeline::{Device, Gpus, Job, PlanNames, Ring, Running, Setup, devices};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Request, Rules, World};
 #[cfg(target_os = "linux")]
@@ -35,6 +35,7 @@ pub struct Loader {
     drop_page_cache: bool,
     stall_warning: Duration,
     stall_error: Duration,
+    trace: Option<Trace>,
     /// Slots for loads into host memory, which stay in a processor's cache.
     ring: Ring,
     /// Larger ones, pinned, for loads into GPUs, whose copies cost by the piece.
@@ -91,6 +92,7 @@ impl Loader {
             drop_page_cache: false,
             stall_warning: limits::STALL_WARNING,
             stall_error: limits::STALL_ERROR,
+            trace: None,
             ring: Ring::new(limits::STAGING, limits::SLOT),
             device_ring: Ring::new(limits::STAGING, limits::DEVICE_SLOT),
             gpus: Mutex::default(),
@@ -154,6 +156,12 @@ impl Loader {
         self
     }
 
+    /// Records what its loads do when, in this trace; without one nothing is recorded, and nothing spent on it.
+    pub fn trace(mut self, trace: Option<&Trace>) -> Loader {
+        self.trace = trace.cloned();
+        self
+    }
+
     /// Plans a load; the same as [`Plan::new`].
     ///
     /// # Errors
@@ -192,6 +200,7 @@ impl Loader {
         let callers = lend::destinations_of(plan, memory)?;
         let lent = callers.iter().map(|&(_, rank, dest)| (rank, dest)).collect();
         let devices = devices(plan.world(), &self.gpus)?;
+        let opened = Instant::now();
         let slot_bytes = self.ring_for(&devices).slot_bytes();
         let mut destinations = match self.memory {
             Memory::Blocks => Destinations::in_blocks(plan, &devices, slot_bytes, &lent)?,
@@ -205,7 +214,11 @@ impl Loader {
         unsafe { lend::place_into(&mut destinations, &devices, memory, &callers) };
         destinations.share_aliases(plan);
         let setup = Setup { mapped, started, ..self.setup(plan, destinations, devices) };
-        Ok(Load { plan: plan.clone(), running: Running::start(setup)? })
+        if let Some(trace) = &setup.trace {
+            trace.span(Event::of(Kind::Devices), started, opened);
+            trace.since(Event::of(Kind::Allocate), opened);
+        }
+        Ok(Load { plan: plan.clone(), running: Running::start(setup)?, consume: StageTime::default(), handed: None })
     }
 
     /// Starts a load of a plan with these [`Request`]s into the memory that they carry; destinations without any are
@@ -249,6 +262,7 @@ impl Loader {
     fn setup(&self, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>) -> Setup {
         let (engine, engine_reason) = self.choose_engine(plan);
         let ring = self.ring_for(&devices).clone();
+        let trace = self.trace.as_ref().map(|trace| trace.begin(Box::new(PlanNames::new(plan, &devices))));
         Setup {
             plan: plan.clone(),
             destinations,
@@ -261,6 +275,7 @@ impl Loader {
             drop_page_cache: self.drop_page_cache,
             mapped: Vec::new(),
             started: Instant::now(),
+            trace,
         }
     }
 
@@ -310,6 +325,10 @@ fn uring(threads: usize, reason: String) -> (Arc<dyn Engine>, String) {
 pub struct Load {
     plan: Plan,
     running: Running,
+    /// What the caller did.
+    consume: StageTime,
+    /// When it got the last tensor, until it comes back.
+    handed: Option<Instant>,
 }
 
 impl Load {
@@ -324,10 +343,19 @@ impl Load {
     /// The load's first error; then there are no weights and all memory is given back (but see
     /// [`Progress::abandoned_bytes`]).
     pub fn finish(mut self) -> Result<(Weights, Report)> {
+        self.comes_back(Instant::now());
         let mut report = self.running.finish()?;
+        report.consumed(self.consume);
         report.needed_bytes = self.plan.needed_bytes(self.plan.world().driven());
         let weights = Weights::new(&self.plan, &self.running.job().setup().destinations);
         Ok((weights, report))
+    }
+
+    /// Counts how long the caller was away with a tensor.
+    fn comes_back(&mut self, now: Instant) {
+        if let Some(handed) = self.handed.take() {
+            self.consume.busy += (now - handed).as_secs_f64();
+        }
     }
 }
 
@@ -337,7 +365,16 @@ impl Iterator for Load {
     /// The next tensor to become complete. `None` at the end, and after a failure: then
     /// [`finish`](Load::finish) tells the error.
     fn next(&mut self) -> Option<Result<Tensor>> {
-        let (rank, dest) = self.running.job().next_completed()?;
+        let asked = Instant::now();
+        self.comes_back(asked);
+        let next = self.running.job().next_completed();
+        let now = Instant::now();
+        self.consume.waiting += (now - asked).as_secs_f64();
+        if let Some(trace) = &self.running.job().setup().trace {
+            trace.unless_short(Event::of(Kind::WaitForTensor), asked, now);
+        }
+        let (rank, dest) = next?;
+        self.handed = Some(now);
         let tensor = Tensor::new(&self.plan, &self.running.job().setup().destinations, rank, dest);
         Some(tensor.ok_or_else(|| Error::new(ErrorKind::Unsupported, "not memory of this process").with_rank(rank)))
     }

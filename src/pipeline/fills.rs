@@ -2,11 +2,13 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Instant;
 
-use super::Job;
-use crate::copy::{Filled, Landing, Part, lower};
+use super::{Job, traced};
+use crate::copy::{Landing, Part, lower};
 use crate::device::{Op, RawCopy, copy_now};
 use crate::limits;
+use crate::observe::Kind;
 use crate::plan::BoxFill;
 use crate::stage::Staged;
 use crate::stride::{Loop, Loops};
@@ -48,9 +50,13 @@ impl Job {
         let copy = RawCopy { src: source.as_ptr().cast(), dst: place.address + dst, loops, run, cast: None };
         let device = self.device_of[landing.rank.index()];
         if !self.copies.has_queue(device) {
+            let began = self.trace().map(|trace| (trace, Instant::now()));
             // SAFETY: the source is as long as the copy and stays until then; the audit proved that nothing else names
             // the destination bytes; the job keeps them alive.
             unsafe { copy_now(&copy) };
+            if let Some((trace, began)) = began {
+                trace.since(traced::copied(Kind::Fill, landing.bytes), began);
+            }
             return crate::copy::Landed::landed(self, landing);
         }
         // SAFETY: the staged bytes are the source's, which nobody writes to.
@@ -64,7 +70,7 @@ impl Job {
         };
         let id = self.request_id();
         self.begin_copies(id, device, None, false);
-        self.copies.submit(device, Filled { staged, ops, landing: vec![landing] }, self);
+        self.hand_over(device, staged, ops, vec![landing]);
         self.end_copies(id);
     }
 }

@@ -11,12 +11,12 @@ use super::prepare::pinner;
 use super::run::distinct;
 use super::windows::Windows;
 use super::{Device, Setup};
-use crate::copy::{Copies, CopyError, Landed, Landing};
+use crate::copy::{Copies, CopyError, Filled, Landed, Landing};
 use crate::device::Pinner;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
 use crate::limits;
-use crate::observe::{Counters, Totals};
+use crate::observe::{Counters, Event, Kind, Totals};
 use crate::plan::{Cursor, Cutting, Reads};
 use crate::read::Request;
 use crate::stage::{Hold, Lend};
@@ -78,7 +78,10 @@ pub(super) struct InFlight {
     pub(super) extent: Option<Extent>,
     pub(super) bytes: u64,
     pub(super) in_slot: bool,
+    /// When it last made progress.
     pub(super) since: Instant,
+    /// When an engine got it, this time.
+    pub(super) began: Instant,
     pub(super) thread: ThreadId,
     pub(super) warned: bool,
 }
@@ -98,7 +101,7 @@ impl Job {
             return Err(Error::new(ErrorKind::Usage, format!("engine {name} has an alignment that no slot has"))
                 .with_expected(format!("a power of two up to {}", limits::DIRECT_ALIGNMENT), alignment));
         }
-        let devices = distinct(&setup);
+        let devices = distinct(world, &setup.devices);
         let mut device_of = vec![0; world.size() as usize];
         for (rank, device) in world.driven().iter().zip(&setup.devices) {
             let known = devices.iter().position(|(known, _)| Arc::ptr_eq(known, device));
@@ -210,18 +213,20 @@ impl Job {
         Ok(())
     }
 
-    /// Enters a read in the list of those in flight, from which only its end removes it.
-    pub(super) fn begin(&self, id: u64, extent: Extent, bytes: usize, in_slot: bool, since: Instant) {
+    /// Enters a read in the list of those in flight, from which only its end removes it; when it last made progress, and
+    /// when it begins.
+    pub(super) fn begin(&self, id: u64, extent: Extent, bytes: usize, in_slot: bool, [since, began]: [Instant; 2]) {
         let (bytes, thread) = (bytes as u64, std::thread::current().id());
         let extent = Some(extent);
-        let read = InFlight { copying: None, extent, bytes, in_slot, since, thread, warned: false };
+        let read = InFlight { copying: None, extent, bytes, in_slot, since, began, thread, warned: false };
         lock(&self.in_flight).insert(id, read);
     }
 
     /// The same for copies of what a read brought, while its thread submits them to a device.
     pub(super) fn begin_copies(&self, id: u64, device: usize, extent: Option<Extent>, in_slot: bool) {
         let (since, thread) = (Instant::now(), std::thread::current().id());
-        let copies = InFlight { copying: Some(device), extent, bytes: 0, in_slot, since, thread, warned: false };
+        let copies =
+            InFlight { copying: Some(device), extent, bytes: 0, in_slot, since, began: since, thread, warned: false };
         lock(&self.in_flight).insert(id, copies);
     }
 
@@ -369,6 +374,10 @@ impl Job {
     }
 
     fn complete(&self, rank: Rank, dest: u32) {
+        if let Some(trace) = self.trace() {
+            let event = Event { number: rank.0, offset: dest.into(), ..Event::of(Kind::Tensor) };
+            trace.since(event, Instant::now());
+        }
         let param = self.setup.plan.rank(rank).dests[dest as usize].param;
         let mut completed = lock(&self.completed);
         // Nobody waits while there are some.
@@ -398,6 +407,10 @@ impl Landed for Job {
         if before == bytes {
             self.complete(rank, dest);
         }
+    }
+
+    fn copied(&self, device: usize, filled: &Filled) {
+        self.transferred(device, filled);
     }
 
     fn fed(&self) -> bool {

@@ -5,6 +5,7 @@ mod fills;
 mod job;
 mod prepare;
 mod run;
+mod traced;
 mod windows;
 mod work;
 
@@ -17,6 +18,7 @@ use crate::error::Result;
 #[cfg(not(feature = "cuda"))]
 use crate::error::{Error, ErrorKind};
 use crate::extent::{FileId, Rank};
+use crate::observe::Recording;
 use crate::place::Destinations;
 use crate::plan::{DeviceSpec, Plan, World};
 use crate::read::Engine;
@@ -28,6 +30,7 @@ pub(crate) use crate::device::{Allocation, Feed, Host as HostDevice, Op, Queue};
 pub(crate) use crate::stage::Ring;
 pub(crate) use job::Job;
 pub(crate) use run::Running;
+pub(crate) use traced::PlanNames;
 
 /// What a load needs to know besides the plan.
 #[derive(Debug)]
@@ -45,6 +48,7 @@ pub(crate) struct Setup {
     /// Files that destinations are lent from.
     pub(crate) mapped: Vec<FileId>,
     pub(crate) started: std::time::Instant,
+    pub(crate) trace: Option<Arc<Recording>>,
 }
 
 /// The device of each rank that this process drives: ranks on one GPU share it, with its queue; `known` are kept from

@@ -7,12 +7,13 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::run::spawn;
-use super::{Device, Job};
+use super::{Device, Job, traced};
 use crate::copy::{CopyError, Landing};
 use crate::device::{Pinned, Pinner};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
+use crate::observe::{Event, Kind};
 
 /// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
 pub(super) fn pinner(devices: &[(Arc<dyn Device>, Rank)]) -> Option<Arc<dyn Pinner>> {
@@ -54,7 +55,7 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
     let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
     let first = wanted.min(limits::FIRST_SLOTS);
     let began = Instant::now();
-    while ring.grow(&*pinner, first, || job.is_stopped()).map_err(|error| job.locate_next(error))? {
+    while grow(job, &*pinner, first, || job.is_stopped()).map_err(|error| job.locate_next(error))? {
         if began.elapsed() > job.setup.stall_error {
             let message = format!("no staging slot could be pinned for {:?}", job.setup.stall_error);
             return Err(Error::new(ErrorKind::Stalled, message));
@@ -63,7 +64,7 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
     let shared = Arc::clone(job);
     let rest = move || {
         let grown = catch_unwind(AssertUnwindSafe(|| -> Result<()> {
-            while shared.setup.ring.grow(&*pinner, wanted, || shared.wants_no_slots())? {}
+            while grow(&shared, &*pinner, wanted, || shared.wants_no_slots())? {}
             Ok(())
         }));
         if let Err(error) = grown.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
@@ -72,6 +73,16 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
         drop(alive);
     };
     spawn("shardlift-pin", rest).map(Some)
+}
+
+/// [`Ring::grow`](crate::stage::Ring::grow).
+fn grow(job: &Job, pinner: &dyn Pinner, slots: usize, stopped: impl FnOnce() -> bool) -> Result<bool> {
+    let began = Instant::now();
+    let more = job.setup.ring.grow(pinner, slots, stopped);
+    if let Some(trace) = job.trace() {
+        trace.since(Event { bytes: job.setup.ring.slot_bytes() as u64, ..Event::of(Kind::Pin) }, began);
+    }
+    more
 }
 
 /// Starts a thread for each device that makes its kernels ready, if the plan is sure to need them there.
@@ -84,7 +95,11 @@ pub(super) fn prepare_cuts(job: &Arc<Job>, alive: &Sender<()>) -> Result<Vec<Joi
         let first = Landing { rank, dest, bytes: 0 };
         let (job, device, alive) = (Arc::clone(job), Arc::clone(device), alive.clone());
         let prepare = move || {
+            let began = Instant::now();
             let ready = catch_unwind(AssertUnwindSafe(|| device.prepare_cuts()));
+            if let Some(trace) = job.trace() {
+                trace.since(traced::of_device(Kind::Kernels, index, 0), began);
+            }
             if let Err(error) = ready.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
                 job.fail(job.locate_copy(CopyError { error, landing: Some(first) }, rank));
             }

@@ -8,13 +8,14 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::prepare::{pin_slots, prepare_cuts};
-use super::{Device, Job, Setup};
+use super::{Device, Job, Setup, traced};
 use crate::copy::{Copies, Landed};
 use crate::device::Feed;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
-use crate::observe::{Report, resident_bytes};
+use crate::observe::{Behind, Event, Kind, Report, StageTime, resident_bytes};
+use crate::plan::World;
 use crate::sync::lock;
 
 /// A load whose threads run.
@@ -31,12 +32,16 @@ impl Running {
     /// A device refused a queue, or the system a thread.
     pub(crate) fn start(setup: Setup) -> Result<Running> {
         let mut queues = Vec::new();
-        for (device, rank) in distinct(&setup) {
+        let began = Instant::now();
+        for (device, rank) in distinct(setup.plan.world(), &setup.devices) {
             let driven = setup.plan.world().driven().iter().zip(&setup.devices);
             let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
             let cuts = setup.plan.first_cut(ranks).is_some();
             let feed = Feed { slot_bytes: setup.ring.slot_bytes(), cuts };
             queues.push(device.queue(feed).map_err(|error| error.with_rank(rank))?);
+        }
+        if let Some(trace) = &setup.trace {
+            trace.since(Event::of(Kind::Queues), began);
         }
         let job = Arc::new(Job::new(setup, Copies::new(queues))?);
         let shared = Arc::clone(&job);
@@ -78,10 +83,10 @@ impl Drop for Running {
     }
 }
 
-/// The devices of a load, each once, with the first rank on it.
-pub(super) fn distinct(setup: &Setup) -> Vec<(Arc<dyn Device>, Rank)> {
+/// The devices of the ranks that a process drives, each once, with the first rank on it.
+pub(super) fn distinct(world: &World, of_ranks: &[Arc<dyn Device>]) -> Vec<(Arc<dyn Device>, Rank)> {
     let mut devices: Vec<(Arc<dyn Device>, Rank)> = Vec::new();
-    for (&rank, device) in setup.plan.world().driven().iter().zip(&setup.devices) {
+    for (&rank, device) in world.driven().iter().zip(of_ranks) {
         if !devices.iter().any(|(known, _)| Arc::ptr_eq(known, device)) {
             devices.push((Arc::clone(device), rank));
         }
@@ -121,6 +126,7 @@ fn supervise(job: &Arc<Job>) -> Report {
         memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
         abandoned = watch_reads(job);
     }
+    let read = Instant::now();
     job.readers_ended.store(true, Ordering::Release);
     job.setup.ring.wake(); // for whoever pins slots
     job.copies.wake();
@@ -135,7 +141,7 @@ fn supervise(job: &Arc<Job>) -> Report {
     {
         job.fail(error);
     }
-    report(job, &memory, cpu_before)
+    report(job, &memory, cpu_before, read)
 }
 
 /// Waits until the threads that call drivers have ended; false if one of them does not come back from its driver: copies
@@ -165,7 +171,11 @@ fn verify_files(job: &Arc<Job>) -> Result<()> {
     let (alive, ended) = mpsc::channel::<()>();
     let shared = Arc::clone(job);
     let thread = spawn("shardlift-verify", move || {
+        let began = Instant::now();
         let outcome = shared.files.verify();
+        if let Some(trace) = shared.trace() {
+            trace.since(Event::of(Kind::Verify), began);
+        }
         drop(alive);
         outcome
     })?;
@@ -208,7 +218,9 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
     for index in 0..job.setup.engine.threads().max(1) {
         let (job, alive) = (Arc::clone(job), alive.readers.clone());
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
+            let began = Instant::now();
             let outcome = catch_unwind(AssertUnwindSafe(|| job.setup.engine.run(&*job)));
+            job.counters.reader_ended(began.elapsed());
             if let Err(error) = outcome.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
                 fail_with_reads_of_this_thread(&job, error);
             }
@@ -247,6 +259,9 @@ fn watch_reads(job: &Job) -> bool {
         let waited = read.since.elapsed();
         if waited >= bound {
             slots += usize::from(read.in_slot);
+            if let Some(trace) = job.trace().filter(|_| read.copying.is_none()) {
+                trace.since(Event { kind: Kind::Stalled, ..traced::read(read, 0) }, read.began);
+            }
             stalled = Some((read.copying, read.extent));
         } else if waited >= warning && !read.warned {
             read.warned = true;
@@ -274,11 +289,17 @@ fn watch_reads(job: &Job) -> bool {
     true
 }
 
-fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
+/// What a load did whose last thread had read at `read`.
+fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64, read: Instant) -> Report {
     let counters = &job.counters;
-    let stages = counters.stages();
     let ended = job.completed_at().unwrap_or_else(Instant::now);
-    Report {
+    let behind = match job.copies.has_queues() {
+        false => Behind::Nothing,
+        true if job.setup.destinations.are_files() => Behind::Files,
+        true => Behind::Link,
+    };
+    let (stages, spent) = counters.times(behind, read, ended);
+    let mut report = Report {
         seconds: (ended - job.setup.started).as_secs_f64(),
         cpu_seconds: cpu_seconds() - cpu_before,
         needed_bytes: 0,
@@ -291,9 +312,12 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64) -> Report {
         peak_pinned_bytes: job.pinned_bytes(),
         abandoned_bytes: counters.abandoned_bytes.load(Ordering::Relaxed),
         stages,
-        bottleneck: stages.bottleneck().into(),
+        spent,
+        bottleneck: String::new(),
         warnings: job.counters.warnings(),
-    }
+    };
+    report.consumed(StageTime::default());
+    report
 }
 
 /// Processor time of this process.

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
-use super::Job;
 use super::windows::Permit;
-use crate::copy::{Filled, Landed, Landing, Part, lower};
+use super::{Job, traced};
+use crate::copy::{Filled, Landed, Landing, Part, Traced, lower};
 use crate::device::{Op, RawCopy, copy_now};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
 use crate::limits;
+use crate::observe::{Event, Kind};
 use crate::place::Place;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
@@ -32,7 +33,8 @@ impl Work for Job {
                 // Aligned requests reach beyond the bytes that are needed; errors name those.
                 let needed = request.pending.op.extent;
                 let left = Extent { start: needed.start.max(request.offset), ..needed };
-                self.begin(request.id, left, request.bytes, request.slot.is_some(), request.pending.since);
+                let times = [request.pending.since, Instant::now()];
+                self.begin(request.id, left, request.bytes, request.slot.is_some(), times);
                 return Next::Request(request);
             }
             match self.take() {
@@ -52,7 +54,11 @@ impl Work for Job {
                         Some(windows) => windows.wait(limits::LOOK_AGAIN),
                         None => self.setup.ring.wait(self.lend(), limits::LOOK_AGAIN, || self.is_stopped()),
                     }
-                    self.counters.read_waiting(began.elapsed());
+                    let ended = Instant::now();
+                    self.counters.read_waiting(ended - began);
+                    if let Some(trace) = self.trace() {
+                        trace.span(Event::of(Kind::WaitForSlot), began, ended);
+                    }
                 }
                 Err(error) => {
                     self.fail(error);
@@ -68,9 +74,13 @@ impl Work for Job {
 
     unsafe fn lent(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
         let Request { id, file, permit, pending, .. } = request;
+        let began = self.trace().map(|trace| (trace, Instant::now()));
         // SAFETY: the same duties.
         let staged = unsafe { self.lease(&pending.op, file.identity().size, permit, mapping, keep) };
-        self.count_read(id);
+        if let Some((trace, began)) = began {
+            trace.since(Event::of(Kind::Pin), began);
+        }
+        self.count_read(id, 0);
         match staged {
             Ok(staged) => self.land(id, &pending.op, pending.op.extent.start, staged, false),
             Err(error) => self.fail(self.locate(error, pending.op.extent)),
@@ -78,7 +88,7 @@ impl Work for Job {
     }
 
     fn done(&self, mut request: Request, outcome: io::Result<usize>) {
-        self.count_read(request.id);
+        self.count_read(request.id, if self.trace().is_some() { traced::landed_by(&request, &outcome) } else { 0 });
         let extent = request.pending.op.extent;
         let failed = match outcome {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {
@@ -175,7 +185,7 @@ impl Job {
         let id = self.request_id();
         // Before the file is opened: that may take for ever too.
         let since = Instant::now();
-        self.begin(id, op.extent, bytes, slot.is_some(), since);
+        self.begin(id, op.extent, bytes, slot.is_some(), [since, since]);
         let file = match self.files.get(op.extent.file) {
             Ok(file) => file,
             Err(error) => {
@@ -183,6 +193,9 @@ impl Job {
                 return Err(self.locate(error, op.extent));
             }
         };
+        if let Some(trace) = self.trace() {
+            trace.unless_short(traced::of_file(Kind::Open, op.extent.file), since, Instant::now());
+        }
         let pending = Box::new(Pending { base, op, pieces, repeated: false, since });
         Ok(Taken::Request(Request { id, file, offset: base, address, bytes, slot, permit, pending }))
     }
@@ -233,12 +246,14 @@ impl Job {
         Ok(unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new(bytes)) })
     }
 
-    /// Takes a read out of the list of those in flight, and counts it.
-    fn count_read(&self, id: u64) {
-        if let Some(entry) = lock(&self.in_flight).remove(&id) {
-            self.counters.read_busy(entry.since.elapsed());
-            self.counters.storage_bytes.fetch_add(entry.bytes, Ordering::Relaxed);
+    /// Takes a read out of the list of those in flight, and counts it; so many bytes are in their destination with it.
+    fn count_read(&self, id: u64, landed: u64) {
+        if let Some(read) = lock(&self.in_flight).remove(&id) {
+            self.counters.storage_bytes.fetch_add(read.bytes, Ordering::Relaxed);
             self.counters.reads.fetch_add(1, Ordering::Relaxed);
+            if let Some(trace) = self.trace() {
+                trace.since(traced::read(&read, landed), read.began);
+            }
         }
     }
 
@@ -252,7 +267,11 @@ impl Job {
             // other copy names the destination bytes; the job keeps both alive.
             unsafe { copy_now(&self.raw_copy(piece, src)) };
         }
-        self.counters.copy_busy(began.elapsed());
+        let ended = Instant::now();
+        self.counters.copy_busy(ended - began);
+        if let Some(trace) = self.trace().filter(|_| !others.is_empty()) {
+            trace.span(traced::copied(Kind::Copy, others.iter().map(Piece::landed_bytes).sum()), began, ended);
+        }
         pieces.iter().for_each(|piece| self.landed(landing(piece)));
     }
 
@@ -281,11 +300,15 @@ impl Job {
                 self.end_copies(id);
                 continue;
             }
+            let began = self.trace().map(|trace| (trace, Instant::now()));
             for piece in of_device {
                 // SAFETY: the slot is staged, so nobody writes it; the audit proved that no other copy names the
                 // destination bytes; the job keeps them alive.
                 unsafe { copy_now(&self.raw_copy(piece, first)) };
                 self.landed(landing(piece));
+            }
+            if let Some((trace, began)) = began {
+                trace.since(traced::copied(Kind::Copy, of_device.iter().map(Piece::landed_bytes).sum()), began);
             }
         }
         self.counters.copy_busy(began.elapsed().saturating_sub(waited));
@@ -315,7 +338,22 @@ impl Job {
             unsafe { lower(pieces.iter().map(part).collect(), writable, &limits::COPY_COSTS) }
         };
         let landing = pieces.iter().map(landing).collect();
-        self.copies.submit(device, Filled { staged, ops, landing }, self)
+        self.hand_over(device, staged, ops, landing)
+    }
+
+    /// Submits operations to a device's queue; how long others had it.
+    pub(super) fn hand_over(&self, device: usize, staged: Staged, ops: Vec<Op>, landing: Vec<Landing>) -> Duration {
+        let Some(trace) = self.trace() else {
+            return self.copies.submit(device, Filled { staged, ops, landing, traced: None }, self);
+        };
+        let event = |kind| traced::of_device(kind, device, traced::bytes_of(&landing));
+        let (submit, wait) = (event(Kind::Submit), traced::of_device(Kind::WaitForQueue, device, 0));
+        let traced = Traced::begin(&ops);
+        let since = traced.since;
+        let waited = self.copies.submit(device, Filled { staged, ops, landing, traced: Some(traced) }, self);
+        trace.unless_short(wait, since, since + waited);
+        trace.since(submit, since);
+        waited
     }
 
     fn raw_copy(&self, piece: &Piece, src: *const u8) -> RawCopy {

@@ -187,6 +187,11 @@ impl Destinations {
         self.ranks.iter().flatten().any(of_process)
     }
 
+    /// Whether what lands goes to files.
+    pub(crate) fn are_files(&self) -> bool {
+        self.ranks.iter().flatten().all(|place| place.owner.is_none())
+    }
+
     /// Whether bytes are to be copied to a destination: it is here, and not lent with its bytes in it.
     pub(crate) fn waits(&self, rank: Rank, dest: u32) -> bool {
         self.place(rank, dest).is_some_and(|place| !place.lent)

@@ -1,7 +1,9 @@
 //! `shardlift load`: the whole journey, and what it took.
 
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{IsTerminal, Seek};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -9,8 +11,11 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
+use shardlift::observe::StageTime;
 use shardlift::read::EngineChoice;
-use shardlift::{Dtype, ErrorKind, Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, limits};
+use shardlift::{
+    Dtype, Error, ErrorKind, Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, Trace, Weights, limits,
+};
 
 use crate::args::{Cast, Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
 use crate::interrupt::Interrupt;
@@ -19,8 +24,7 @@ use crate::output::{Failure, Output, Warnings, count, fields, hex, human_bytes};
 
 pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -> Result<Map<String, Value>, Failure> {
     args.supported()?;
-    let loader = loader(args)?;
-    let LoadArgs { model, mesh, rank, devices, only, skip, dtype, check, .. } = args;
+    let LoadArgs { model, mesh, rank, devices, only, skip, dtype, repeat, check, trace, .. } = args;
 
     let opened = Instant::now();
     let checkpoint = model::open_adapted(model, mesh)?;
@@ -43,28 +47,19 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     interrupt.waits(); // memory and threads come into being from here on
     interrupt.check()?;
 
-    let failed = |error| Failure::started(error).with_signal(interrupt.signal());
-    let mut load = loader.start(&plan).map_err(|error| match error.kind() {
-        // Nothing moves yet: there is no driver, no such device, or it has no room.
-        ErrorKind::Device => Failure::from(error),
-        _ => failed(error),
-    })?;
-    interrupt.cancels(load.monitor());
-    let watch = Watch::start(load.monitor(), output.warnings());
-    let mut tensors: BTreeMap<Rank, usize> = world.driven().iter().map(|rank| (*rank, 0)).collect();
-    for tensor in &mut load {
-        let tensor = tensor.map_err(failed)?;
-        *tensors.entry(tensor.rank()).or_default() += 1;
+    let trace = trace.as_deref().map(TraceFile::create).transpose()?;
+    let loader = loader(args)?.trace(trace.as_ref().map(|file| &file.trace));
+    let times = repeat.map_or(1, |times| times as usize);
+    let mut runs = Vec::new();
+    for _ in 0..times {
+        interrupt.waits();
+        interrupt.check()?;
+        // The weights of a run are gone before the next begins.
+        runs.push(run_once(args, &loader, &plan, trace.as_ref(), output, interrupt)?);
     }
-    let (weights, report) = load.finish().map_err(failed)?;
-    drop(watch);
-
-    let mut digests: BTreeMap<Rank, u64> = BTreeMap::new();
-    if *check {
-        // Nothing of the load is left to drain.
-        interrupt.exits("load", args.json)?;
-        digests.extend(weights.check().map_err(failed)?);
-    }
+    let mut by_time: Vec<&Run> = runs.iter().collect();
+    by_time.sort_by(|a, b| a.report.seconds.total_cmp(&b.report.seconds));
+    let Run { report, tensors, digests } = by_time[(times - 1) / 2];
 
     let ranks: Vec<Value> = world
         .driven()
@@ -80,7 +75,12 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
         })
         .collect();
 
-    print(&report, output);
+    print(report, output);
+    if repeat.is_some() {
+        let [min, median, max] = [0, (times - 1) / 2, times - 1].map(|at| by_time[at].report.seconds);
+        let runs = count(times, "run");
+        output.line(format_args!("{runs}: min {min:.3} s, median {median:.3} s, max {max:.3} s"));
+    }
     for rank in world.driven() {
         let bytes = human_bytes(plan.bytes_on(*rank));
         let digest = digests.get(rank).map(|digest| format!(", digest {}", hex(*digest))).unwrap_or_default();
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     if *check {
         output.line(format_args!("check: every byte as in the files"));
     }
-    let mut object = report_object(&report);
+    let mut object = report_object(report);
     object.extend(fields(json!({
         "open_seconds": open_seconds,
         "plan_seconds": plan_seconds,
@@ -98,7 +98,101 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
         "ranks": ranks,
         "plan_digest": hex(plan.digest()),
     })));
+    if repeat.is_some() {
+        object.insert("runs".into(), runs.iter().map(|run| report_object(&run.report)).collect());
+    }
     Ok(object)
+}
+
+/// One load of several.
+struct Run {
+    report: Report,
+    /// Complete tensors of each rank.
+    tensors: BTreeMap<Rank, usize>,
+    digests: BTreeMap<Rank, u64>,
+}
+
+/// Loads, writes what was traced so far however that ended, and checks.
+fn run_once(
+    args: &LoadArgs,
+    loader: &Loader,
+    plan: &Plan,
+    trace: Option<&TraceFile>,
+    output: &Output,
+    interrupt: &Interrupt,
+) -> Result<Run, Failure> {
+    let failed = |error| Failure::started(error).with_signal(interrupt.signal());
+    let loaded = load_once(loader, plan, output, interrupt);
+    let written = trace.map_or(Ok(()), TraceFile::write);
+    let (weights, report, tensors) = loaded?;
+    written.map_err(failed)?;
+    let mut digests: BTreeMap<Rank, u64> = BTreeMap::new();
+    if args.check {
+        // Nothing of the load is left to drain.
+        interrupt.exits("load", args.json)?;
+        digests.extend(weights.check().map_err(failed)?);
+    }
+    Ok(Run { report, tensors, digests })
+}
+
+fn load_once(
+    loader: &Loader,
+    plan: &Plan,
+    output: &Output,
+    interrupt: &Interrupt,
+) -> Result<(Weights, Report, BTreeMap<Rank, usize>), Failure> {
+    let failed = |error| Failure::started(error).with_signal(interrupt.signal());
+    let mut load = loader.start(plan).map_err(|error| match error.kind() {
+        // Nothing moves yet: there is no driver, no such device, or it has no room.
+        ErrorKind::Device => Failure::from(error),
+        _ => failed(error),
+    })?;
+    interrupt.cancels(load.monitor());
+    let watch = Watch::start(load.monitor(), output.warnings());
+    let mut tensors: BTreeMap<Rank, usize> = plan.world().driven().iter().map(|rank| (*rank, 0)).collect();
+    for tensor in &mut load {
+        let tensor = tensor.map_err(failed)?;
+        *tensors.entry(tensor.rank()).or_default() += 1;
+    }
+    let (weights, report) = load.finish().map_err(failed)?;
+    drop(watch);
+    Ok((weights, report, tensors))
+}
+
+/// The file of `--trace`: created before anything moves, and whole JSON whenever something was written to it.
+struct TraceFile {
+    trace: Trace,
+    path: PathBuf,
+    file: File,
+}
+
+impl TraceFile {
+    fn create(path: &Path) -> shardlift::Result<TraceFile> {
+        let file = File::create(path).map_err(|error| Error::io("cannot create trace", path, error))?;
+        let file = TraceFile { trace: Trace::new(), path: path.into(), file };
+        if file.is_file() {
+            file.write()?; // for whoever ends this process before the end
+        }
+        Ok(file)
+    }
+
+    fn is_file(&self) -> bool {
+        self.file.metadata().is_ok_and(|metadata| metadata.is_file())
+    }
+
+    /// Writes all that was recorded so far in the place of what was written before.
+    fn write(&self) -> shardlift::Result<()> {
+        let write = || {
+            let mut file = &self.file;
+            // What is no file, a pipe for instance, gets one after the other.
+            if self.is_file() {
+                file.rewind()?;
+                file.set_len(0)?;
+            }
+            self.trace.write(file)
+        };
+        write().map_err(|error| Error::io("cannot write trace", &self.path, error))
+    }
 }
 
 fn loader(args: &LoadArgs) -> shardlift::Result<Loader> {
@@ -144,8 +238,8 @@ fn print(report: &Report, output: &mut Output) {
 
 /// The fields that every command with a load in it reports.
 pub(crate) fn report_object(report: &Report) -> Map<String, Value> {
-    let stage = |busy: f64, waiting: f64| json!({ "busy_seconds": busy, "waiting_seconds": waiting });
-    let stages = &report.stages;
+    let stage = |time: StageTime| json!({ "busy_seconds": time.busy, "waiting_seconds": time.waiting });
+    let (stages, spent) = (&report.stages, &report.spent);
     fields(json!({
         "seconds": report.seconds,
         "cpu_seconds": report.cpu_seconds,
@@ -159,8 +253,15 @@ pub(crate) fn report_object(report: &Report) -> Map<String, Value> {
         "peak_pinned_bytes": report.peak_pinned_bytes,
         "abandoned_bytes": report.abandoned_bytes,
         "stages": {
-            "read": stage(stages.read.busy, stages.read.waiting),
-            "copy": stage(stages.copy.busy, stages.copy.waiting),
+            "read": stage(stages.read),
+            "copy": stage(stages.copy),
+            "consume": stage(stages.consume),
+        },
+        "spent": {
+            "storage_seconds": spent.storage,
+            "cpu_seconds": spent.cpu,
+            "link_seconds": spent.link,
+            "consumer_seconds": spent.consumer,
         },
         "bottleneck": report.bottleneck,
     }))
