@@ -207,7 +207,7 @@ fn count_all(folder: &Path) -> io::Result<BTreeMap<String, u64>> {
             [1, LARGER].map(|times| count(&slots.folder(folder, times), slots.name, Some("shardlift_counted")));
         let (few, many) = (few?, many?);
         let (tensors, rows, columns) = slots.model;
-        let more = if slots.more_rows { tensors * rows * columns * 2 >> 20 } else { tensors } * (LARGER - 1);
+        let more = if slots.more_rows { (tensors * rows * columns * 2) >> 20 } else { tensors } * (LARGER - 1);
         let each = if slots.more_rows { "MiB" } else { "tensor" };
         counted.insert(format!("load, {}: each {each}", slots.name), (many - few) / more);
     }
