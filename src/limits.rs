@@ -119,7 +119,8 @@ pub const DEVICE_SLOT: usize = 16 << 20;
 /// How many of these a staging budget should make, so that reads, copies and what waits between them overlap.
 pub const DEVICE_SLOTS: usize = 16;
 
-/// Most bytes of a read that lands straight in host memory.
+/// Most bytes of a read that lands straight in host memory. Chosen by `benches/engines.rs` (`--sweep chunk`): from here on
+/// larger ones gain no more than runs differ, and more reads share the work at the end.
 pub const DIRECT_CHUNK: u64 = 2 << 20;
 
 /// Most bytes of a read that is cut on its way to host memory: it should still be in the L2 cache when it is cut.
@@ -156,7 +157,8 @@ pub const CHECK_WINDOW: u64 = 1 << 20;
 /// one piece is worth the call, a kilobyte for each of 16,000 rows.
 pub const CHECK_BAND: u64 = 16 << 20;
 
-/// Fewest threads that read: two keep the storage busy while one of them copies.
+/// Fewest threads that read: two keep the storage busy while one of them copies. Chosen by `benches/engines.rs` (`--sweep
+/// threads`): one alone has half of their speed, warm and cold.
 pub const READ_THREADS_MIN: usize = 2;
 
 /// Most threads that read: above this, storage of one machine gains nothing.
@@ -185,7 +187,8 @@ pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
 /// How much lateness of its threads a throttled engine makes up for: several turns of a busy machine's scheduler.
 pub const THROTTLE_CREDIT: Duration = Duration::from_millis(50);
 
-/// Reads in flight of one io_uring: with half a megabyte each, 4 to 32 made no difference (`docs/performance.md`).
+/// Reads in flight of one io_uring: with half a megabyte each, 4 to 16 make no difference on two threads, and more are
+/// slower. Chosen by `benches/engines.rs` (`--sweep depth`).
 pub const URING_DEPTH: u32 = 8;
 
 /// Most slots that one io_uring registers: a table of this size costs a page, and more slots are never in flight.
@@ -194,14 +197,15 @@ pub const URING_SLOTS: u16 = 1024;
 /// How long a thread waits whose io_uring took no more reads for now.
 pub const URING_BUSY: Duration = Duration::from_millis(1);
 
-/// Most threads with a ring of their own: beyond it, completions are handled faster than storage produces them.
+/// Most threads with a ring of their own: beyond it, completions are handled faster than storage produces them. Four are no
+/// faster than two (`benches/engines.rs --sweep depth`, on two cores).
 pub const URING_THREADS_MAX: usize = 4;
 
 /// `auto` reads less than this through the page cache whatever the storage: setting up rings would take as long.
 pub const AUTO_SMALL: u64 = 64 << 20;
 
 /// `auto` reads through the page cache if it holds at least this share of the files: copying what is there beats
-/// reading it again.
+/// reading it again, five times over on a disk of 2 GB/s (`benches/engines.rs`).
 pub const AUTO_RESIDENT: f64 = 0.5;
 
 /// How many files `auto` looks at.

@@ -7,6 +7,9 @@ use crate::device::{Op, RawCopy};
 use crate::limits::{self, CopyCosts};
 use crate::stride::{Loop, Loops, bytes_moved, for_each_run, is_rows, source_span};
 
+/// Copies of rows from one slot that are listed without an allocation: most slots have fewer.
+const FEW: usize = 4;
+
 /// A copy, and which allocation it goes to: what lies in several may not be one copy, also where they are neighbours.
 #[derive(Debug)]
 pub(crate) struct Part {
@@ -22,21 +25,19 @@ pub(crate) struct Part {
 /// # Safety
 /// - every source byte that the copies name is readable, and nobody writes it;
 /// - if `packable`, the whole of what they name in the source is writable too, and nobody else reads it.
-pub(crate) unsafe fn lower(parts: Vec<Part>, packable: bool, costs: &CopyCosts) -> Vec<Op> {
-    let (mut straight, mut strided, mut kernel) = (Vec::new(), Vec::new(), Vec::new());
+pub(crate) unsafe fn lower(mut parts: Vec<Part>, packable: bool, costs: &CopyCosts) -> Vec<Op> {
+    let (mut strided, mut kernel) = (SmallVec::<[RawCopy; FEW]>::new(), Vec::new());
     let packable = packable && parts.windows(2).all(|pair| pair[0].allocation == pair[1].allocation);
-    for Part { mut copy, allocation } in parts {
-        copy.loops.retain(|inner| inner.count != 1);
-        if copy.cast.is_some() {
-            kernel.push(copy);
-        } else if copy.loops.is_empty() {
-            straight.push(Part { copy, allocation });
-        } else if is_rows(&copy.loops, copy.run) {
+    parts.iter_mut().for_each(|part| part.copy.loops.retain(|inner| inner.count != 1));
+    let bent = |part: &mut Part| part.copy.cast.is_some() || !part.copy.loops.is_empty();
+    for Part { copy, .. } in parts.extract_if(.., bent) {
+        if copy.cast.is_none() && is_rows(&copy.loops, copy.run) {
             strided.push(copy);
         } else {
             kernel.push(copy);
         }
     }
+    let mut straight = parts;
     let by_rows: f64 = strided.iter().map(|copy| rows_cost(copy, costs)).sum();
     let cut = cut_cost(kernel.iter(), costs);
     let cut_all = cut_cost(kernel.iter().chain(&strided), costs) - cut;
@@ -46,59 +47,51 @@ pub(crate) unsafe fn lower(parts: Vec<Part>, packable: bool, costs: &CopyCosts) 
             return vec![Op::Copy(packed)];
         }
     }
-    let mut ops: Vec<Op> = in_rows(merged(straight)).into_iter().map(Op::Copy).collect();
+    merge(&mut straight);
+    put_in_rows(&mut straight);
+    let mut ops: Vec<Op> = straight.into_iter().map(|part| Op::Copy(part.copy)).collect();
     if cut_all < by_rows {
-        kernel.append(&mut strided);
+        kernel.extend(strided.drain(..));
     }
     ops.extend(strided.iter().flat_map(rows).map(Op::Copy));
     ops.extend(raw(kernel));
     ops
 }
 
-/// Contiguous copies, those that are neighbours on both sides as one.
-fn merged(mut parts: Vec<Part>) -> Vec<Part> {
-    parts.sort_by_key(|Part { copy, .. }| (copy.src.addr(), copy.dst));
-    let mut all: Vec<Part> = Vec::with_capacity(parts.len());
-    for part in parts {
-        let copy = &part.copy;
-        match all.last_mut().filter(|last| last.allocation == part.allocation) {
-            Some(Part { copy: last, .. })
-                if last.src.addr() as u64 + last.run == copy.src.addr() as u64 && last.dst + last.run == copy.dst =>
-            {
-                last.run += copy.run;
-            }
-            _ => all.push(part),
-        }
-    }
-    all
+/// Makes one of contiguous copies that are neighbours on both sides, and sorts them by source.
+fn merge(parts: &mut Vec<Part>) {
+    parts.sort_unstable_by_key(|Part { copy, .. }| (copy.src.addr(), copy.dst));
+    parts.dedup_by(|Part { copy, allocation }, Part { copy: last, allocation: of_last }| {
+        let after = |start: u64, next: u64| start + last.run == next;
+        let neighbours = after(last.src.addr() as u64, copy.src.addr() as u64) && after(last.dst, copy.dst);
+        let one = *allocation == *of_last && neighbours;
+        last.run += if one { copy.run } else { 0 };
+        one
+    });
 }
 
-/// Contiguous copies, sorted by source; equal ones at equal distances as the rows of one: the parts of many small tensors
-/// of one shape, for instance.
-fn in_rows(parts: Vec<Part>) -> Vec<RawCopy> {
-    let mut all: Vec<Part> = Vec::with_capacity(parts.len());
-    for part in parts {
-        let copy = &part.copy;
-        let alike = |last: &&mut Part| last.allocation == part.allocation && last.copy.run == copy.run;
-        if let Some(Part { copy: last, .. }) = all.last_mut().filter(alike) {
-            let src = copy.src.addr().wrapping_sub(last.src.addr()) as u64;
-            let dst = copy.dst.wrapping_sub(last.dst);
-            let pitches = copy.run..=limits::PITCH_MAX;
-            match last.loops.first_mut() {
-                None if pitches.contains(&src) && pitches.contains(&dst) => {
-                    last.loops.push(Loop { count: 2, src_stride: src, dst_stride: dst });
-                    continue;
-                }
-                Some(rows) if src == rows.count * rows.src_stride && dst == rows.count * rows.dst_stride => {
-                    rows.count += 1;
-                    continue;
-                }
-                _ => {}
-            }
+/// Of contiguous copies, sorted by source, makes equal ones at equal distances the rows of one: the parts of many small
+/// tensors of one shape, for instance.
+fn put_in_rows(parts: &mut Vec<Part>) {
+    parts.dedup_by(|Part { copy, allocation }, Part { copy: last, allocation: of_last }| {
+        if *allocation != *of_last || copy.run != last.run {
+            return false;
         }
-        all.push(part);
-    }
-    all.into_iter().map(|part| part.copy).collect()
+        let src = copy.src.addr().wrapping_sub(last.src.addr()) as u64;
+        let dst = copy.dst.wrapping_sub(last.dst);
+        let pitches = copy.run..=limits::PITCH_MAX;
+        match last.loops.first_mut() {
+            None if pitches.contains(&src) && pitches.contains(&dst) => {
+                last.loops.push(Loop { count: 2, src_stride: src, dst_stride: dst });
+                true
+            }
+            Some(rows) if src == rows.count * rows.src_stride && dst == rows.count * rows.dst_stride => {
+                rows.count += 1;
+                true
+            }
+            _ => false,
+        }
+    });
 }
 
 /// The copies of rows, one loop each, that a strided copy [is](is_rows).

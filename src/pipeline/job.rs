@@ -18,7 +18,7 @@ use crate::extent::{Extent, Rank};
 use crate::limits;
 use crate::observe::{Counters, Event, Kind, Totals};
 use crate::plan::{Cursor, Cutting, Reads};
-use crate::read::Request;
+use crate::read::{Pending, Request};
 use crate::stage::{Hold, Lend};
 use crate::sync::lock;
 
@@ -34,6 +34,9 @@ pub(crate) struct Job {
     pub(super) cursor: Mutex<Cursor>,
     /// Remainders of short reads, and interrupted ones.
     pub(super) again: Mutex<VecDeque<Request>>,
+    /// What was remembered of reads that are done, for those to come.
+    #[expect(clippy::vec_box, reason = "a request has its own in a box, to be small")]
+    pub(super) spare: Mutex<Vec<Box<Pending>>>,
     /// After `setup`, whose engine may have them mapped: pages in use would not be forgotten.
     pub(super) files: Files,
     /// The devices, each once, with the first rank on it.
@@ -151,6 +154,7 @@ impl Job {
             reads,
             cursor: Mutex::default(),
             again: Mutex::default(),
+            spare: Mutex::default(),
             devices,
             pinner,
             windows,

@@ -215,7 +215,8 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
         })?;
         workers.readers.push(thread);
     }
-    for index in 0..job.setup.engine.threads().max(1) {
+    // A thread without anything to read is not started.
+    for index in 0..job.reads.count(job.setup.engine.threads()).max(1) {
         let (job, alive) = (Arc::clone(job), alive.readers.clone());
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
             let began = Instant::now();

@@ -73,7 +73,7 @@ impl Work for Job {
     }
 
     unsafe fn lent(&self, request: Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
-        let Request { id, file, permit, pending, .. } = request;
+        let Request { id, file, permit, mut pending, .. } = request;
         let began = self.trace().map(|trace| (trace, Instant::now()));
         // SAFETY: the same duties.
         let staged = unsafe { self.lease(&pending.op, file.identity().size, permit, mapping, keep) };
@@ -82,7 +82,10 @@ impl Work for Job {
         }
         self.count_read(id, 0);
         match staged {
-            Ok(staged) => self.land(id, &pending.op, pending.op.extent.start, staged, false),
+            Ok(staged) => {
+                self.land(id, pending.op.extent.start, &mut pending, staged, false);
+                self.keep_spare(pending);
+            }
             Err(error) => self.fail(self.locate(error, pending.op.extent)),
         }
     }
@@ -162,7 +165,8 @@ impl Job {
         };
         let base = op.extent.start - op.extent.start % self.alignment;
         let bytes = (op.extent.end.next_multiple_of(self.alignment) - base) as usize;
-        let mut pieces = Vec::new();
+        let mut spare = lock(&self.spare).pop();
+        let mut pieces = spare.as_mut().map_or_else(Vec::new, |spare| std::mem::take(&mut spare.pieces));
         let (mut slot, mut permit) = (None, None);
         let address = match room {
             Room::Slot(lent) => {
@@ -196,18 +200,31 @@ impl Job {
         if let Some(trace) = self.trace() {
             trace.unless_short(traced::of_file(Kind::Open, op.extent.file), since, Instant::now());
         }
-        let pending = Box::new(Pending { base, op, pieces, repeated: false, since });
+        let pending = Pending { base, op, pieces, repeated: false, since };
+        let pending = match spare {
+            Some(mut spare) => {
+                *spare = pending;
+                spare
+            }
+            None => Box::new(pending),
+        };
         Ok(Taken::Request(Request { id, file, offset: base, address, bytes, slot, permit, pending }))
     }
 
     /// All bytes of a read are in its buffer: sends them on to every destination.
     fn arrived(&self, request: Request) {
-        let Request { id, slot, pending, .. } = request;
-        let Pending { op, base, pieces, .. } = *pending;
+        let Request { id, slot, mut pending, .. } = request;
         match slot {
-            None => self.fan_out(&pieces),
-            Some(slot) => self.land(id, &op, base, slot.stage(), true),
+            None => self.fan_out(&pending.pieces),
+            Some(slot) => self.land(id, pending.base, &mut pending, slot.stage(), true),
         }
+        self.keep_spare(pending);
+    }
+
+    /// Keeps what was remembered of a read for another one, which then allocates nothing.
+    fn keep_spare(&self, mut pending: Box<Pending>) {
+        pending.pieces.clear();
+        lock(&self.spare).push(pending);
     }
 
     /// Pins the window that has a read's bytes, of the mapping of a file of `size` bytes.
@@ -277,14 +294,15 @@ impl Job {
 
     /// The bytes of a file from `base` on are staged, in memory that may be written if they are `ours`: copies them at
     /// once, or submits them to the queues of their devices. `id` is the read's number.
-    fn land(&self, id: u64, op: &ReadOp, base: u64, staged: Staged, ours: bool) {
+    fn land(&self, id: u64, base: u64, pending: &mut Pending, staged: Staged, ours: bool) {
+        let Pending { op, pieces, .. } = pending;
         let first = staged.address().wrapping_add((op.extent.start - base) as usize);
-        let mut pieces = Vec::new();
-        self.reads.pieces(op, &mut pieces);
+        self.reads.pieces(op, pieces);
         pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
         let began = Instant::now();
         let device = |piece: &Piece| self.device_of[piece.rank.index()];
-        pieces.sort_by_key(|piece| (device(piece), piece.rank));
+        // Not by a stable sort, which allocates.
+        pieces.sort_unstable_by_key(|piece| (device(piece), piece.rank, piece.src));
         let shared = pieces.windows(2).any(|pair| device(&pair[0]) != device(&pair[1]));
         let mut of_devices: SmallVec<[&[Piece]; 8]> = pieces.chunk_by(|a, b| device(a) == device(b)).collect();
         // A call of one driver that takes long holds up all who come to it, and they to others.

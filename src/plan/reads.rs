@@ -101,6 +101,12 @@ impl Reads {
         Some((op, cursor))
     }
 
+    /// How many reads there are, or `most` if there are more.
+    pub(crate) fn count(&self, most: usize) -> usize {
+        let mut cursor = Cursor::default();
+        (0..most).take_while(|_| cursor.take_next(self).is_some()).count()
+    }
+
     /// Appends what each destination takes from `op`; a direct read's first piece is the one it can land in.
     pub(crate) fn pieces(&self, op: &ReadOp, pieces: &mut Vec<Piece>) {
         for &position in &self.extents[op.first..=op.last] {

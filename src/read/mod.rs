@@ -44,7 +44,7 @@ pub enum EngineChoice {
     Uring,
 }
 
-/// A way to read files. Every thread of a load calls [`run`](Engine::run) once.
+/// A way to read files. Every thread of a load that reads calls [`run`](Engine::run) once.
 ///
 /// # Safety
 /// Callers get what landed as initialised memory, and free it when the load is over. Therefore an engine
@@ -56,7 +56,7 @@ pub unsafe trait Engine: Debug + Send + Sync {
     /// The name in reports.
     fn name(&self) -> &'static str;
 
-    /// How many threads should call [`run`](Engine::run).
+    /// How many threads should call [`run`](Engine::run); no more than there are reads do.
     fn threads(&self) -> usize;
 
     /// What offsets and lengths of requests must be a multiple of: a power of two, at most

@@ -49,9 +49,9 @@ struct Shared {
 #[derive(Debug, Default)]
 struct State {
     /// Free slots that are not pinned.
-    plain: Vec<SlotMemory>,
+    plain: Vec<Arc<SlotMemory>>,
     /// Free slots that are pinned.
-    pinned: Vec<SlotMemory>,
+    pinned: Vec<Arc<SlotMemory>>,
     /// Slots that exist, free or not.
     slots: usize,
     /// Those of them that are pinned.
@@ -209,19 +209,24 @@ impl Shared {
     }
 
     /// Memory for one more slot, if the budget allows it.
-    fn make(&self, state: &mut State) -> Result<Option<SlotMemory>> {
+    fn make(&self, state: &mut State) -> Result<Option<Arc<SlotMemory>>> {
         if state.slots == self.slots_max {
             return Ok(None);
         }
         let pages = Pages::new(self.slot_bytes)?;
         state.slots += 1;
         state.made += 1;
-        Ok(Some(SlotMemory::new(pages, state.made)))
+        Ok(Some(Arc::new(SlotMemory::new(pages, state.made))))
     }
 
-    /// Makes a slot free again, and tells who may be waiting for it.
-    fn take_back(&self, memory: SlotMemory, pinning: bool) {
+    /// Takes a handle to a slot. With the last one the slot is free again, which whoever may be waiting for it is told.
+    fn take_back(&self, memory: Arc<SlotMemory>, pinning: bool) {
         let mut state = self.state();
+        // Handles to a staged slot are dropped here, one after the other: whoever finds no other has the last one.
+        if Arc::strong_count(&memory) > 1 {
+            drop(memory);
+            return;
+        }
         if pinning {
             state.slots_pinning -= 1;
             state.slots_pinned += usize::from(memory.is_pinned());

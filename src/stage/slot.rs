@@ -31,7 +31,7 @@ impl SlotMemory {
 /// A slot lent to an engine: its memory is the holder's alone. Goes back to the ring when dropped.
 #[derive(Debug)]
 pub(crate) struct Slot {
-    memory: Option<SlotMemory>,
+    memory: Option<Arc<SlotMemory>>,
     /// Counted by the ring as being pinned.
     pinning: bool,
     ring: Ring,
@@ -39,19 +39,19 @@ pub(crate) struct Slot {
 
 impl Slot {
     /// A slot of this ring's memory.
-    pub(super) fn new(memory: SlotMemory, ring: Ring) -> Slot {
+    pub(super) fn new(memory: Arc<SlotMemory>, ring: Ring) -> Slot {
         Slot { memory: Some(memory), pinning: false, ring }
     }
 
     /// A slot that the ring counts as being pinned until it is dropped.
-    pub(super) fn to_pin(memory: SlotMemory, ring: Ring) -> Slot {
+    pub(super) fn to_pin(memory: Arc<SlotMemory>, ring: Ring) -> Slot {
         Slot { memory: Some(memory), pinning: true, ring }
     }
 
     /// Pins the slot for good, and gives it back.
     pub(super) fn pin(mut self, pinner: &dyn Pinner) -> Result<()> {
         let bytes = self.ring.slot_bytes();
-        let memory = self.memory.as_mut().expect("bug in shardlift: slot without memory");
+        let memory = self.memory.as_mut().and_then(Arc::get_mut).expect("bug in shardlift: a lent slot is shared");
         // Before pinning, which would take the faults one by one under a lock of the driver.
         memory.pages.populate(pinner.numa_node());
         // SAFETY: whole pages of a mapping, which `SlotMemory` keeps until this was dropped.
@@ -83,7 +83,7 @@ impl Slot {
 
     /// Hands the slot over for reading: no one writes to it again until the last handle is dropped.
     pub(crate) fn stage(self) -> Staged {
-        Staged(Source::Slot(Arc::new(self)))
+        Staged(Source::Slot(Handle(self)))
     }
 }
 
@@ -91,6 +91,18 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let memory = self.memory.take().expect("bug in shardlift: slot without memory");
         self.ring.shared.take_back(memory, self.pinning);
+    }
+}
+
+/// One of several that have a slot, which is staged: the memory's count says how many. So a slot is shared without an
+/// allocation of its own.
+#[derive(Debug)]
+struct Handle(Slot);
+
+impl Clone for Handle {
+    fn clone(&self) -> Handle {
+        let Slot { memory, ring, .. } = &self.0;
+        Handle(Slot { memory: memory.clone(), pinning: false, ring: ring.clone() })
     }
 }
 
@@ -102,7 +114,7 @@ pub(crate) struct Staged(Source);
 /// Whose bytes they are.
 #[derive(Debug, Clone)]
 enum Source {
-    Slot(Arc<Slot>),
+    Slot(Handle),
     /// Of what `keep` keeps alive. Not loom's `Arc`, which holds no `dyn`.
     Lent {
         address: *const u8,
@@ -130,7 +142,7 @@ impl Staged {
     /// The first byte.
     pub(crate) fn address(&self) -> *const u8 {
         match &self.0 {
-            Source::Slot(slot) => slot.address(),
+            Source::Slot(Handle(slot)) => slot.address(),
             Source::Lent { address, .. } => *address,
         }
     }
