@@ -86,9 +86,10 @@ fn load(plan: &Plan, way: Way) -> Result<()> {
 
 /// Calls that may fail without an error: those that only give back, when nobody is left to tell, and the questions
 /// what a device can do, which then is taken to be able to do less.
-const QUIET: [&str; 14] = [
+const QUIET: [&str; 15] = [
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
+    "cuCtxSetCurrent",
     "cuDeviceGetAttribute",
     "cuDevicePrimaryCtxRelease_v2",
     "cuEventDestroy_v2",

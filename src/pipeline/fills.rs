@@ -64,7 +64,7 @@ impl Job {
         };
         let id = self.request_id();
         self.begin_copies(id, device, None, false);
-        self.copies.submit(device, Filled { staged, ops, landing: vec![landing] }, self);
+        self.copies.submit(device, Filled { staged, ops, landing: vec![landing], shared: false }, self);
         self.end_copies(id);
     }
 }

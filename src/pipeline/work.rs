@@ -1,6 +1,7 @@
 //! The one loop above all engines: hands out requests, continues short reads, and sends what arrived on its way.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -118,6 +119,11 @@ impl Work for Job {
             self.fail(self.locate(error, extent));
         }
     }
+}
+
+thread_local! {
+    /// The device that this thread submitted to last.
+    static LAST_DEVICE: Cell<usize> = const { Cell::new(usize::MAX) };
 }
 
 enum Taken {
@@ -268,16 +274,19 @@ impl Job {
         pieces.sort_by_key(|piece| (device(piece), piece.rank));
         let shared = pieces.windows(2).any(|pair| device(&pair[0]) != device(&pair[1]));
         let mut of_devices: SmallVec<[&[Piece]; 8]> = pieces.chunk_by(|a, b| device(a) == device(b)).collect();
-        // A call of one driver that takes long holds up all who come to it, and they to others.
-        let turn = id as usize % of_devices.len().max(1);
+        // Where this thread ended it need not change contexts. And that differs from thread to thread: a call of one driver
+        // that takes long should not hold up all others.
+        let last = of_devices.iter().position(|of_device| device(&of_device[0]) == LAST_DEVICE.get());
+        let turn = last.unwrap_or(id as usize % of_devices.len().max(1));
         of_devices.rotate_left(turn);
         let mut waited = Duration::ZERO;
         for of_device in of_devices {
             let device = device(&of_device[0]);
             if self.copies.has_queue(device) {
+                LAST_DEVICE.set(device);
                 self.begin_copies(id, device, Some(op.extent), ours);
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
-                waited += unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared) };
+                waited += unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared, shared) };
                 self.end_copies(id);
                 continue;
             }
@@ -292,7 +301,8 @@ impl Job {
         self.counters.copy_waiting(waited);
     }
 
-    /// Submits what a device takes from a slot, whose needed bytes begin at `first`; how long others had its queue.
+    /// Submits what a device takes from a slot, whose needed bytes begin at `first` and which may be `shared` with other
+    /// devices; how long others had its queue.
     ///
     /// # Safety
     /// If `writable`, the slot is written by nobody else.
@@ -303,6 +313,7 @@ impl Job {
         first: *const u8,
         staged: Staged,
         writable: bool,
+        shared: bool,
     ) -> Duration {
         if self.is_stopped() {
             return Duration::ZERO;
@@ -315,7 +326,7 @@ impl Job {
             unsafe { lower(pieces.iter().map(part).collect(), writable, &limits::COPY_COSTS) }
         };
         let landing = pieces.iter().map(landing).collect();
-        self.copies.submit(device, Filled { staged, ops, landing }, self)
+        self.copies.submit(device, Filled { staged, ops, landing, shared }, self)
     }
 
     fn raw_copy(&self, piece: &Piece, src: *const u8) -> RawCopy {
