@@ -188,7 +188,7 @@ impl Copies {
             }
             let sleep = match half {
                 Some(half) if fed => {
-                    let sleep = half.min(at_the_end).max(limits::EVENT_POLL);
+                    let sleep = half.min(at_the_end).clamp(limits::EVENT_POLL, limits::COPY_POLL_MAX);
                     at_the_end *= 2;
                     sleep
                 }

@@ -224,19 +224,25 @@ impl Job {
             return Err(Error::new(ErrorKind::Truncated, "file ended early"));
         }
         let first = mapping.wrapping_add(start as usize);
+        let mut permit = *permit;
         if windows.has(start, end) {
             // SAFETY: the same duties.
-            let lease = unsafe { windows.lease(*permit, of_file, start, mapping, size, keep)? };
-            // SAFETY: the lease keeps the mapping, which is readable.
-            return Ok(unsafe { Staged::lent(first, Arc::new(lease)) });
+            match unsafe { windows.lease(permit, of_file, start, mapping, size, keep) } {
+                // SAFETY: the lease keeps the mapping, which is readable.
+                Ok(lease) => return Ok(unsafe { Staged::lent(first, Arc::new(lease)) }),
+                Err((error, unused)) => {
+                    self.counters.warn(format!("mapped memory is copied instead of pinned: {error}"));
+                    permit = unused;
+                }
+            }
         }
-        // An element across two windows: few bytes, which the driver takes from memory that is not pinned.
+        // Refused, or an element across two windows: the driver takes them from memory that is not pinned.
         let count = (end - start) as usize;
         let mut bytes = vec![0u128; count.div_ceil(limits::KERNEL_ACCESS)];
         // SAFETY: the range lies in the mapping, whose guard keeps it readable; the vector is as long.
         unsafe { std::ptr::copy_nonoverlapping(first, bytes.as_mut_ptr().cast(), count) };
-        // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
-        Ok(unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new(bytes)) })
+        // SAFETY: what keeps the bytes is the vector itself, which nobody writes to; with the permit not too many are kept.
+        Ok(unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new((bytes, permit))) })
     }
 
     /// Takes a read out of the list of those in flight, and counts it.

@@ -145,8 +145,10 @@ fn a_registration_is_for_its_context_unless_portable() {
         copy_in(memory, bytes.as_mut_ptr().cast(), queue);
         let foreign = sys::cuMemcpyHtoDAsync_v2(pooled, bytes.as_mut_ptr().cast(), BYTES, queue);
         assert_eq!(foreign as u32, 1);
+        _second.bind_to_thread().unwrap();
         result::free_async(pooled, queue).unwrap();
         stream::synchronize(queue).unwrap();
+        first.bind_to_thread().unwrap();
         // A kernel's stream, an event and its stream must be of one context; nothing works without one.
         let made = new_event();
         assert_eq!(event::record(made, queue).unwrap_err().0 as u32, 400);
