@@ -26,6 +26,8 @@ use support::{ledger, median, seconds, twin, write_model};
 const PER_BYTES: f64 = (16 << 20) as f64;
 const TARGET_SECONDS: f64 = 50e-6;
 const TARGET_RATIO: f64 = 0.5;
+/// Calls of the driver for each slot and device, and for each small tensor's part on each device.
+const TARGET_CALLS: [f64; 2] = [3.0, 1.5];
 /// One figure is a difference of small parts of large times: the verdict is on the median of rounds, each round's own
 /// figures are medians of runs in one process.
 const ROUNDS: usize = 5;
@@ -65,17 +67,22 @@ fn main() -> io::Result<()> {
     }
     for devices in [1, 4] {
         let (mut own, mut ratio) = (Vec::new(), Vec::new());
+        let mut calls = [Vec::new(), Vec::new()];
         for _ in 0..rounds {
-            let mut of = |name: &str| -> io::Result<[f64; 3]> {
+            let mut of = |name: &str| -> io::Result<[f64; 4]> {
                 let figures = measure(&folder.join(format!("{name}{suffix}")), devices, runs)?;
                 let head = format!("\"model\": \"{name}\", \"devices\": {devices}");
                 writeln!(out, "{{{head}, {}", &figures.to_string()[1..])?;
-                Ok(["own_seconds", "bytes", "gb_per_s"].map(|name| figures[name].as_f64().expect("a number")))
+                Ok(["own_seconds", "bytes", "gb_per_s", "driver_calls"]
+                    .map(|name| figures[name].as_f64().expect("a number")))
             };
-            let ([few, few_bytes, fast], [many, many_bytes, _]) = (of("large")?, of("larger")?);
-            let [_, _, slow] = of("mixture")?;
+            let ([few, few_bytes, fast, some_calls], [many, many_bytes, _, more_calls]) = (of("large")?, of("larger")?);
+            let [_, _, slow, small_calls] = of("mixture")?;
             own.push((many - few) / (many_bytes - few_bytes) * PER_BYTES);
             ratio.push(slow / fast);
+            let slots = (many_bytes - few_bytes) / PER_BYTES;
+            calls[0].push((more_calls - some_calls) / slots / f64::from(devices));
+            calls[1].push(small_calls / small.len() as f64 / f64::from(devices));
         }
         let (of_rounds, own, ratio) =
             (format!("{:.0?}", own.iter().map(|own| own * 1e6).collect::<Vec<_>>()), median(&own), median(&ratio));
@@ -89,6 +96,12 @@ fn main() -> io::Result<()> {
             verdict((0.0..=TARGET_SECONDS).contains(&own)),
             TARGET_RATIO,
             verdict(ratio >= TARGET_RATIO),
+        )?;
+        let [of_slots, of_small] = calls.map(|calls| median(&calls));
+        writeln!(
+            out,
+            "{devices} devices: {of_slots:.2} driver calls for each slot and device, {of_small:.2} for each part of a small tensor, targets {TARGET_CALLS:?}: {}",
+            verdict(of_slots <= TARGET_CALLS[0] && of_small <= TARGET_CALLS[1]),
         )?;
     }
     Ok(())

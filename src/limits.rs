@@ -181,6 +181,13 @@ pub const COPY_POLL_MAX: Duration = Duration::from_millis(20);
 /// lands.
 pub const COPY_TICK: Duration = Duration::from_millis(50);
 
+/// Into how many groups the slots of a load are divided, each of which comes back with one event of a device: recording
+/// and asking cost a call of the driver each, and while one group comes back the others are under way.
+pub const GROUPS: usize = 4;
+
+/// Most slots of such a group: with more, calls other than these are nearly all that there are.
+pub const GROUP_MAX: usize = 4;
+
 /// How soon a throttled read notices that its load was stopped.
 pub const THROTTLE_SLEEP: Duration = Duration::from_millis(10);
 

@@ -107,8 +107,11 @@ fn entered(thread: pid_t) -> io::Result<Option<i64>> {
     if told < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the union has this member for this kind of stop.
-    Ok((info.op == libc::PTRACE_SYSCALL_INFO_ENTRY).then(|| unsafe { info.u.entry.nr as i64 }))
+    match info.op {
+        // SAFETY: the union has this member for this kind of stop.
+        libc::PTRACE_SYSCALL_INFO_ENTRY => Ok(Some(unsafe { info.u.entry.nr as i64 })),
+        _ => Ok(None),
+    }
 }
 
 /// A request with a number.

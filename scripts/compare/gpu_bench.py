@@ -26,6 +26,8 @@ ROUNDS = {"warm": 8, "cold": 4}
 LARGEST, SMALLEST, DRY = 16_000_000_000, 8_000_000_000, 96_000_000
 # Kept free on the file system.
 RESERVE = 4_000_000_000
+# What a warm load reaches of the link, where there are processors enough.
+OF_H2D, CPUS = 0.9, 16
 # For writing the checkpoint, while the checks run.
 WRITE_SECONDS = 45
 READ_THREADS, READ_BYTES, READ_MOST = 16, 8 << 20, 4 << 30
@@ -123,7 +125,17 @@ class Bench:
         self.agree()
         rows = [self.summary(row) for row in self.rows.values()]
         check.record["benchmark"] = {"checkpoint": self.written, "ceilings": ceilings, "rows": rows}
+        self.hold_against_link(rows)
         show(rows, ceilings, self.written)
+
+    def hold_against_link(self, rows):
+        """Whether a warm load by the engine that chooses itself is about as fast as the link."""
+        warm = [row["of_h2d"] for row in rows if (row["who"], row["state"]) == ("shardlift auto", "warm")]
+        name, cpus = f"benchmark: a warm load has {OF_H2D:.0%} of the link", os.cpu_count() or 1
+        if self.check.options.dry_run or not warm or warm[0] is None:
+            return self.check.check(name, None, "a dry run" if self.check.options.dry_run else "link or load not measured")
+        enough = cpus >= CPUS
+        self.check.check(name, warm[0] >= OF_H2D if enough else None, f"{warm[0]:.0%} with {cpus} processors")
 
     def h2d(self):
         """GB/s of pinned memory to the device, as torch copies it."""

@@ -31,6 +31,8 @@ ENGINES = ["auto", "pread", "uring", "mmap"]
 RANKS = [1, 2, 4, 8]
 # Seconds that are kept for the end: adding up, writing, removing files.
 CLOSING = 10
+# The first tensor of a load is there so soon after `start`.
+FIRST_TENSOR_MS = 150
 # `CU_DEVICE_ATTRIBUTE_COMPUTE_MODE`
 COMPUTE_MODE = 20
 
@@ -177,6 +179,10 @@ class Check:
             for line in lines:
                 if line.startswith("SKIPPED: "):
                     self.check(f"hardware tests: {test.name}", None, line.removeprefix("SKIPPED: "))
+            for line in lines:
+                if line.startswith("MEASURED: "):
+                    name, value = line.removeprefix("MEASURED: ").split()
+                    self.record.setdefault("measured", {})[name] = float(value)
             summary = [line for line in lines if line.startswith("test result:")]
             failed = [line for line in lines if line.endswith("... FAILED")]
             detail = "; ".join(failed + summary) if summary and not ran.late else ran.why()
@@ -185,6 +191,12 @@ class Check:
                 output = "\n".join(lines[-200:] + ran.err.splitlines()[-50:])
                 print(output)
                 self.record.setdefault("failures", {})[test.name] = output
+
+        took = self.record.get("measured", {}).get("first_tensor_ms")
+        if took is not None:
+            # The twin's time says nothing.
+            ok = None if self.options.dry_run else took <= FIRST_TENSOR_MS
+            self.check(f"first tensor within {FIRST_TENSOR_MS} ms", ok, f"{took:.0f} ms after start")
 
     def loads(self):
         """Every engine, number of ranks and way to change every dtype: bit for bit, and as on the host."""

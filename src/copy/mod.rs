@@ -1,8 +1,8 @@
 //! Filled slots -> bytes on a device. Knows neither files nor engines.
 
+mod copier;
 mod lower;
 
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, TryLockError};
@@ -16,6 +16,7 @@ use crate::limits;
 use crate::stage::Staged;
 use crate::sync::lock;
 
+use copier::Copier;
 pub(crate) use lower::{Part, lower};
 
 /// A filled slot and the copies that one device takes from it.
@@ -26,6 +27,8 @@ pub(crate) struct Filled {
     pub(crate) staged: Staged,
     pub(crate) ops: Vec<Op>,
     pub(crate) landing: Vec<Landing>,
+    /// Other devices take from it, too.
+    pub(crate) shared: bool,
     pub(crate) traced: Option<Traced>,
 }
 
@@ -82,6 +85,10 @@ pub(crate) struct CopyError {
 pub(crate) struct Copies {
     /// For each device; `None` where bytes land at once.
     devices: Vec<Option<Device>>,
+    /// How many slots may wait for one answer.
+    group: usize,
+    /// The same where each device has slots of its own.
+    group_alone: usize,
     /// The thread that looks, once it does.
     looking: OnceLock<Thread>,
     /// It has no reason to hurry.
@@ -102,16 +109,23 @@ struct Device {
 }
 
 impl Copies {
-    /// Copies to devices that have these queues; `None` where bytes land at once.
-    pub(crate) fn new(queues: Vec<Option<Box<dyn Queue>>>) -> Copies {
+    /// Copies to devices that have these queues, from so many slots; `None` where bytes land at once.
+    pub(crate) fn new(queues: Vec<Option<Box<dyn Queue>>>, slots: usize) -> Copies {
         let device = |queue| Device {
             copier: Mutex::new(Some(Copier::new(queue))),
             turns: AtomicU64::new(0),
             slots: AtomicUsize::new(0),
         };
-        let devices = queues.into_iter().map(|queue| queue.map(device)).collect();
-        let (resting, starved) = (AtomicBool::new(false), AtomicBool::new(false));
-        Copies { devices, looking: OnceLock::new(), resting, starved }
+        let group = |devices: usize| (slots / limits::GROUPS / devices.max(1)).clamp(1, limits::GROUP_MAX);
+        let devices: Vec<Option<Device>> = queues.into_iter().map(|queue| queue.map(device)).collect();
+        Copies {
+            group: group(1),
+            group_alone: group(devices.iter().flatten().count()),
+            devices,
+            looking: OnceLock::new(),
+            resting: AtomicBool::new(false),
+            starved: AtomicBool::new(false),
+        }
     }
 
     /// Whether the bytes of this device pass through a queue.
@@ -124,8 +138,8 @@ impl Copies {
         self.devices.iter().any(Option::is_some)
     }
 
-    /// Queues what a device takes from a slot, and reports which copies before it are done. The slot is dropped if copies
-    /// to the device have failed, which is reported too, or ended. Returns how long others had the queue.
+    /// Queues what a device takes from a slot, and reports now and then which copies before it are done. The slot is
+    /// dropped if copies to the device have failed, which is reported too, or ended. Returns how long others had the queue.
     pub(crate) fn submit(&self, device: usize, filled: Filled, landed: &dyn Landed) -> Duration {
         let of_device = self.devices[device].as_ref().expect("bug in shardlift: a device without a queue");
         let asked = Instant::now();
@@ -134,10 +148,16 @@ impl Copies {
         of_device.turns.fetch_add(1, Ordering::Relaxed);
         let Some(copier) = guard.as_mut().filter(|copier| copier.failed.is_none()) else { return waited };
         of_device.slots.store(copier.in_flight.len() + 1, Ordering::Relaxed);
-        let submitted = copier.guarded(|copier| copier.submit(filled));
-        let done = submitted.and_then(|()| copier.reap());
+        let most = if filled.shared { self.group } else { self.group_alone };
+        // Asked first: what is submitted now is not done yet.
+        let done = copier.reap_after(self.group);
+        let submitted = match &done {
+            Ok(_) => copier.guarded(|copier| copier.submit(filled, most)),
+            Err(_) => Ok(()),
+        };
         drop(guard);
         report(device, done, landed);
+        report(device, submitted.map(|()| Vec::new()), landed);
         waited
     }
 
@@ -174,7 +194,8 @@ impl Copies {
                 let Some(of_device) = self.devices[device].as_ref().filter(|_| *watch != Watch::Closed) else {
                     continue;
                 };
-                let (any, next) = of_device.look(device, watch, landed, fed, stall);
+                let (any, next) =
+                    of_device.look(device, watch, landed, &Looking { fed, hurry: starved, group: self.group, stall });
                 freed |= any;
                 half = [half, next].into_iter().flatten().min();
             }
@@ -190,7 +211,7 @@ impl Copies {
                     at_the_end *= 2;
                     sleep
                 }
-                Some(half) if starved => half.clamp(limits::COPY_POLL, limits::COPY_POLL_MAX),
+                Some(half) if starved => half.max(limits::COPY_POLL),
                 _ => {
                     self.resting.store(true, Ordering::SeqCst);
                     // Who waits since before that did not wake this thread.
@@ -202,6 +223,18 @@ impl Copies {
             self.resting.store(false, Ordering::SeqCst);
         }
     }
+}
+
+/// How the thread that looks does so.
+struct Looking {
+    /// Everything was submitted.
+    fed: bool,
+    /// Somebody waits for a slot.
+    hurry: bool,
+    /// How many slots wait for one answer.
+    group: usize,
+    /// How long a device may take.
+    stall: Duration,
 }
 
 /// What the thread that looks knows of a device.
@@ -222,8 +255,7 @@ impl Device {
         device: usize,
         watch: &mut Watch,
         landed: &dyn Landed,
-        fed: bool,
-        stall: Duration,
+        &Looking { fed, hurry, group, stall }: &Looking,
     ) -> (bool, Option<Duration>) {
         let mut guard = match self.copier.try_lock() {
             Ok(guard) => guard,
@@ -250,7 +282,8 @@ impl Device {
             *watch = Watch::Closed;
             return (false, None);
         };
-        let done = copier.reap();
+        let asks = fed || hurry || copier.is_late(group);
+        let done = if asks { copier.reap_all(fed, group) } else { Ok(Vec::new()) };
         let stalled = copier.failed.is_none() && copier.stalls(stall);
         let (over, abandoned) = match copier.failed {
             // A little at a time: other devices are waited for, too.
@@ -260,7 +293,7 @@ impl Device {
             },
             None => (stalled || fed && copier.in_flight.is_empty(), stalled),
         };
-        let half = copier.half();
+        let half = copier.half(group);
         let ending = if over { guard.take() } else { None };
         drop(guard);
         let freed = report(device, done, landed);
@@ -297,98 +330,6 @@ fn report(device: usize, done: Result<Vec<Filled>, CopyError>, landed: &dyn Land
         landed.failed(device, CopyError { error: Error::panicked(payload), landing: None });
     }
     !filled.is_empty()
-}
-
-/// A queue and the slots that its copies read from. A slot is in the list before its copies are submitted, and leaves
-/// it only when they are done (design invariant 7).
-struct Copier {
-    // Before the slots: dropping the queue ends its copies, and only then may the slots go back.
-    queue: Box<dyn Queue>,
-    in_flight: VecDeque<(u64, Filled)>,
-    /// When a copy last completed, or there was none to wait for.
-    progress: Instant,
-    /// How long after each other slots complete, about.
-    pace: Duration,
-    /// Since when it is: the queue refused something, or panicked.
-    failed: Option<Instant>,
-}
-
-impl Copier {
-    fn new(queue: Box<dyn Queue>) -> Copier {
-        Copier { queue, in_flight: VecDeque::new(), progress: Instant::now(), pace: limits::COPY_POLL, failed: None }
-    }
-
-    /// What was under way first.
-    fn first(&self) -> Option<Landing> {
-        self.in_flight.front().and_then(|(_, filled)| filled.landing.first().copied())
-    }
-
-    /// Remembers a failure, which a panic is too, and what was under way first.
-    fn guarded<T>(&mut self, body: impl FnOnce(&mut Copier) -> Result<T>) -> Result<T, CopyError> {
-        let outcome =
-            catch_unwind(AssertUnwindSafe(|| body(self))).unwrap_or_else(|payload| Err(Error::panicked(payload)));
-        outcome.map_err(|error| {
-            self.failed.get_or_insert_with(Instant::now);
-            CopyError { error, landing: self.first() }
-        })
-    }
-
-    fn submit(&mut self, mut filled: Filled) -> Result<()> {
-        let ops = std::mem::take(&mut filled.ops);
-        let was_idle = self.in_flight.is_empty();
-        self.in_flight.push_back((u64::MAX, filled));
-        // SAFETY: the slot is in `in_flight` until its ticket is done, so nobody writes to it; the plan's audit proved
-        // that no other copy names these destination bytes, which the load keeps alive.
-        let ticket = unsafe { self.queue.submit(ops)? };
-        self.in_flight.back_mut().expect("bug in shardlift: pushed above").0 = ticket;
-        if was_idle {
-            // Submitting may have taken long: a driver compiles kernels when they are first used.
-            self.progress = Instant::now();
-        }
-        Ok(())
-    }
-
-    /// Takes out what is done.
-    fn reap(&mut self) -> Result<Vec<Filled>, CopyError> {
-        let mut filled = Vec::new();
-        if self.failed.is_some() || self.in_flight.is_empty() {
-            return Ok(filled);
-        }
-        let finished = self.guarded(|copier| copier.queue.finished())?;
-        while let Some((_, done)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= finished) {
-            filled.push(done);
-        }
-        if !filled.is_empty() {
-            let each = self.progress.elapsed() / filled.len() as u32;
-            self.pace = (self.pace * 3 + each) / 4;
-            self.progress = Instant::now();
-        }
-        Ok(filled)
-    }
-
-    fn stalls(&self, stall: Duration) -> bool {
-        !self.in_flight.is_empty() && self.progress.elapsed() > stall
-    }
-
-    /// How soon about half of what is under way should be done, if anything is.
-    fn half(&self) -> Option<Duration> {
-        if self.in_flight.is_empty() { None } else { Some(self.pace * self.in_flight.len() as u32 / 2) }
-    }
-
-    /// Keeps what the device may still use for ever.
-    #[expect(clippy::mem_forget, reason = "a stalled device may still read these slots: freeing them is worse")]
-    fn abandon(self) {
-        std::mem::forget(self);
-    }
-}
-
-impl std::fmt::Debug for Copier {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Copier")
-            .field("in_flight", &self.in_flight)
-            .field("failed", &self.failed)
-            .finish_non_exhaustive()
-    }
 }
 
 #[cfg(test)]
@@ -470,7 +411,7 @@ mod tests {
         let (done, told) = mpsc::channel();
         let (seen, dropped) = (Arc::new(Seen::default()), Arc::default());
         let queue = Slow { submitted: 0, done: told, finished: 0, settles, dropped: Arc::clone(&dropped) };
-        let copies = Arc::new(Copies::new(vec![Some(Box::new(queue) as Box<dyn Queue>)]));
+        let copies = Arc::new(Copies::new(vec![Some(Box::new(queue) as Box<dyn Queue>)], 2));
         let (landed, looked_at) = (Arc::clone(&seen), Arc::clone(&copies));
         let thread = std::thread::spawn(move || looked_at.run(&*landed, stall));
         Rig { ring: Ring::new(8192, 4096), copies, done, seen, dropped, thread }
@@ -480,7 +421,8 @@ mod tests {
         fn submit(&self, dest: u32) {
             let staged = self.ring.try_lend(Lend::Any).unwrap().unwrap().stage();
             let landing = vec![Landing { rank: Rank(0), dest, bytes: 1 }];
-            self.copies.submit(0, Filled { staged, ops: Vec::new(), landing, traced: None }, &*self.seen);
+            let filled = Filled { staged, ops: Vec::new(), landing, shared: false, traced: None };
+            self.copies.submit(0, filled, &*self.seen);
         }
 
         fn end(self) -> Arc<Seen> {
@@ -534,7 +476,7 @@ mod tests {
 
         let (done, told) = mpsc::channel();
         let queue = Slow { submitted: 0, done: told, finished: 0, settles: true, dropped: Arc::default() };
-        let rig = Rig { copies: Arc::new(Copies::new(vec![Some(Box::new(queue))])), ..rig };
+        let rig = Rig { copies: Arc::new(Copies::new(vec![Some(Box::new(queue))], 2)), ..rig };
         rig.submit(5);
         assert_eq!(rig.free_slots(), 1);
         done.send(Ok(1)).unwrap();

@@ -21,9 +21,9 @@ pub(crate) use allocation::Allocation;
 #[cfg(feature = "cuda")]
 pub(crate) use allocation::DeviceMemory;
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::Cuda;
-#[cfg(feature = "cuda")]
 pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurements, cuda_machine, pinned_gb_per_s};
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::{Cuda, stay};
 pub(crate) use file::FileDevice;
 pub(crate) use host::{Host, HostStaged, Pages, copy_now};
 
@@ -129,16 +129,33 @@ pub(crate) trait Device: Debug + Send + Sync {
     }
 }
 
+/// Stands for what keeps contexts of drivers current on a thread, which there are none of.
+#[cfg(not(feature = "cuda"))]
+#[derive(Debug)]
+pub(crate) struct Stay;
+
+/// Lets this thread stay in contexts of drivers.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn stay() -> Stay {
+    Stay
+}
+
 /// A queue of copies that are done in the background, in order.
 pub(crate) trait Queue: Send {
     /// Queues operations; they have a ticket in common, one higher than the last. If it fails, some of them may be
-    /// under way (see [`settle`](Queue::settle)).
+    /// under way (see [`settle`](Queue::settle)). [`finished`](Queue::finished) tells of them after a
+    /// [`mark`](Queue::mark).
     ///
     /// # Safety
     /// Until [`finished`](Queue::finished) returned this ticket or a higher one, or the queue was dropped:
     /// - every source byte that they name is readable and not written;
     /// - every destination byte is writable memory of this device, and nobody else reads or writes it.
     unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64>;
+
+    /// Lets [`finished`](Queue::finished) tell of all that was submitted.
+    fn mark(&mut self) -> Result<()> {
+        Ok(())
+    }
 
     /// The highest ticket that is done, as far as is known without waiting.
     fn finished(&mut self) -> Result<u64>;

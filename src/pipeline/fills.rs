@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Job, traced};
-use crate::copy::{Landing, Part, lower};
+use crate::copy::{Filled, Landing, Part, lower};
 use crate::device::{Op, RawCopy, copy_now};
 use crate::limits;
 use crate::observe::Kind;
@@ -70,7 +70,7 @@ impl Job {
         };
         let id = self.request_id();
         self.begin_copies(id, device, None, false);
-        self.hand_over(device, staged, ops, vec![landing]);
+        self.hand_over(device, Filled { staged, ops, landing: vec![landing], shared: false, traced: None });
         self.end_copies(id);
     }
 }

@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::run::spawn;
 use super::{Device, Job, traced};
 use crate::copy::{CopyError, Landing};
-use crate::device::{Pinned, Pinner};
+use crate::device::{Pinned, Pinner, stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
@@ -64,6 +64,7 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
     let shared = Arc::clone(job);
     let rest = move || {
         let grown = catch_unwind(AssertUnwindSafe(|| -> Result<()> {
+            let _stay = stay();
             while grow(&shared, &*pinner, wanted, || shared.wants_no_slots())? {}
             Ok(())
         }));

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::prepare::{pin_slots, prepare_cuts};
 use super::{Device, Job, Setup, traced};
 use crate::copy::{Copies, Landed};
-use crate::device::Feed;
+use crate::device::{Feed, stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
@@ -33,6 +33,7 @@ impl Running {
     pub(crate) fn start(setup: Setup) -> Result<Running> {
         let mut queues = Vec::new();
         let began = Instant::now();
+        let slots = setup.ring.budget() / setup.ring.slot_bytes();
         for (device, rank) in distinct(setup.plan.world(), &setup.devices) {
             let driven = setup.plan.world().driven().iter().zip(&setup.devices);
             let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
@@ -43,7 +44,7 @@ impl Running {
         if let Some(trace) = &setup.trace {
             trace.since(Event::of(Kind::Queues), began);
         }
-        let job = Arc::new(Job::new(setup, Copies::new(queues))?);
+        let job = Arc::new(Job::new(setup, Copies::new(queues, slots))?);
         let shared = Arc::clone(&job);
         let supervisor = spawn("shardlift-load", move || {
             let report = catch_unwind(AssertUnwindSafe(|| supervise(&shared))).unwrap_or_else(|payload| {
@@ -190,7 +191,10 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
     if job.copies.has_queues() {
         let (job, alive) = (Arc::clone(job), alive.of_devices.clone());
         let thread = spawn("shardlift-copy", move || {
-            let run = AssertUnwindSafe(|| job.copies.run(&*job, job.setup.stall_error));
+            let run = AssertUnwindSafe(|| {
+                let _stay = stay();
+                job.copies.run(&*job, job.setup.stall_error);
+            });
             if let Err(payload) = catch_unwind(run) {
                 job.fail(Error::panicked(payload));
                 // Nobody knows what is under way.
@@ -208,7 +212,11 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
     if job.has_fills() {
         let (job, alive) = (Arc::clone(job), alive.readers.clone());
         let thread = spawn("shardlift-fill", move || {
-            if let Err(payload) = catch_unwind(AssertUnwindSafe(|| job.fill())) {
+            let fill = AssertUnwindSafe(|| {
+                let _stay = stay();
+                job.fill();
+            });
+            if let Err(payload) = catch_unwind(fill) {
                 fail_with_reads_of_this_thread(&job, Error::panicked(payload));
             }
             drop(alive);
@@ -220,7 +228,10 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
         let (job, alive) = (Arc::clone(job), alive.readers.clone());
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
             let began = Instant::now();
-            let outcome = catch_unwind(AssertUnwindSafe(|| job.setup.engine.run(&*job)));
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                let _stay = stay();
+                job.setup.engine.run(&*job)
+            }));
             job.counters.reader_ended(began.elapsed());
             if let Err(error) = outcome.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
                 fail_with_reads_of_this_thread(&job, error);

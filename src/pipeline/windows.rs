@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::device::{Pinned, Pinner};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::extent::FileId;
 use crate::limits;
 use crate::sync::lock;
@@ -96,6 +96,9 @@ impl Windows {
     /// Pins the window of a file that has byte `offset`, or shares it with those who have it. `mapping` is the address
     /// of the file's first byte, `size` the file's.
     ///
+    /// # Errors
+    /// It cannot be pinned; the permit comes back.
+    ///
     /// # Safety
     /// The mapping has all of the file, and stays for as long as `keep` lives.
     pub(super) unsafe fn lease(
@@ -106,7 +109,7 @@ impl Windows {
         mapping: *const u8,
         size: u64,
         keep: Arc<dyn std::any::Any + Send + Sync>,
-    ) -> Result<Lease> {
+    ) -> Result<Lease, (Error, Permit)> {
         let key = (file, offset / self.window_bytes);
         let lease = |permit| Lease { key, permit, _keep: keep };
         let mut state = lock(&self.state);
@@ -132,7 +135,10 @@ impl Windows {
         let address = mapping.wrapping_add(start as usize);
         // SAFETY: the range lies in the mapping (whose last page is mapped whole), which the lease keeps.
         let pinned = unsafe { self.pinner.pin_read_only(address, bytes as usize) };
-        let pinned = pinned?;
+        let pinned = match pinned {
+            Ok(pinned) => pinned,
+            Err(error) => return Err((error, permit)),
+        };
         let bytes = if pinned.is_some() { bytes } else { 0 };
         opening.open = Some(Window::Open { leases: 1, pinned, bytes });
         drop(opening);

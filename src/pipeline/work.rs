@@ -1,6 +1,7 @@
 //! The one loop above all engines: hands out requests, continues short reads, and sends what arrived on its way.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -133,6 +134,11 @@ impl Work for Job {
     }
 }
 
+thread_local! {
+    /// The device that this thread submitted to last.
+    static LAST_DEVICE: Cell<usize> = const { Cell::new(usize::MAX) };
+}
+
 enum Taken {
     Request(Request),
     /// A read that nobody here wants.
@@ -248,19 +254,25 @@ impl Job {
             return Err(Error::new(ErrorKind::Truncated, "file ended early"));
         }
         let first = mapping.wrapping_add(start as usize);
+        let mut permit = *permit;
         if windows.has(start, end) {
             // SAFETY: the same duties.
-            let lease = unsafe { windows.lease(*permit, of_file, start, mapping, size, keep)? };
-            // SAFETY: the lease keeps the mapping, which is readable.
-            return Ok(unsafe { Staged::lent(first, Arc::new(lease)) });
+            match unsafe { windows.lease(permit, of_file, start, mapping, size, keep) } {
+                // SAFETY: the lease keeps the mapping, which is readable.
+                Ok(lease) => return Ok(unsafe { Staged::lent(first, Arc::new(lease)) }),
+                Err((error, unused)) => {
+                    self.counters.warn(format!("mapped memory is copied instead of pinned: {error}"));
+                    permit = unused;
+                }
+            }
         }
-        // An element across two windows: few bytes, which the driver takes from memory that is not pinned.
+        // Refused, or an element across two windows: the driver takes them from memory that is not pinned.
         let count = (end - start) as usize;
         let mut bytes = vec![0u128; count.div_ceil(limits::KERNEL_ACCESS)];
         // SAFETY: the range lies in the mapping, whose guard keeps it readable; the vector is as long.
         unsafe { std::ptr::copy_nonoverlapping(first, bytes.as_mut_ptr().cast(), count) };
-        // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
-        Ok(unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new(bytes)) })
+        // SAFETY: what keeps the bytes is the vector itself, which nobody writes to; with the permit not too many are kept.
+        Ok(unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new((bytes, permit))) })
     }
 
     /// Takes a read out of the list of those in flight, and counts it; so many bytes are in their destination with it.
@@ -305,16 +317,19 @@ impl Job {
         pieces.sort_unstable_by_key(|piece| (device(piece), piece.rank, piece.src));
         let shared = pieces.windows(2).any(|pair| device(&pair[0]) != device(&pair[1]));
         let mut of_devices: SmallVec<[&[Piece]; 8]> = pieces.chunk_by(|a, b| device(a) == device(b)).collect();
-        // A call of one driver that takes long holds up all who come to it, and they to others.
-        let turn = id as usize % of_devices.len().max(1);
+        // Where this thread ended it need not change contexts. And that differs from thread to thread: a call of one driver
+        // that takes long should not hold up all others.
+        let last = of_devices.iter().position(|of_device| device(&of_device[0]) == LAST_DEVICE.get());
+        let turn = last.unwrap_or(id as usize % of_devices.len().max(1));
         of_devices.rotate_left(turn);
         let mut waited = Duration::ZERO;
         for of_device in of_devices {
             let device = device(&of_device[0]);
             if self.copies.has_queue(device) {
+                LAST_DEVICE.set(device);
                 self.begin_copies(id, device, Some(op.extent), ours);
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
-                waited += unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared) };
+                waited += unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared, shared) };
                 self.end_copies(id);
                 continue;
             }
@@ -333,7 +348,8 @@ impl Job {
         self.counters.copy_waiting(waited);
     }
 
-    /// Submits what a device takes from a slot, whose needed bytes begin at `first`; how long others had its queue.
+    /// Submits what a device takes from a slot, whose needed bytes begin at `first` and which may be `shared` with other
+    /// devices; how long others had its queue.
     ///
     /// # Safety
     /// If `writable`, the slot is written by nobody else.
@@ -344,6 +360,7 @@ impl Job {
         first: *const u8,
         staged: Staged,
         writable: bool,
+        shared: bool,
     ) -> Duration {
         if self.is_stopped() {
             return Duration::ZERO;
@@ -356,19 +373,18 @@ impl Job {
             unsafe { lower(pieces.iter().map(part).collect(), writable, &limits::COPY_COSTS) }
         };
         let landing = pieces.iter().map(landing).collect();
-        self.hand_over(device, staged, ops, landing)
+        self.hand_over(device, Filled { staged, ops, landing, shared, traced: None })
     }
 
     /// Submits operations to a device's queue; how long others had it.
-    pub(super) fn hand_over(&self, device: usize, staged: Staged, ops: Vec<Op>, landing: Vec<Landing>) -> Duration {
-        let Some(trace) = self.trace() else {
-            return self.copies.submit(device, Filled { staged, ops, landing, traced: None }, self);
-        };
-        let event = |kind| traced::of_device(kind, device, traced::bytes_of(&landing));
+    pub(super) fn hand_over(&self, device: usize, mut filled: Filled) -> Duration {
+        let Some(trace) = self.trace() else { return self.copies.submit(device, filled, self) };
+        let event = |kind| traced::of_device(kind, device, traced::bytes_of(&filled.landing));
         let (submit, wait) = (event(Kind::Submit), traced::of_device(Kind::WaitForQueue, device, 0));
-        let traced = Traced::begin(&ops);
+        let traced = Traced::begin(&filled.ops);
         let since = traced.since;
-        let waited = self.copies.submit(device, Filled { staged, ops, landing, traced: Some(traced) }, self);
+        filled.traced = Some(traced);
+        let waited = self.copies.submit(device, filled, self);
         trace.unless_short(wait, since, since + waited);
         trace.since(submit, since);
         waited

@@ -72,7 +72,8 @@ pub unsafe trait Engine: Debug + Send + Sync {
         false
     }
 
-    /// Takes requests from `work` and completes each one exactly once, until there are no more.
+    /// Takes requests from `work` and completes each one exactly once, until there are no more. The thread has a CUDA
+    /// context current between calls of `work`, which an engine that makes another one current leaves as it was.
     ///
     /// # Errors
     /// Only if the engine itself cannot go on; failed reads are reported through [`Work::done`].

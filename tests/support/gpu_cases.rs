@@ -25,6 +25,12 @@ pub(crate) fn skip(why: &str) {
     eprintln!("SKIPPED: {why}");
 }
 
+/// Says what was measured on the way, for whoever keeps it.
+#[expect(clippy::print_stderr, reason = "scripts/gpu-check reads it")]
+pub(crate) fn measured(name: &str, value: f64) {
+    eprintln!("MEASURED: {name} {value:.1}");
+}
+
 /// A test for each case, which runs if `$ready()` is true.
 macro_rules! test_every_case {
     ($ready:ident) => {
@@ -57,6 +63,7 @@ macro_rules! test_every_case {
             gpu_loads: a_cancelled_load_ends_and_the_next_one_is_whole;
             gpu_loads: a_load_that_is_dropped_leaves_nothing_behind;
             gpu_loads: the_current_context_stays_what_it_was;
+            gpu_loads: the_first_tensor_comes_before_the_load_is_over;
             gpu_loads: contexts_are_made_where_the_plan_needs_them_and_kept_until_released;
             gpu_loads: loads_of_one_loader_run_at_the_same_time;
             gpu_loads: mappings_are_lent_in_windows_where_devices_can_copy_from_them;

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 use shardlift::device::{cuda_machine, pinned_gb_per_s};
@@ -274,6 +274,33 @@ pub(crate) fn the_current_context_stays_what_it_was() {
     load();
     pinned_gb_per_s(&[0]).unwrap();
     assert_eq!(driver::current(), context.0);
+}
+
+/// With a context as a server has one, and a loader that has not loaded yet.
+pub(crate) fn the_first_tensor_comes_before_the_load_is_over() {
+    let (tensors, each) = (32, 8 << 20);
+    let folder = tempfile::tempdir().unwrap();
+    let header = (0..tensors).map(|at| {
+        let offsets = [at * each, (at + 1) * each];
+        (format!("layers.{at:02}"), json!({ "dtype": "U8", "shape": [each], "data_offsets": offsets }))
+    });
+    let mut file = start_of_file(header.collect(), 0);
+    file.resize(file.len() + tensors * each, 7);
+    let path = folder.path().join("model.safetensors");
+    fs::write(&path, file).unwrap();
+    let plan = Plan::new(&Checkpoint::open(&path).unwrap(), &Rules::replicate_all(), &on_gpu(1)).unwrap();
+    let _context = Context::new();
+    let loader = Loader::new();
+    for name in ["first_tensor_ms", "first_tensor_again_ms"] {
+        let began = Instant::now();
+        let mut load = loader.start(&plan).unwrap();
+        let tensor = load.next().unwrap().unwrap();
+        let first = began.elapsed();
+        assert_eq!(tensor.nbytes(), each);
+        load.finish().unwrap();
+        assert!(first < began.elapsed());
+        super::measured(name, first.as_secs_f64() * 1e3);
+    }
 }
 
 pub(crate) fn contexts_are_made_where_the_plan_needs_them_and_kept_until_released() {

@@ -1,6 +1,8 @@
 //! Finding the driver, and the primary context of a GPU.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::cell::Cell;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use libloading::Library;
 
@@ -81,6 +83,8 @@ pub(super) fn error(ordinal: u32, failure: Failure) -> Error {
 /// The primary context of a GPU: the one that the caller's own CUDA code uses too. Given back when dropped.
 #[derive(Debug)]
 pub(super) struct Context {
+    /// Itself, for threads that stay in it; dead while it is dropped.
+    this: Weak<Context>,
     ordinal: u32,
     device: RawDevice,
     raw: RawContext,
@@ -105,7 +109,8 @@ impl Context {
         let multiprocessors = multiprocessors.map_err(|failure| error(ordinal, failure))?.max(1) as u32;
         // SAFETY: as above.
         let raw = unsafe { driver::retain_primary_context(device) }.map_err(|failure| error(ordinal, failure))?;
-        Ok(Arc::new(Context {
+        Ok(Arc::new_cyclic(|this| Context {
+            this: Weak::clone(this),
             ordinal,
             device,
             raw,
@@ -134,11 +139,19 @@ impl Context {
         unsafe { driver::attribute(self.device, attribute) }.is_ok_and(|value| value != 0)
     }
 
-    /// Makes the context current on this thread until what this returns is dropped; then the one before is again.
+    /// Makes the context current on this thread until what this returns is dropped; then the one before is again. A
+    /// thread that [stays](stay) keeps it.
     pub(super) fn enter(&self) -> Result<Entered> {
+        if let Ok(Some(mut staying)) = STAYING.try_with(Cell::take) {
+            let outcome = staying.enter(self);
+            let _ = STAYING.try_with(|kept| kept.set(Some(staying)));
+            if let Some(outcome) = outcome {
+                return outcome.map(|()| Entered { pushed: false }).map_err(|failure| self.error(failure));
+            }
+        }
         // SAFETY: the context is retained for as long as `self` lives.
         unsafe { driver::push_context(self.raw) }.map_err(|failure| self.error(failure))?;
-        Ok(Entered(()))
+        Ok(Entered { pushed: true })
     }
 
     /// Calls the driver with this context current.
@@ -216,14 +229,92 @@ impl Drop for Context {
 
 /// While it lives, a context is current on this thread.
 #[derive(Debug)]
-pub(super) struct Entered(());
+pub(super) struct Entered {
+    pushed: bool,
+}
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        // SAFETY: pushed by `enter` on this thread (the type is dropped where it was made: it never leaves a function).
-        let popped = unsafe { driver::pop_context().or_else(|_| driver::pop_context()) };
-        if let Err(failure) = popped {
-            tracing::warn!("{failure}");
+        if self.pushed {
+            // Pushed by `enter` on this thread (the type is dropped where it was made: it never leaves a function).
+            leave();
+        }
+    }
+}
+
+/// Takes the context away that this thread made current last.
+fn leave() {
+    // SAFETY: pushed on this thread.
+    let popped = unsafe { driver::pop_context().or_else(|_| driver::pop_context()) };
+    if let Err(failure) = popped {
+        tracing::warn!("{failure}");
+    }
+}
+
+thread_local! {
+    /// Of a thread that stays in contexts.
+    static STAYING: Cell<Option<Staying>> = const { Cell::new(None) };
+}
+
+/// Which context a thread stays in.
+#[derive(Default)]
+struct Staying {
+    /// One of ours lies on the thread's stack.
+    pushed: bool,
+    /// The one that is current, if that is known.
+    current: Option<Arc<Context>>,
+}
+
+impl Staying {
+    /// Makes a context current unless it is; `None` for one that is being dropped, in which nobody may stay.
+    fn enter(&mut self, context: &Context) -> Option<Status<()>> {
+        if self.current.as_ref().is_some_and(|current| current.raw == context.raw) {
+            return Some(Ok(()));
+        }
+        let next = context.this.upgrade()?;
+        // SAFETY: the context is retained for as long as `next` lives.
+        let entered =
+            unsafe { if self.pushed { driver::set_context(next.raw) } else { driver::push_context(next.raw) } };
+        self.current = None;
+        if entered.is_ok() {
+            self.pushed = true;
+            self.current = Some(next);
+        }
+        Some(entered)
+    }
+}
+
+/// Until it is dropped, contexts that this thread enters stay current between calls: entering the same again costs no
+/// call of the driver. Then the context is current that was before.
+#[derive(Debug)]
+pub(crate) struct Stay {
+    /// The thread stayed before: it ends with that.
+    within: bool,
+    /// Dropped where it was made.
+    _here: PhantomData<*const ()>,
+}
+
+/// Lets this thread stay in the contexts that it enters.
+pub(crate) fn stay() -> Stay {
+    let within = STAYING.with(|kept| {
+        let before = kept.take();
+        let within = before.is_some();
+        kept.set(Some(before.unwrap_or_default()));
+        within
+    });
+    Stay { within, _here: PhantomData }
+}
+
+impl Drop for Stay {
+    fn drop(&mut self) {
+        if !self.within
+            && let Some(staying) = STAYING.take()
+        {
+            if staying.pushed {
+                leave();
+            }
+            // Only now: this may be the last that holds the context.
+            drop(staying);
         }
     }
 }

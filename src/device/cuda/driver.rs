@@ -131,6 +131,11 @@ pub(super) unsafe fn push_context(context: RawContext) -> Status<()> {
     unsafe { call!(cuCtxPushCurrent_v2(context)) }
 }
 
+/// In the place of the current context.
+pub(super) unsafe fn set_context(context: RawContext) -> Status<()> {
+    unsafe { call!(cuCtxSetCurrent(context)) }
+}
+
 pub(super) unsafe fn pop_context() -> Status<RawContext> {
     unsafe { get!(cuCtxPopCurrent_v2()) }
 }

@@ -150,6 +150,7 @@ impl Bench {
         let began = Instant::now();
         // SAFETY: all copies of this file lie in the two buffers, which outlive the queue.
         let ticket = unsafe { self.buffers.queue.submit(ops)? };
+        self.buffers.queue.mark()?;
         while self.buffers.queue.finished()? < ticket {
             // What a sleep takes would be measured, too.
             std::thread::yield_now();

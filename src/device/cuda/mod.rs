@@ -18,6 +18,7 @@ use super::{Allocation, Device, Feed, Pinner, Queue};
 use crate::error::Result;
 use crate::limits;
 
+pub(crate) use context::stay;
 pub use facts::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
 pub use measure::{CopyMeasurements, copy_measurements, pinned_gb_per_s};
 

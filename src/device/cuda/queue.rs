@@ -1,5 +1,5 @@
-//! Copies to a GPU: streams that do not wait for each other, an event for each ticket, scratch memory for what a kernel
-//! has to cut.
+//! Copies to a GPU: streams that do not wait for each other, an event for each mark, scratch memory for what a kernel has
+//! to cut.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -24,10 +24,13 @@ pub(super) fn scratch_bytes(feed: Feed) -> usize {
 pub(super) struct CudaQueue {
     context: Arc<Context>,
     lanes: Vec<Lane>,
+    /// Which lane takes what comes next: from mark to mark it is the same.
+    lane: usize,
     spare_events: Vec<RawEvent>,
-    /// What was submitted and is not known to be done, oldest first; the tickets before it are.
-    in_flight: VecDeque<RawEvent>,
+    /// Marks that are not known to be reached, oldest first: the last ticket before each, and its event.
+    marks: VecDeque<(u64, RawEvent)>,
     submitted: u64,
+    finished: u64,
 }
 
 /// A stream and the memory in which bytes land that a kernel puts in place. The stream's order protects it: the next
@@ -48,9 +51,11 @@ impl CudaQueue {
         let mut queue = CudaQueue {
             context: Arc::clone(context),
             lanes: Vec::new(),
+            lane: 0,
             spare_events: Vec::new(),
-            in_flight: VecDeque::new(),
+            marks: VecDeque::new(),
             submitted: 0,
+            finished: 0,
         };
         for _ in 0..limits::STREAMS {
             // SAFETY: the context is current.
@@ -64,11 +69,23 @@ impl CudaQueue {
     }
 }
 
+impl CudaQueue {
+    /// Where the marks from `first` on end that are reached, one after the other; the context is current.
+    fn done_from(&self, first: usize) -> Result<usize> {
+        for (at, &(_, event)) in self.marks.iter().enumerate().skip(first) {
+            // SAFETY: the event is live, the context current.
+            if !unsafe { driver::event_is_done(event) }.map_err(|failure| self.context.error(failure))? {
+                return Ok(at);
+            }
+        }
+        Ok(self.marks.len())
+    }
+}
+
 impl Queue for CudaQueue {
     unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64> {
         let _entered = self.context.enter()?;
-        let lane = self.submitted as usize % self.lanes.len();
-        let lane = &mut self.lanes[lane];
+        let lane = &mut self.lanes[self.lane];
         for op in &ops {
             // SAFETY: the caller's duties; the context is current and the stream its own.
             unsafe {
@@ -80,29 +97,40 @@ impl Queue for CudaQueue {
                 }
             }
         }
+        self.submitted += 1;
+        Ok(self.submitted)
+    }
+
+    fn mark(&mut self) -> Result<()> {
+        let _entered = self.context.enter()?;
         let event = match self.spare_events.pop() {
             Some(event) => event,
             // SAFETY: the context is current.
             None => unsafe { driver::create_event() }.map_err(|failure| self.context.error(failure))?,
         };
         // Entered first: if recording fails it is destroyed with the others.
-        self.in_flight.push_back(event);
-        self.submitted += 1;
+        self.marks.push_back((self.submitted, event));
         // SAFETY: event and stream are live and of the current context.
-        unsafe { driver::record_event(event, lane.stream) }.map_err(|failure| self.context.error(failure))?;
-        Ok(self.submitted)
+        unsafe { driver::record_event(event, self.lanes[self.lane].stream) }
+            .map_err(|failure| self.context.error(failure))?;
+        self.lane = (self.lane + 1) % self.lanes.len();
+        Ok(())
     }
 
     fn finished(&mut self) -> Result<u64> {
         let _entered = self.context.enter()?;
-        while let Some(&event) = self.in_flight.front() {
-            // SAFETY: the event is live, the context current.
-            if !unsafe { driver::event_is_done(event) }.map_err(|failure| self.context.error(failure))? {
-                break;
-            }
-            self.spare_events.extend(self.in_flight.pop_front());
+        // Marks go round the streams, so the last one of each stands for all before. Where links are fast they are done.
+        let last = self.marks.len().saturating_sub(self.lanes.len());
+        let done = match last {
+            0 => self.done_from(0)?,
+            _ if self.done_from(last)? == self.marks.len() => self.marks.len(),
+            _ => self.done_from(0)?,
+        };
+        for (ticket, event) in self.marks.drain(..done) {
+            self.finished = ticket;
+            self.spare_events.push(event);
         }
-        Ok(self.submitted - self.in_flight.len() as u64)
+        Ok(self.finished)
     }
 
     fn settle(&mut self, bound: Duration) -> bool {
@@ -134,7 +162,8 @@ impl Drop for CudaQueue {
             // SAFETY: as above.
             self.context.give_back(|| unsafe { driver::destroy_stream(stream) });
         }
-        for event in self.in_flight.drain(..).chain(self.spare_events.drain(..)) {
+        let marked = self.marks.drain(..).map(|(_, event)| event);
+        for event in marked.chain(self.spare_events.drain(..)) {
             // SAFETY: the event is live, and not used again.
             self.context.give_back(|| unsafe { driver::destroy_event(event) });
         }

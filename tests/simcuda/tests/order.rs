@@ -138,8 +138,18 @@ fn a_registration_is_for_its_context_unless_portable() {
         // A range that is only partly registered is no range.
         let partly = sys::cuMemcpyHtoDAsync_v2(memory, bytes.as_ptr().add(BYTES / 2 + 1).cast(), BYTES, queue);
         assert_eq!(partly as u32, 1);
-        // A kernel's stream, an event and its stream must be of one context; nothing works without one.
+        // Whether memory of a pool may be touched is asked in the current context, whatever the stream's is.
+        let pooled = result::malloc_async(queue, BYTES).unwrap();
+        copy_in(pooled, bytes.as_mut_ptr().cast(), queue);
         first.bind_to_thread().unwrap();
+        copy_in(memory, bytes.as_mut_ptr().cast(), queue);
+        let foreign = sys::cuMemcpyHtoDAsync_v2(pooled, bytes.as_mut_ptr().cast(), BYTES, queue);
+        assert_eq!(foreign as u32, 1);
+        _second.bind_to_thread().unwrap();
+        result::free_async(pooled, queue).unwrap();
+        stream::synchronize(queue).unwrap();
+        first.bind_to_thread().unwrap();
+        // A kernel's stream, an event and its stream must be of one context; nothing works without one.
         let made = new_event();
         assert_eq!(event::record(made, queue).unwrap_err().0 as u32, 400);
         event::destroy(made).unwrap();

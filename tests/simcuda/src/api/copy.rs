@@ -2,7 +2,7 @@
 
 use crate::abi::{Copy2D, In, given};
 use crate::code::{Code, INVALID_CONTEXT, INVALID_VALUE, Result};
-use crate::device_memory::Use;
+use crate::device_memory::{Kind, Use};
 use crate::handle::Handle;
 use crate::hazard::QueueId;
 use crate::host_memory::Place;
@@ -125,6 +125,9 @@ fn strided(sim: &mut Guard, copy: Copy2D, stream: Option<Handle>) -> Result {
 
 /// Any copy; without a stream it is over when the call returns.
 fn transfer(sim: &mut Guard, from: Side, to: Side, stream: Option<Handle>) -> Result {
+    if let (Side::Host(_), Side::Device(region)) | (Side::Device(region), Side::Host(_)) = (from, to) {
+        sim.reachable(region)?;
+    }
     // A copy may go to a stream of another context than the current one, as the programming guide says.
     let queue = sim.stream(stream.unwrap_or(0))?;
     let context = sim.queues[&queue].context;
@@ -231,6 +234,21 @@ impl Guard {
                 Err(INVALID_VALUE)
             }
         }
+    }
+
+    /// Whether the device of the current context may access a region of device memory: drivers ask that of mapped memory
+    /// and of pools, whatever context the stream is of (NVIDIA/cccl#9997).
+    fn reachable(&mut self, region: Region) -> Result {
+        let device = self.current_device()?;
+        let uses = self.memory.resolve(region.start, region.span()).unwrap_or_default();
+        let foreign = |used: &Use| {
+            self.memory.get(used.0).is_some_and(|range| match range.kind {
+                Kind::Plain => false,
+                Kind::Pool => range.device != device,
+                Kind::Mapped(_) => range.access != 0 && range.access & 1 << device == 0,
+            })
+        };
+        if uses.iter().any(foreign) { Err(INVALID_VALUE) } else { Ok(()) }
     }
 
     fn host_region(&mut self, context: Handle, region: Region) -> Result<Place> {
