@@ -2,7 +2,7 @@
 
 #![allow(dead_code, reason = "each test uses its own part")]
 
-use std::ffi::{CStr, CString, OsStr, c_char, c_void};
+use std::ffi::{CStr, CString, OsStr, OsString, c_char, c_void};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -45,7 +45,7 @@ fn path() -> PathBuf {
 ///
 /// # Safety
 /// - `F` is the type of that function.
-unsafe fn function<F: Copy>(name: &CStr) -> F {
+pub(crate) unsafe fn function<F: Copy>(name: &CStr) -> F {
     assert_eq!(size_of::<F>(), size_of::<*mut c_void>());
     // SAFETY: a live library and a C string.
     let address = unsafe { dlsym(library(), name.as_ptr()) };
@@ -114,30 +114,36 @@ fn text(text: &Option<CString>) -> *const c_char {
     text.as_ref().map_or(std::ptr::null(), |text| text.as_ptr())
 }
 
-/// A command whose process finds the twin under both names of the driver, and none of our settings.
+/// A command whose process finds the twins under the names that programs ask for, and none of our settings.
 #[expect(clippy::disallowed_methods, reason = "what the tests' own environment says must not reach the process")]
 pub(crate) fn command(binary: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(binary);
-    for (name, _) in env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SIMCUDA_")) {
+    let ours = |name: &OsString| {
+        [b"SIMCUDA_".as_slice(), b"SIMNCCL_", b"NCCL_"].iter().any(|ours| name.as_encoded_bytes().starts_with(ours))
+    };
+    for (name, _) in env::vars_os().filter(|(name, _)| ours(name)) {
         command.env_remove(name);
     }
     command.env("LD_LIBRARY_PATH", folder());
     command
 }
 
-/// A folder with both names of the driver.
+/// A folder with both names of the driver, and NCCL's where its twin was built.
 fn folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let library = path();
         let folder = library.parent().unwrap().join("twins");
         fs::create_dir_all(&folder).unwrap();
-        for name in ["libcuda.so", "libcuda.so.1"] {
+        let nccl = library.with_file_name("libsimnccl.so");
+        for (name, target) in [("libcuda.so", &library), ("libcuda.so.1", &library), ("libnccl.so.2", &nccl)] {
             // Another test may do the same at this moment: a link of one's own, moved into place.
             let link = folder.join(format!("{name}.{}", std::process::id()));
             fs::remove_file(&link).ok();
-            std::os::unix::fs::symlink(&library, &link).unwrap();
-            fs::rename(&link, folder.join(name)).unwrap();
+            if target.exists() {
+                std::os::unix::fs::symlink(target, &link).unwrap();
+                fs::rename(&link, folder.join(name)).unwrap();
+            }
         }
         folder
     })

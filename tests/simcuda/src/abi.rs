@@ -80,6 +80,11 @@ impl<T: Copy> In<T> {
         self.0.is_null()
     }
 
+    /// Where they are, if anywhere.
+    pub(crate) fn address(self) -> Option<*const T> {
+        (!self.0.is_null()).then_some(self.0)
+    }
+
     /// The same place as another type; the caller knows it by an attribute.
     pub(crate) fn cast<U>(self) -> In<U> {
         In(self.0.cast())
@@ -100,6 +105,20 @@ impl In<c_char> {
 
 /// A function of the host that a stream calls.
 pub type HostFn = extern "C" fn(*mut c_void);
+
+/// Runs an operation of another library: data and start to end, in the model's time.
+pub type ForeignFn = extern "C" fn(HostData, u64) -> u64;
+
+/// Is told that one never runs.
+pub type SkipFn = extern "C" fn(HostData);
+
+/// An argument of a host function, which its caller may use from any thread.
+#[repr(transparent)]
+#[derive(Clone, Copy)]
+pub struct HostData(pub(crate) *mut c_void);
+
+// SAFETY: handed through to the function, which the driver may call from any thread by its documentation.
+unsafe impl Send for HostData {}
 
 /// `CUuuid`.
 #[repr(C)]

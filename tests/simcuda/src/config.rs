@@ -7,6 +7,8 @@ use crate::link::Rates;
 /// What the environment asks for; the table is in the crate's documentation.
 pub(crate) struct Config {
     pub(crate) devices: usize,
+    /// Which of a machine's devices they are.
+    pub(crate) visible: Vec<usize>,
     pub(crate) memory_bytes: u64,
     pub(crate) pinned_bytes: u64,
     pub(crate) driver_version: i32,
@@ -37,8 +39,16 @@ impl Config {
         let link = setting("LINK").map(|text| {
             Rates::parse(&text).unwrap_or_else(|| die("SIMCUDA_LINK", &text, "GB/s[,latency_us][,root=GB/s]"))
         });
+        let visible: Vec<usize> = match setting("VISIBLE") {
+            Some(text) => text
+                .split(',')
+                .map(|number| number.trim().parse().unwrap_or_else(|_| die("SIMCUDA_VISIBLE", &text, "numbers")))
+                .collect(),
+            None => (0..number("DEVICES", 4) as usize).collect(),
+        };
         Config {
-            devices: number("DEVICES", 4) as usize,
+            devices: visible.len(),
+            visible,
             memory_bytes: number("MEMORY", 1 << 30),
             pinned_bytes: number("PINNED", u64::MAX),
             driver_version: number("DRIVER_VERSION", 12090) as i32,

@@ -126,9 +126,14 @@ impl Ledger {
         *self.copies.entry(if strided { "2d" } else { "1d" }).or_default() += 1;
         if matches!(traffic, Traffic::In(_) | Traffic::Out(_)) {
             counts.busy_ns += span.busy;
-            self.first_start = if self.first_start == 0 { span.start } else { self.first_start.min(span.start) };
-            self.last_end = self.last_end.max(span.end);
+            self.moved(span);
         }
+    }
+
+    /// Something moved bytes on a link in this time: a copy, or an operation of another library.
+    pub(crate) fn moved(&mut self, span: Span) {
+        self.first_start = if self.first_start == 0 { span.start } else { self.first_start.min(span.start) };
+        self.last_end = self.last_end.max(span.end);
     }
 
     /// CPU time of a worker: in the copy itself, and all of it.

@@ -5,9 +5,12 @@
 //! context, and aborts with the call's name when it sees what a GPU would show only now and then: a slot refilled
 //! before its copy ran, memory given back under a copy, two copies onto one place without an event between them.
 //!
+//! Twins of other libraries put their operations into its streams by `simcuda_submit`, under the same rules.
+//!
 //! | variable | meaning |
 //! |---|---|
 //! | `SIMCUDA_DEVICES` | how many devices (4) |
+//! | `SIMCUDA_VISIBLE` | instead, which devices of the machine: their numbers, as in `CUDA_VISIBLE_DEVICES` |
 //! | `SIMCUDA_MEMORY` | bytes of each device, with suffix K, M or G (1G) |
 //! | `SIMCUDA_PINNED` | most bytes of host memory that may be pinned at a time (no bound) |
 //! | `SIMCUDA_DRIVER_VERSION` | what `cuDriverGetVersion` answers (12090) |

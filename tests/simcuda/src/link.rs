@@ -37,11 +37,14 @@ pub(crate) struct Links {
 #[derive(Clone, Default)]
 struct Calendar(Vec<(u64, u64)>);
 
+/// How long the past is kept: a copy behind an operation of another library is booked when that has ended, from then on.
+const KEPT_NS: u64 = 1_000_000_000;
+
 impl Calendar {
     /// Takes `length` of the free time from `from` on, in pieces if need be, so that no time is lost to the order in
-    /// which copies were submitted. Nothing is asked for before `now` any more.
+    /// which copies were submitted. Nothing is asked for long before `now` any more.
     fn book(&mut self, now: u64, from: u64, length: u64) -> (u64, u64) {
-        self.0.retain(|(_, end)| *end > now);
+        self.0.retain(|(_, end)| *end + KEPT_NS > now);
         let (mut at, mut left) = (from, length);
         let mut start = None;
         let mut taken = Vec::new();

@@ -13,7 +13,7 @@ use crate::hazard::{Clock, FlightId, QueueId, merge};
 use crate::host_memory;
 use crate::link::{Direction, Span};
 use crate::sim::{Guard, Sim, lock, notify};
-use crate::work::{Region, Work, hash};
+use crate::work::{Foreign, Region, Work, hash};
 
 /// How a stream is ordered with the legacy default stream.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,8 +40,12 @@ pub(crate) struct Queue {
     stuck: bool,
     closed: bool,
     clock: Clock,
-    /// When its last operation ends in the model's time.
+    /// When its last operation ends in the model's time, as far as that is known.
     model_end: u64,
+    /// When the last one that has finished did.
+    ended: u64,
+    /// Its last operation whose end is not known yet, because it comes after one of another library.
+    unknown: u64,
     /// Of its thread, once there is one.
     wake: Option<Arc<Condvar>>,
 }
@@ -51,7 +55,9 @@ struct Op {
     request: Request,
     /// Not to run before, in nanoseconds.
     due: u64,
-    span: Span,
+    submitted: u64,
+    /// Without a model of the links all zeros; with one `None` until the ends of all before are known.
+    span: Option<Span>,
     /// What the source's bytes hashed to at the call.
     hash: Option<u64>,
     flights: Vec<FlightId>,
@@ -66,6 +72,8 @@ pub(crate) struct Request {
     pub(crate) clock: Clock,
     pub(crate) reads: Option<Region>,
     pub(crate) writes: Option<Region>,
+    /// More regions, and whether they are written.
+    pub(crate) touched: Vec<(Region, bool)>,
     pub(crate) device_uses: Vec<Use>,
     pub(crate) host_uses: Vec<(u64, u64)>,
     /// Memory of the host that must not change before it is read.
@@ -94,6 +102,7 @@ impl Request {
             clock: Clock::new(),
             reads: None,
             writes: None,
+            touched: Vec::new(),
             device_uses: Vec::new(),
             host_uses: Vec::new(),
             source: None,
@@ -122,6 +131,8 @@ impl Sim {
             closed: false,
             clock: Clock::new(),
             model_end: 0,
+            ended: 0,
+            unknown: 0,
             wake: None,
         };
         self.queues.insert(id, queue);
@@ -189,12 +200,18 @@ impl Guard {
         let waits =
             request.after.iter().filter_map(|(other, _)| self.queues.get(other)).map(|queue| queue.model_end).max();
         request.after.retain(|(other, seq)| !self.is_done(*other, *seq));
+        let foreign = matches!(request.work, Work::Foreign(_));
+        let unknown = |queue: &Queue| queue.unknown > queue.completed;
+        let after_unknown = unknown(&self.queues[&id])
+            || request.after.iter().filter_map(|(other, _)| self.queues.get(other)).any(unknown);
 
         let mut clock = std::mem::take(&mut self.queues.get_mut(&id).expect("found above").clock);
         merge(&mut clock, &request.clock);
-        let regions = [(request.reads, false), (request.writes, true)];
-        for (region, write) in regions.iter().filter_map(|(region, write)| Some((region.as_ref()?, *write))) {
-            if let Some(other) = self.flights.conflict(id, &clock, *region, write) {
+        let of_copy = request.reads.map(|region| (region, false)).into_iter();
+        let of_copy = of_copy.chain(request.writes.map(|region| (region, true)));
+        let regions: Vec<(Region, bool)> = of_copy.chain(request.touched.iter().copied()).collect();
+        for &(region, write) in &regions {
+            if let Some(other) = self.flights.conflict(id, &clock, region, write) {
                 let what = format!(
                     "{} {} bytes at {:#x}, which {other} on another stream touches too, without an event between them",
                     if write { "writes" } else { "reads" },
@@ -211,10 +228,8 @@ impl Guard {
 
         let seq = self.queues[&id].submitted + 1;
         clock.insert(id, seq);
-        let flights = regions
-            .iter()
-            .filter_map(|(region, write)| Some(self.flights.add(id, seq, request.call, (*region)?, *write)))
-            .collect();
+        let flights =
+            regions.iter().map(|&(region, write)| self.flights.add(id, seq, request.call, region, write)).collect();
         for (start, _) in &request.device_uses {
             self.memory.get_mut(*start).expect("resolved just before").uses += 1;
         }
@@ -222,18 +237,18 @@ impl Guard {
             self.host.get_mut(*start).expect("resolved just before").uses += 1;
         }
         let after = self.queues[&id].model_end.max(waits.unwrap_or(0));
-        let span = match (&mut self.links, request.traffic) {
-            (Some(links), Some(Traffic::In(bytes))) => links.book(device, Direction::In, bytes, now, after),
-            (Some(links), Some(Traffic::Out(bytes))) => links.book(device, Direction::Out, bytes, now, after),
-            (Some(_), _) => Span { start: after.max(now), end: after.max(now), busy: 0 },
-            (None, _) => Span::default(),
-        };
-        let due = if request.traffic.is_some() { now + self.delay_ns() } else { 0 };
+        let known = self.links.is_none() || !foreign && !after_unknown;
+        let span = known.then(|| self.span(device, request.traffic, now, after));
+        let late = request.traffic.is_some() || foreign;
+        let due = if late { now + self.delay_ns() } else { 0 };
         let queue = self.queues.get_mut(&id).expect("found above");
         queue.clock = clock;
         queue.submitted = seq;
-        queue.model_end = span.end;
-        queue.ops.push_back(Op { seq, request, due, span, hash, flights });
+        match span {
+            Some(span) => queue.model_end = span.end,
+            None => queue.unknown = seq,
+        }
+        queue.ops.push_back(Op { seq, request, due, submitted: now, span, hash, flights });
         match &queue.wake {
             Some(wake) => wake.notify_all(),
             None => {
@@ -298,7 +313,7 @@ fn work(id: QueueId, wake: &Condvar) {
         };
         let lost = sim.is_lost(context);
         if !lost {
-            let urgent = op.seq <= queue.urgent;
+            let (urgent, due) = (op.seq <= queue.urgent, op.due);
             if let Some((other, seq)) = op.request.after.iter().copied().find(|(other, seq)| !sim.is_done(*other, *seq))
             {
                 sim.queues.get_mut(&id).expect("found above").stuck = true;
@@ -308,7 +323,8 @@ fn work(id: QueueId, wake: &Condvar) {
                 sim = wake.wait(sim).unwrap_or_else(PoisonError::into_inner);
                 continue;
             }
-            let start = if urgent { op.span.start } else { op.span.start.max(op.due) };
+            let Some(span) = op.span.or_else(|| sim.span_now(id)) else { unreachable!("the queue has an operation") };
+            let start = if urgent { span.start } else { span.start.max(due) };
             let now = monotonic_ns();
             if now < start {
                 let left = Duration::from_nanos(start - now);
@@ -318,13 +334,21 @@ fn work(id: QueueId, wake: &Condvar) {
         }
         let queue = sim.queues.get_mut(&id).expect("found above");
         queue.stuck = false;
-        let op = queue.ops.pop_front().expect("looked at above");
+        let mut op = queue.ops.pop_front().expect("looked at above");
         let runs = !lost && sim.may_run(context, &op);
         let (mut begin, mut copy_ns) = (0, 0);
-        if runs {
+        if let (Work::Foreign(foreign), false) = (&op.request.work, runs) {
+            let (skip, data) = (foreign.skip, foreign.data);
+            drop(sim);
+            skip(data);
+            sim = lock();
+        } else if runs {
             drop(sim);
             begin = monotonic_ns();
-            if let Some(traffic) = op.request.traffic {
+            let span = op.span.get_or_insert_default();
+            if let Work::Foreign(Foreign { run, data, .. }) = op.request.work {
+                watched(op.request.call, "an operation", || span.end = run(data, span.start).max(span.start));
+            } else if let Some(traffic) = op.request.traffic {
                 let kernel = if let Traffic::Kernel(name) = traffic { name } else { "a copy" };
                 let before = thread_cpu_ns();
                 watched(op.request.call, kernel, || op.request.work.run());
@@ -332,7 +356,7 @@ fn work(id: QueueId, wake: &Condvar) {
             } else {
                 op.request.work.run();
             }
-            sleep_until(op.span.end);
+            sleep_until(span.end);
             sim = lock();
         }
         sim.complete(id, op, runs, begin);
@@ -343,11 +367,39 @@ fn work(id: QueueId, wake: &Condvar) {
 }
 
 impl Sim {
+    /// When an operation runs in the model's time, if there is a model; its link is booked.
+    fn span(&mut self, device: usize, traffic: Option<Traffic>, submitted: u64, after: u64) -> Span {
+        let at = |instant| Span { start: instant, end: instant, busy: 0 };
+        match (&mut self.links, traffic) {
+            (Some(links), Some(Traffic::In(bytes))) => links.book(device, Direction::In, bytes, submitted, after),
+            (Some(links), Some(Traffic::Out(bytes))) => links.book(device, Direction::Out, bytes, submitted, after),
+            (Some(_), _) => at(after.max(submitted)),
+            (None, _) => Span::default(),
+        }
+    }
+
+    /// When the operation at the head of a queue runs, now that all it waits for has ended: its link is booked. `None`
+    /// without one.
+    fn span_now(&mut self, id: QueueId) -> Option<Span> {
+        let queue = self.queues.get(&id)?;
+        let op = queue.ops.front()?;
+        let (device, submitted, traffic) = (queue.device, op.submitted, op.request.traffic);
+        let others = op.request.after.iter().filter_map(|(other, _)| self.queues.get(other)).map(|queue| queue.ended);
+        let after = others.max().unwrap_or(0).max(queue.model_end);
+        let span = self.span(device, traffic, submitted, after);
+        let queue = self.queues.get_mut(&id)?;
+        queue.model_end = span.end;
+        queue.ops.front_mut()?.span = Some(span);
+        Some(span)
+    }
+
     /// Whether everything an operation touches is still there, and no test wants it to fail.
     fn may_run(&mut self, context: Handle, op: &Op) -> bool {
         let call = op.request.call;
         let copies = matches!(op.request.work, Work::Copy { .. });
         let kind = match op.request.traffic {
+            // The other library's twin makes its own fail.
+            None if matches!(op.request.work, Work::Foreign(_)) => "run:foreign",
             Some(Traffic::Kernel(_)) => "run:kernel",
             Some(_) if copies => "run:copy",
             _ => "run:other",
@@ -391,7 +443,8 @@ impl Sim {
             }
         }
         op.flights.iter().for_each(|flight| self.flights.remove(*flight));
-        let end = if op.span.end > 0 { op.span.end } else { monotonic_ns() };
+        let span = op.span.unwrap_or_default();
+        let end = if span.end > 0 { span.end } else { monotonic_ns() };
         match op.request.work {
             Work::Record(event) if ran => {
                 if let Ok(event) = self.events.get_mut(event) {
@@ -408,11 +461,16 @@ impl Sim {
         }
         let Some(queue) = self.queues.get_mut(&id) else { return };
         queue.completed = op.seq;
+        queue.ended = end;
+        queue.model_end = queue.model_end.max(span.end);
         let device = queue.device;
+        if ran && matches!(op.request.work, Work::Foreign(_)) {
+            self.ledger.moved(Span { start: if span.start > 0 { span.start } else { begin }, end, busy: 0 });
+        }
         if let Some(traffic) = op.request.traffic.filter(|_| ran) {
-            let start = if op.span.start > 0 { op.span.start } else { begin };
+            let start = if span.start > 0 { span.start } else { begin };
             let strided = op.request.reads.into_iter().chain(op.request.writes).any(|region| region.rows > 1);
-            let busy = if op.span.end > 0 { op.span.busy } else { end - start };
+            let busy = if span.end > 0 { span.busy } else { end - start };
             self.ledger.copied(device, traffic, strided, Span { start, end, busy });
         }
         self.queues

@@ -1,8 +1,6 @@
 //! What a stream does: copies, fills, kernels, calls of the host.
 
-use std::ffi::c_void;
-
-use crate::abi::HostFn;
+use crate::abi::{ForeignFn, HostData, HostFn, SkipFn};
 use crate::code::{Code, INVALID_VALUE, Result};
 use crate::handle::Handle;
 use crate::kernels::Launch;
@@ -88,6 +86,8 @@ pub(crate) enum Work {
     },
     Kernel(Launch),
     Host(HostFn, HostData),
+    /// What another library put there.
+    Foreign(Foreign),
     /// The event gets the time.
     Record(Handle),
     /// Stream-ordered memory is given back.
@@ -97,17 +97,18 @@ pub(crate) enum Work {
     },
 }
 
-/// An argument of a host function, which its caller may use from any thread.
-pub(crate) struct HostData(pub(crate) *mut c_void);
-
-// SAFETY: handed through to the function, which the driver may call from any thread by its documentation.
-unsafe impl Send for HostData {}
+/// An operation of another library. One of its functions is called, once.
+pub(crate) struct Foreign {
+    pub(crate) run: ForeignFn,
+    pub(crate) skip: SkipFn,
+    pub(crate) data: HostData,
+}
 
 impl Work {
     /// Runs what needs no lock: bytes move here.
     pub(crate) fn run(&self) {
         match self {
-            Work::Nothing | Work::Record(_) | Work::Free { .. } => {}
+            Work::Nothing | Work::Record(_) | Work::Free { .. } | Work::Foreign(_) => {}
             Work::Copy { source, to } => copy(source, *to),
             Work::Kernel(launch) => launch.run(),
             Work::Host(function, data) => function(data.0),

@@ -49,10 +49,11 @@ pub extern "C" fn cuDeviceGetName(name: Out<c_char>, capacity: i32, device: i32)
 #[unsafe(no_mangle)]
 pub extern "C" fn cuDeviceGetUuid(uuid: Out<Uuid>, device: i32) -> Code {
     call("cuDeviceGetUuid", |sim| {
-        let index = sim.device(device)? as u8;
+        let index = sim.device(device)?;
+        let board = sim.config.visible[index] as u8;
         uuid.set(Uuid {
             bytes: *b"simcuda-device--"
-                .map(|byte| if byte == b'-' { index + 1 } else { byte })
+                .map(|byte| if byte == b'-' { board + 1 } else { byte })
                 .first_chunk()
                 .expect("16 bytes"),
         })
@@ -84,7 +85,7 @@ pub extern "C" fn cuDeviceGetAttribute(value: Out<i32>, attribute: u32, device: 
 pub extern "C" fn cuDeviceGetPCIBusId(id: Out<c_char>, capacity: i32, device: i32) -> Code {
     call("cuDeviceGetPCIBusId", |sim| {
         let index = sim.device(device)?;
-        id.set_text(&format!("{DOMAIN:04X}:{:02X}:00.0", bus(index)), capacity)
+        id.set_text(&format!("{DOMAIN:04X}:{:02X}:00.0", bus(sim.config.visible[index])), capacity)
     })
 }
 
@@ -203,7 +204,7 @@ impl Sim {
             15 | 19 | 31 => 1, // overlap, mapped host memory, concurrent kernels
             16 => 2,           // multiprocessors: few, since their threads run one after the other
             32 => 1,           // ECC
-            33 => bus(device) as i32,
+            33 => bus(self.config.visible[device]) as i32,
             36 => 3_201_000, // memory, kHz
             37 => 6144,      // bits
             38 => 50 << 20,  // L2

@@ -10,6 +10,7 @@ pub mod control;
 pub mod copy;
 pub mod device;
 pub mod event;
+pub mod foreign;
 pub mod memory;
 pub mod module;
 pub mod pointer;

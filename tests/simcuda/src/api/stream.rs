@@ -3,13 +3,13 @@
 use std::ffi::c_void;
 use std::thread;
 
-use crate::abi::{HostFn, Out};
+use crate::abi::{HostData, HostFn, Out};
 use crate::code::{Code, INVALID_CONTEXT, INVALID_VALUE, NOT_READY, Result};
 use crate::handle::{Handle, Kind};
 use crate::hazard::{QueueId, merge};
 use crate::sim::{Guard, call, release};
 use crate::stream::{Order, Request};
-use crate::work::{HostData, Work};
+use crate::work::Work;
 
 /// `CU_STREAM_LEGACY` and `CU_STREAM_PER_THREAD`.
 const LEGACY: Handle = 1;
