@@ -96,7 +96,7 @@ fn context() -> Option<Arc<CudaContext>> {
 #[test]
 #[ignore = "run in a process of its own"]
 fn in_its_turn() {
-    let Some(_context) = context() else { return };
+    let Some(context) = context() else { return };
     unsafe {
         let queues = [(); 2].map(|()| stream::create(StreamKind::NonBlocking).unwrap());
         let pinned = result::malloc_host(BYTES, 0).unwrap();
@@ -121,10 +121,10 @@ fn in_its_turn() {
         assert_eq!((submit(foreign, &op, [0; 2]).0, submit(77 as _, &op, [0; 2]).0), (400, 400));
         stream::destroy(foreign).unwrap();
         drop(other);
-        _context.bind_to_thread().unwrap();
+        context.bind_to_thread().unwrap();
         result::free_sync(op.memory).unwrap();
         result::free_host(pinned).unwrap();
-        queues.map(|queue| stream::destroy(queue).unwrap());
+        queues.into_iter().for_each(|queue| stream::destroy(queue).unwrap());
     }
 }
 
@@ -181,7 +181,7 @@ fn in_the_models_time() {
         assert!((50.0..51.0).contains(&half) && (70.0..71.0).contains(&whole), "{half} ms, {whole} ms");
         result::free_sync(op.memory).unwrap();
         result::free_host(pinned).unwrap();
-        events.map(|made| event::destroy(made).unwrap());
+        events.into_iter().for_each(|made| event::destroy(made).unwrap());
         stream::destroy(queue).unwrap();
     }
 }
