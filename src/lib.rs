@@ -12,6 +12,9 @@ compile_error!("shardlift reads little-endian files into memory as they are: big
 
 mod cast;
 pub mod checkpoint;
+#[cfg(feature = "cuda")]
+#[cfg_attr(not(test), expect(dead_code, reason = "all but the version is for cooperative loads"))]
+mod collective;
 mod copy;
 pub mod device;
 mod dtype;
@@ -33,6 +36,8 @@ mod sync;
 
 pub use cast::Cast;
 pub use checkpoint::{Checkpoint, HubCache, Partial};
+#[cfg(feature = "cuda")]
+pub use collective::{NcclVersion, nccl_version};
 pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, OneLine, Result};
 pub use extent::{Extent, FileId, Rank};

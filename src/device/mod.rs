@@ -21,6 +21,9 @@ pub(crate) use allocation::Allocation;
 #[cfg(feature = "cuda")]
 pub(crate) use allocation::DeviceMemory;
 #[cfg(feature = "cuda")]
+#[cfg_attr(not(test), expect(unused_imports, reason = "for cooperative loads"))]
+pub(crate) use cuda::CudaStream;
+#[cfg(feature = "cuda")]
 pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurements, cuda_machine, pinned_gb_per_s};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::{Cuda, stay};

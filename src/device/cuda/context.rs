@@ -146,12 +146,14 @@ impl Context {
             let outcome = staying.enter(self);
             let _ = STAYING.try_with(|kept| kept.set(Some(staying)));
             if let Some(outcome) = outcome {
-                return outcome.map(|()| Entered { pushed: false }).map_err(|failure| self.error(failure));
+                return outcome
+                    .map(|()| Entered { pushed: false, _here: PhantomData })
+                    .map_err(|failure| self.error(failure));
             }
         }
         // SAFETY: the context is retained for as long as `self` lives.
         unsafe { driver::push_context(self.raw) }.map_err(|failure| self.error(failure))?;
-        Ok(Entered { pushed: true })
+        Ok(Entered { pushed: true, _here: PhantomData })
     }
 
     /// Calls the driver with this context current.
@@ -227,16 +229,18 @@ impl Drop for Context {
     }
 }
 
-/// While it lives, a context is current on this thread.
+/// While it lives, a context is current on this thread, which it does not leave.
 #[derive(Debug)]
-pub(super) struct Entered {
+pub(crate) struct Entered {
     pushed: bool,
+    /// Dropped where it was made.
+    _here: PhantomData<*const ()>,
 }
 
 impl Drop for Entered {
     fn drop(&mut self) {
         if self.pushed {
-            // Pushed by `enter` on this thread (the type is dropped where it was made: it never leaves a function).
+            // Pushed by `enter` on this thread: the type is dropped where it was made.
             leave();
         }
     }

@@ -8,6 +8,8 @@ mod measure;
 mod memory;
 mod pinned;
 mod queue;
+#[cfg_attr(not(test), expect(dead_code, reason = "for cooperative loads"))]
+mod stream;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -21,9 +23,10 @@ use crate::limits;
 pub(crate) use context::stay;
 pub use facts::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
 pub use measure::{CopyMeasurements, copy_measurements, pinned_gb_per_s};
+pub(crate) use stream::CudaStream;
 
 /// One GPU, whose primary context is kept while this or any memory of it lives.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Cuda {
     context: Arc<Context>,
 }
@@ -35,6 +38,17 @@ impl Cuda {
     /// [`ErrorKind::Device`](crate::ErrorKind::Device) if there is no driver or no such device.
     pub(crate) fn open(ordinal: u32) -> Result<Cuda> {
         Ok(Cuda { context: Context::open(ordinal)? })
+    }
+
+    /// Makes its context current on this thread until what this returns is dropped, for calls of other libraries.
+    pub(crate) fn enter(&self) -> Result<context::Entered> {
+        self.context.enter()
+    }
+
+    /// A stream of its own, for operations of other libraries.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for cooperative loads"))]
+    pub(crate) fn stream(&self) -> Result<CudaStream> {
+        CudaStream::new(&self.context)
     }
 
     fn allocation(memory: Memory) -> Allocation {

@@ -1,0 +1,483 @@
+//! Communicators: how ranks meet, move bytes, and part, or are torn apart.
+//!
+//! A communicator's calls return at once and are asked for how they went, until they are done, the deadline has passed, or
+//! whoever waits is told to stop; then it is aborted. So no call of NCCL is waited for without a bound.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::thread;
+use std::time::Instant;
+
+use super::nccl::{Failure, Kind, Nccl, Operation, Progress, RawComm, Status, UniqueId};
+use crate::device::Cuda;
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+use crate::limits;
+use crate::sync::lock;
+
+/// How long a call is waited for.
+#[derive(Clone, Copy)]
+pub(crate) struct Wait<'a> {
+    /// When it fails for want of an answer.
+    pub(crate) deadline: Instant,
+    /// Is asked again and again; its error ends the wait.
+    pub(crate) stop: &'a dyn Fn() -> Result<()>,
+}
+
+impl fmt::Debug for Wait<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Wait").field("deadline", &self.deadline).finish_non_exhaustive()
+    }
+}
+
+/// One rank of a communicator. Operations are for one thread at a time (`&mut`); [aborting](Aborter) is for any.
+///
+/// After an error of any call the communicator is gone, and what it had under way is over or, if even aborting failed, may
+/// still touch its memory: [`abort`](Comm::abort) says which. Dropping it aborts.
+#[derive(Debug)]
+pub(crate) struct Comm {
+    shared: Arc<Shared>,
+    size: u32,
+}
+
+/// Aborts a communicator from any thread, whatever other threads wait for.
+#[derive(Debug, Clone)]
+pub(crate) struct Aborter {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    nccl: Nccl,
+    device: Cuda,
+    rank: Rank,
+    /// Each call is made under this lock, and none of them waits.
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Live(Handle),
+    /// Nobody may name it any more: given back, or being aborted.
+    Gone {
+        settled: bool,
+    },
+}
+
+impl State {
+    fn take(&mut self) -> Option<Handle> {
+        match *self {
+            State::Live(handle) => {
+                *self = State::Gone { settled: false };
+                Some(handle)
+            }
+            State::Gone { .. } => None,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Handle(RawComm);
+
+// SAFETY: NCCL's handles may be used from every thread, one at a time: that is what the lock is for.
+unsafe impl Send for Handle {}
+
+impl Comm {
+    /// Meets the other ranks, each on its own device, which all have the same id.
+    ///
+    /// # Errors
+    /// As NCCL says; [`ErrorKind::Stalled`] if they have not all come by the deadline; what `wait.stop` says.
+    pub(crate) fn meet(
+        nccl: Nccl,
+        device: &Cuda,
+        id: UniqueId,
+        rank: Rank,
+        size: u32,
+        wait: &Wait<'_>,
+    ) -> Result<Comm> {
+        let mut raw: RawComm = std::ptr::null_mut();
+        let begun = {
+            let _entered = device.enter()?;
+            // SAFETY: the device's context is current.
+            unsafe { nccl.init(&mut raw, size, id, rank.0) }
+        };
+        if raw.is_null() {
+            let refused = begun.err().map(Error::from);
+            let nothing = || Error::new(ErrorKind::Device, "ncclCommInitRankConfig made no communicator");
+            return Err(refused.unwrap_or_else(nothing).with_rank(rank));
+        }
+        let state = Mutex::new(State::Live(Handle(raw)));
+        let shared = Arc::new(Shared { nccl, device: device.clone(), rank, state });
+        let mut comm = Comm { shared, size };
+        comm.settle("ncclCommInitRankConfig", begun, wait)?;
+        Ok(comm)
+    }
+
+    /// This rank.
+    pub(crate) fn rank(&self) -> Rank {
+        self.shared.rank
+    }
+
+    /// How many ranks there are.
+    pub(crate) fn size(&self) -> u32 {
+        self.size
+    }
+
+    /// What aborts it from another thread.
+    pub(crate) fn aborter(&self) -> Aborter {
+        Aborter { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Queues on `stream` (a number: a handle of the driver's) that `bytes` bytes go from `from` of `root` to `to` of all.
+    /// Only the root's `from` is looked at; it may be `to`.
+    ///
+    /// # Safety
+    /// Until what is queued has run, or the communicator was aborted and the stream has gone on:
+    /// - the memory is of this rank's device; what is sent is not written, what is received is not touched by others;
+    /// - the stream is one of the device's primary context, and live.
+    pub(crate) unsafe fn broadcast(
+        &mut self,
+        root: Rank,
+        [from, to]: [u64; 2],
+        bytes: usize,
+        stream: usize,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        let operation = Operation { kind: Kind::Broadcast { root: root.0 }, from, to, bytes };
+        // SAFETY: the caller's duties.
+        unsafe { self.alone(operation, stream, wait) }
+    }
+
+    /// Queues that `bytes` bytes at `from` of each rank go to `to` of all, one rank's after the other's. `from` may be where
+    /// they land.
+    ///
+    /// # Safety
+    /// As for [`broadcast`](Comm::broadcast); `to` has room for all of them.
+    pub(crate) unsafe fn all_gather(
+        &mut self,
+        [from, to]: [u64; 2],
+        bytes: usize,
+        stream: usize,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        // SAFETY: the caller's duties.
+        unsafe { self.alone(Operation { kind: Kind::AllGather, from, to, bytes }, stream, wait) }
+    }
+
+    /// Queues a message. The stream waits until it is taken: where both sides send first, nobody goes on without a
+    /// [group](Comm::grouped).
+    ///
+    /// # Safety
+    /// As for [`broadcast`](Comm::broadcast).
+    pub(crate) unsafe fn send(
+        &mut self,
+        peer: Rank,
+        from: u64,
+        bytes: usize,
+        stream: usize,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        let operation = Operation { kind: Kind::Send { to: peer.0 }, from, to: 0, bytes };
+        // SAFETY: the caller's duties.
+        unsafe { self.alone(operation, stream, wait) }
+    }
+
+    /// Queues that a message is taken.
+    ///
+    /// # Safety
+    /// As for [`broadcast`](Comm::broadcast).
+    pub(crate) unsafe fn recv(
+        &mut self,
+        peer: Rank,
+        to: u64,
+        bytes: usize,
+        stream: usize,
+        wait: &Wait<'_>,
+    ) -> Result<()> {
+        let operation = Operation { kind: Kind::Recv { from: peer.0 }, from: 0, to, bytes };
+        // SAFETY: the caller's duties.
+        unsafe { self.alone(operation, stream, wait) }
+    }
+
+    /// Queues what `body` asks the group for, as one operation of one stream: no order of messages within can block. If
+    /// `body` fails, the group ends all the same, and the communicator with it.
+    ///
+    /// # Safety
+    /// As for [`broadcast`](Comm::broadcast), for each operation of the group.
+    pub(crate) unsafe fn grouped(
+        &mut self,
+        stream: usize,
+        wait: &Wait<'_>,
+        body: impl FnOnce(&mut Group<'_>) -> Result<()>,
+    ) -> Result<()> {
+        let nccl = self.shared.nccl;
+        let entered = self.shared.device.enter()?;
+        nccl.group_start().map_err(|failure| self.error(failure))?;
+        let mut group = Group { shared: &self.shared, stream, ended: false, _here: PhantomData };
+        let asked = body(&mut group);
+        let ended = group.end();
+        drop(entered);
+        if let Err(error) = asked {
+            // What of it was launched nobody can say.
+            self.abort_for(error)?;
+        }
+        self.settle("ncclGroupEnd", ended, wait)
+    }
+
+    /// Whether all is well as far as is known; to be asked while one waits for what is queued.
+    ///
+    /// # Errors
+    /// What an operation came to, of this rank or, as far as NCCL notices, of another; then the communicator is aborted.
+    pub(crate) fn check(&mut self) -> Result<()> {
+        let polled = self.shared.poll("an operation of NCCL")?;
+        match polled {
+            Ok(_) => Ok(()),
+            Err(failure) => {
+                let error = self.error(failure);
+                self.abort_for(error)
+            }
+        }
+    }
+
+    /// Ends well: all ranks do so, after all that was queued has run.
+    ///
+    /// # Errors
+    /// As for any call; then it was aborted instead.
+    pub(crate) fn finish(mut self, wait: &Wait<'_>) -> Result<()> {
+        // SAFETY: live, and the lock keeps others away; the context is current.
+        let begun = self.shared.with(|nccl, raw| unsafe { nccl.finalize(raw) })?;
+        self.settle("ncclCommFinalize", begun, wait)?;
+        let Some(Handle(raw)) = self.shared.take() else { return Err(self.shared.gone()) };
+        let _entered = self.shared.device.enter()?;
+        // SAFETY: finalized, and nobody names it any more.
+        let destroyed = unsafe { self.shared.nccl.destroy(raw) };
+        self.shared.settled();
+        destroyed.map_err(|failure| self.error(failure))
+    }
+
+    /// As [`Aborter::abort`].
+    pub(crate) fn abort(&self) -> Result<()> {
+        self.shared.abort()
+    }
+
+    /// One operation that is no part of a group.
+    ///
+    /// # Safety
+    /// As for [`broadcast`](Comm::broadcast).
+    unsafe fn alone(&mut self, operation: Operation, stream: usize, wait: &Wait<'_>) -> Result<()> {
+        // SAFETY: live, and the lock keeps others away; the context is current; the caller's duties.
+        let begun = self.shared.with(|nccl, raw| unsafe { nccl.operation(raw, &operation, stream) })?;
+        self.settle(operation.kind.call(), begun, wait)
+    }
+
+    /// Waits for the end of a call; if that is not a good one, the communicator is aborted.
+    fn settle(&mut self, call: &'static str, begun: Status<Progress>, wait: &Wait<'_>) -> Result<()> {
+        let began = Instant::now();
+        let mut pause = limits::NCCL_POLL_FIRST;
+        let mut progress = begun;
+        loop {
+            match progress {
+                Ok(Progress::Done) => return Ok(()),
+                Ok(Progress::Pending) => {}
+                Err(failure) => {
+                    let error = self.error(failure);
+                    return self.abort_for(error);
+                }
+            }
+            if let Err(error) = (wait.stop)() {
+                return self.abort_for(error);
+            }
+            if Instant::now() >= wait.deadline {
+                let waited = began.elapsed().as_secs_f64();
+                let error = Error::new(ErrorKind::Stalled, format!("{call} did not end within {waited:.1} s"));
+                return self.abort_for(error.with_rank(self.shared.rank));
+            }
+            thread::sleep(pause);
+            pause = (pause * 2).min(limits::NCCL_POLL);
+            progress = self.shared.poll(call)?;
+        }
+    }
+
+    /// Aborts because of an error, and gives that back. If aborting fails too, that is said in the log.
+    fn abort_for(&mut self, error: Error) -> Result<()> {
+        if let Err(also) = self.shared.abort() {
+            tracing::warn!("{also}");
+        }
+        Err(error)
+    }
+
+    fn error(&self, failure: Failure) -> Error {
+        self.shared.error(failure)
+    }
+}
+
+impl Drop for Comm {
+    fn drop(&mut self) {
+        if let Err(error) = self.shared.abort() {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+impl Aborter {
+    /// Ends the communicator and whatever it has under way; streams that waited for peers go on, without the bytes. Nothing
+    /// if it is gone already. When this is `Ok`, nothing of it touches memory any more once its streams are idle.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Stalled`] if NCCL did not come back within [`limits::NCCL_ABORT`]: what the communicator works with is
+    /// not to be touched again. Then, and if NCCL refuses, the next call fails likewise.
+    pub(crate) fn abort(&self) -> Result<()> {
+        self.shared.abort()
+    }
+}
+
+impl Shared {
+    /// Makes a call, if there still is a communicator.
+    fn with<T>(&self, call: impl FnOnce(Nccl, RawComm) -> Status<T>) -> Result<Status<T>> {
+        let _entered = self.device.enter()?;
+        let state = lock(&self.state);
+        match *state {
+            State::Live(Handle(raw)) => Ok(call(self.nccl, raw)),
+            State::Gone { .. } => Err(self.gone()),
+        }
+    }
+
+    /// How `call`, the last one, went so far.
+    fn poll(&self, call: &'static str) -> Result<Status<Progress>> {
+        // SAFETY: live, and the lock keeps others away.
+        self.with(|nccl, raw| unsafe { nccl.poll(raw, call) })
+    }
+
+    /// Takes the handle away, so that nobody else names it.
+    fn take(&self) -> Option<Handle> {
+        lock(&self.state).take()
+    }
+
+    /// The same, unless somebody is in a call that does not come back.
+    fn take_soon(&self) -> Result<Option<Handle>> {
+        let began = Instant::now();
+        loop {
+            match self.state.try_lock() {
+                Ok(mut state) => return Ok(state.take()),
+                Err(TryLockError::Poisoned(state)) => return Ok(state.into_inner().take()),
+                Err(TryLockError::WouldBlock) if began.elapsed() < limits::NCCL_ABORT => {
+                    thread::sleep(limits::NCCL_POLL)
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let seconds = limits::NCCL_ABORT.as_secs_f64();
+                    let text = format!("another call of NCCL did not end within {seconds:.1} s");
+                    return Err(Error::new(ErrorKind::Stalled, text).with_rank(self.rank));
+                }
+            }
+        }
+    }
+
+    fn settled(&self) {
+        *lock(&self.state) = State::Gone { settled: true };
+    }
+
+    /// On a thread of its own: NCCL's own waits have no bound.
+    fn abort(&self) -> Result<()> {
+        let Some(handle) = self.take_soon()? else { return self.wait_settled() };
+        let (nccl, device) = (self.nccl, self.device.clone());
+        let (told, tells) = mpsc::channel();
+        let abort = move || {
+            // The context is kept by `device`; if it cannot be entered, a GPU was lost, and NCCL is to see to that.
+            let entered = device.enter();
+            let Handle(raw) = { handle };
+            // SAFETY: taken from its owner, so nobody names it any more; calls that were in it are over.
+            let outcome = unsafe { nccl.abort(raw) };
+            // Whoever is told may be the last to hold the device then.
+            drop(entered);
+            drop(device);
+            let _ = told.send(outcome);
+        };
+        let thread = thread::Builder::new().name("shardlift-nccl-abort".into()).spawn(abort);
+        if let Err(error) = thread {
+            let text = format!("no thread to abort NCCL with: {error}");
+            return Err(Error::new(ErrorKind::Device, text).with_rank(self.rank).with_source(error));
+        }
+        match tells.recv_timeout(limits::NCCL_ABORT) {
+            Ok(outcome) => {
+                self.settled();
+                outcome.map_err(|failure| self.error(failure))
+            }
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => Err(self.stuck()),
+        }
+    }
+
+    /// Waits until whoever gives the communicator back has done so.
+    fn wait_settled(&self) -> Result<()> {
+        let began = Instant::now();
+        while matches!(*lock(&self.state), State::Gone { settled: false }) {
+            if began.elapsed() >= limits::NCCL_ABORT {
+                return Err(self.stuck());
+            }
+            thread::sleep(limits::NCCL_POLL);
+        }
+        Ok(())
+    }
+
+    fn error(&self, failure: Failure) -> Error {
+        Error::from(failure).with_rank(self.rank)
+    }
+
+    fn gone(&self) -> Error {
+        Error::new(ErrorKind::Cancelled, "the communicator was aborted").with_rank(self.rank)
+    }
+
+    fn stuck(&self) -> Error {
+        let seconds = limits::NCCL_ABORT.as_secs_f64();
+        Error::new(ErrorKind::Stalled, format!("ncclCommAbort did not end within {seconds:.1} s")).with_rank(self.rank)
+    }
+}
+
+/// Operations that are queued together, while `ncclGroupStart` is in force on this thread.
+#[derive(Debug)]
+pub(crate) struct Group<'a> {
+    shared: &'a Shared,
+    stream: usize,
+    ended: bool,
+    /// What is collected is this thread's.
+    _here: PhantomData<*const ()>,
+}
+
+impl Group<'_> {
+    /// Sends a message.
+    pub(crate) fn send(&mut self, peer: Rank, from: u64, bytes: usize) -> Result<()> {
+        self.operation(Operation { kind: Kind::Send { to: peer.0 }, from, to: 0, bytes })
+    }
+
+    /// Takes a message.
+    pub(crate) fn recv(&mut self, peer: Rank, to: u64, bytes: usize) -> Result<()> {
+        self.operation(Operation { kind: Kind::Recv { from: peer.0 }, from: 0, to, bytes })
+    }
+
+    /// A broadcast, as [`Comm::broadcast`].
+    pub(crate) fn broadcast(&mut self, root: Rank, [from, to]: [u64; 2], bytes: usize) -> Result<()> {
+        self.operation(Operation { kind: Kind::Broadcast { root: root.0 }, from, to, bytes })
+    }
+
+    fn operation(&mut self, operation: Operation) -> Result<()> {
+        let stream = self.stream;
+        // SAFETY: live, and the lock keeps others away; the duties of `grouped`'s caller.
+        let begun = self.shared.with(|nccl, raw| unsafe { nccl.operation(raw, &operation, stream) })?;
+        begun.map(drop).map_err(|failure| self.shared.error(failure))
+    }
+
+    fn end(mut self) -> Status<Progress> {
+        self.ended = true;
+        self.shared.nccl.group_end()
+    }
+}
+
+impl Drop for Group<'_> {
+    fn drop(&mut self) {
+        // `body` panicked: the thread must not go on collecting.
+        if !self.ended {
+            let _ = self.shared.nccl.group_end();
+        }
+    }
+}
