@@ -223,6 +223,10 @@ fn the_doctor_looks_at_every_device() {
         assert!(device["h2d_gb_per_s"].as_f64() > Some(0.0) && device["h2d_together_gb_per_s"].as_f64() > Some(0.0));
         assert_eq!(device["registered_mappings"], json!({ "usable": true, "why": null }));
     }
+    assert_eq!(doctor["nccl"], json!({ "usable": true, "why": null, "version": "2.30.3" }));
+    let old = run(&[("SIMNCCL_VERSION", "21208")], &["doctor", model.path().to_str().unwrap()], 0);
+    let why = "NCCL too old: expected 2.14.0 or newer, found 2.12.8";
+    assert_eq!(old["nccl"], json!({ "usable": false, "why": why, "version": null }));
     // A device without room to measure says so, and the others are shown all the same.
     let small = run(&[("SIMCUDA_MEMORY", "16M")], &["doctor", model.path().to_str().unwrap()], 0);
     assert!(small["cuda"]["devices"][3]["why"].as_str().unwrap().contains("cuda:3"), "{small}");

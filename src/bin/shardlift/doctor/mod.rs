@@ -31,6 +31,7 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     let direct = largest.as_ref().map_err(Clone::clone).and_then(|file| direct(file));
     let storage = largest.and_then(|file| ceilings::storage_gb_per_s(&file, moving));
     let gpus = gpus::look();
+    let nccl = nccl();
 
     output.line(format_args!("cpus: {cpus}"));
     if let (Some(total), Some(available)) = (total, available) {
@@ -63,9 +64,11 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
         Err(why) => output.line(format_args!("storage, past the page cache: not measured: {why}")),
     }
     gpus::print(&gpus, output);
-    for library in LATER {
-        output.line(format_args!("{library}: not in this build"));
+    match &nccl {
+        Ok(version) => output.line(format_args!("nccl: {version}")),
+        Err(why) => output.line(format_args!("nccl: not usable: {why}")),
     }
+    output.line(format_args!("cufile: {LATER}"));
 
     let usable = |why: Option<&String>| json!({ "usable": why.is_none(), "why": why });
     Ok(fields(json!({
@@ -85,13 +88,25 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
         "storage_gb_per_s": storage.as_ref().ok(),
         "storage_why": storage.as_ref().err(),
         "cuda": gpus::object(&gpus),
-        "cufile": { "usable": false, "why": "not in this build" },
-        "nccl": { "usable": false, "why": "not in this build" },
+        "cufile": { "usable": false, "why": LATER },
+        "nccl": { "usable": nccl.is_ok(), "why": nccl.as_ref().err(), "version": nccl.as_ref().ok() },
     })))
 }
 
-/// What later builds of this program use.
-const LATER: [&str; 2] = ["cufile", "nccl"];
+/// What is said of what later builds of this program use.
+const LATER: &str = "not in this build";
+
+/// The version of this machine's NCCL, or why there is none to use.
+#[cfg(feature = "cuda")]
+fn nccl() -> Result<String, String> {
+    shardlift::nccl_version().map(|version| version.to_string()).map_err(|error| error.to_string())
+}
+
+/// Why there is no NCCL to use.
+#[cfg(not(feature = "cuda"))]
+fn nccl() -> Result<String, String> {
+    Err(LATER.into())
+}
 
 /// Whether a file can be read past the page cache as the loader would.
 fn direct(path: &Path) -> Result<(), String> {
