@@ -254,10 +254,10 @@ pub const DRIVER_MIN: i32 = 12_000;
 pub const NCCL_MIN: i32 = 21_400;
 
 /// How soon a call of NCCL is first asked for how it went, twice as late each time: most are done then.
-pub(crate) const NCCL_POLL_FIRST: Duration = Duration::from_micros(20);
+pub const NCCL_POLL_FIRST: Duration = Duration::from_micros(20);
 
 /// How often it is asked at last: far less than what ranks take to meet, and than what a failure may take to be heard of.
-pub(crate) const NCCL_POLL: Duration = Duration::from_millis(5);
+pub const NCCL_POLL: Duration = Duration::from_millis(5);
 
 /// How long `ncclCommAbort` is waited for: less than the 5 seconds within which a failure is to be heard of. It takes
 /// milliseconds, but has been seen to hang where a driver or a network was broken.

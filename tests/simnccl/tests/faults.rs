@@ -165,7 +165,7 @@ fn shared_files() -> io::Result<BTreeSet<String>> {
 #[ignore = "run in a process of its own"]
 fn forgets() {
     if started() {
-        ranks(1, |rank| drop(rank));
+        ranks(1, drop);
     }
 }
 
