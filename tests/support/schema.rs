@@ -100,13 +100,15 @@ fn is(value: &Value, name: &str) -> bool {
 fn matches_pattern(pattern: &str, text: &str) -> bool {
     let hex = |digits| text.len() == digits && text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    let version = |parts| text.split('.').count() == parts && text.split('.').all(number);
     match pattern {
         "^[0-9a-f]{16}$" => hex(16),
         "^[0-9a-f]{64}$" => hex(64),
         "^(host|host:staged|cuda:[0-9]+)$" => {
             matches!(text, "host" | "host:staged") || text.strip_prefix("cuda:").is_some_and(number)
         }
-        "^[0-9]+\\.[0-9]+$" => text.split_once('.').is_some_and(|(major, minor)| number(major) && number(minor)),
+        "^[0-9]+\\.[0-9]+$" => version(2),
+        "^[0-9]+\\.[0-9]+\\.[0-9]+$" => version(3),
         other => panic!("the schema uses the pattern {other}, which this test does not know"),
     }
 }
