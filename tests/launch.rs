@@ -3,14 +3,19 @@
 #[path = "support/ranks.rs"]
 mod ranks;
 
-use std::fs;
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
-use std::thread;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex};
+use std::task::Wake;
 use std::time::{Duration, Instant};
+use std::{fs, thread};
 
 use ranks::{Process, Setup, free_port, tell_all};
 use rustix::process::Signal;
+use shardlift::{Error, ErrorKind, Group, GroupOptions, Launch, LaunchOptions, Rank, limits};
 
 /// A process of the other tests.
 #[test]
@@ -300,6 +305,25 @@ fn somebody_else_on_the_port_is_not_taken_for_rank_0() {
 }
 
 #[test]
+fn a_rank_0_that_speaks_another_language_is_given_up() {
+    let setup = Setup::new(2);
+    let hub = TcpListener::bind(setup.rendezvous.strip_prefix("tcp://").unwrap()).unwrap();
+    let mut rank = setup.start(1);
+    for nonsense in [&[0xff; 8][..], &[1, 0, 0, 0, 99], &[1, 0, 0, 0, 3]] {
+        rank.tell("join");
+        let (mut stream, _) = hub.accept().unwrap();
+        let session = setup.rendezvous.as_bytes();
+        let length = (session.len() as u32).to_le_bytes();
+        let welcome = [&[2][..], b"shrdlft\x01", &length, session].concat();
+        let length = (welcome.len() as u32).to_le_bytes();
+        stream.write_all(&[&length[..], &welcome, nonsense].concat()).unwrap();
+        let error = rank.error(SOON).text;
+        assert_eq!(error, "peer a rank sent what is no message of this version, rank 0");
+    }
+    rank.quit();
+}
+
+#[test]
 fn a_rendezvous_file_is_gone_when_all_are_there_and_when_they_will_not_be() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("meet");
@@ -375,13 +399,17 @@ fn hit(signal: Signal, victim: usize, point: Point) {
     };
     let began = Instant::now();
     ranks[victim].signal(signal);
+    let mut slowest = Duration::ZERO;
     for rank in ranks.iter().filter(|rank| rank.rank as usize != victim) {
         let error = rank.error(SOON);
         let took = error.at - began;
         assert!(error.text.starts_with("peer "), "{signal:?} {victim} {point:?}: {}", error.text);
         assert!(error.text.ends_with(&format!(", rank {victim}")), "{signal:?} {victim} {point:?}: {}", error.text);
         assert!(took < setup.fail_timeout, "{signal:?} {victim} {point:?}: rank {} took {took:?}", rank.rank);
+        slowest = slowest.max(took);
     }
+    let line = format!("{signal:?} of rank {victim} {point:?}: told after {slowest:.3?} of {:?}\n", setup.fail_timeout);
+    std::io::stderr().write_all(line.as_bytes()).unwrap();
     if signal == Signal::STOP {
         assert!(ranks[victim].is_silent());
         ranks[victim].signal(Signal::CONT);
@@ -406,6 +434,84 @@ fn every_death_is_told_in_time() {
             }
         });
     }
+}
+
+/// A rank of a group within this process.
+fn launch(rank: u32, size: u32, rendezvous: &str) -> Launch {
+    let mut options = LaunchOptions::default();
+    options.rank = Some(Rank(rank));
+    options.size = Some(size);
+    options.rendezvous = Some(rendezvous.into());
+    Launch::from_vars(&|_| None, &options).unwrap().unwrap()
+}
+
+struct Woken(Sender<Option<String>>, Mutex<Option<Arc<Group>>>);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        // It may hold, and give up, the last handle of its group.
+        let group = self.1.lock().unwrap().take();
+        let failure = group.and_then(|group| group.failure());
+        self.0.send(failure.map(|failure| failure.to_string())).unwrap();
+    }
+}
+
+#[test]
+fn a_failure_wakes_whoever_asked_for_it() {
+    let rendezvous = Setup::new(2).rendezvous;
+    let (group, other) = thread::scope(|scope| {
+        let join = |rank| Group::join(&launch(rank, 2, &rendezvous), &GroupOptions::default()).unwrap();
+        let other = scope.spawn(move || join(1));
+        (Arc::new(join(0)), other.join().unwrap())
+    });
+    let (sender, woken) = mpsc::channel();
+    group.wake_on_failure(Arc::new(Woken(sender.clone(), Mutex::new(None))).into());
+    group.wake_on_failure(Arc::new(Woken(sender.clone(), Mutex::new(Some(Arc::clone(&group))))).into());
+    assert!(group.failure().is_none() && woken.try_recv().is_err());
+    other.fail(&Error::new(ErrorKind::Io, "x"));
+    let expected = Some("another rank failed: x, rank 1".to_owned());
+    assert_eq!(woken.recv_timeout(SOON).unwrap(), None);
+    assert_eq!(woken.recv_timeout(SOON).unwrap(), expected);
+    // Too late to wait.
+    group.wake_on_failure(Arc::new(Woken(sender, Mutex::new(Some(Arc::clone(&group))))).into());
+    assert_eq!(woken.recv_timeout(SOON).unwrap(), expected);
+    assert_eq!(group.exchange("x", vec![]).unwrap_err().kind(), ErrorKind::Io);
+}
+
+#[test]
+fn joining_can_be_cancelled_and_others_hear_of_it() {
+    let rendezvous = Setup::new(3).rendezvous;
+    let cancelled = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let join = |rank| {
+            let launch = launch(rank, 3, &rendezvous);
+            Group::join_unless(&launch, &GroupOptions::default(), &|| rank == 1 && cancelled.load(Relaxed)).unwrap_err()
+        };
+        let ranks = [0, 1].map(|rank| scope.spawn(move || join(rank)));
+        thread::sleep(Duration::from_secs(1));
+        cancelled.store(true, Relaxed);
+        let began = Instant::now();
+        for rank in ranks {
+            let error = rank.join().unwrap();
+            assert_eq!((error.kind(), error.at().rank), (ErrorKind::Cancelled, Some(Rank(1))), "{error}");
+        }
+        assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
+    });
+}
+
+#[test]
+fn what_makes_no_group_is_refused() {
+    let wrong = |change: fn(&mut GroupOptions)| {
+        let mut options = GroupOptions::default();
+        change(&mut options);
+        Group::join(&launch(0, 1, "tcp://127.0.0.1:1"), &options).unwrap_err().kind()
+    };
+    assert_eq!(wrong(|options| options.fail_timeout = Duration::from_millis(1)), ErrorKind::Usage);
+    assert_eq!(wrong(|options| options.join_timeout = Duration::MAX), ErrorKind::Usage);
+    let group = Group::join(&launch(0, 1, "tcp://127.0.0.1:1"), &GroupOptions::default()).unwrap();
+    let large = group.exchange("x", vec![0; limits::EXCHANGE_PART + 1]).unwrap_err();
+    assert_eq!((large.kind(), large.at().rank), (ErrorKind::Usage, Some(Rank(0))));
+    assert!(group.finish().is_err(), "the first failure stays");
 }
 
 #[test]

@@ -137,7 +137,10 @@ impl Member<'_> {
                 }
                 Ok(Some(Message::Failed(failure))) => failure,
                 Ok(Some(Message::Leave)) => Failure::left(Rank(0)),
-                Ok(Some(_)) | Err(_) => Failure::malformed(Rank(0)),
+                Ok(Some(_)) | Err(_) => {
+                    self.shared.fail(Failure::malformed(Rank(0)));
+                    return false;
+                }
             };
             self.told = true;
             self.shared.fail(failure);

@@ -55,8 +55,8 @@ fn torchrun() {
     let launch = of("torchrun-1.13-standalone-1of2");
     assert_eq!(who(&launch), ("torchrun", 1, 2, Some(1), Some(2)));
     let (place, session) = meets(&launch);
-    assert_eq!(place, "tcp://localhost:46310-46325");
-    assert!(session.starts_with("torchrun/dd633cb9-") && session.ends_with("/46309/0"), "{session}");
+    assert_eq!(place, "tcp://localhost:33122-33137");
+    assert!(session.starts_with("torchrun/bd3af4cc-") && session.ends_with("/33121/0"), "{session}");
 }
 
 #[test]

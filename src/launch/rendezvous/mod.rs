@@ -169,7 +169,9 @@ pub(super) fn find(shared: &Shared, membership: &Membership) -> Result<(Connecti
                     match try_one(address, membership, until) {
                         Tried::Hub(connection) => return Ok((connection, token)),
                         Tried::Refused(failure) => return Err(failure),
-                        Tried::Other(why) => last = Some(format!("{address}: {why}")),
+                        // An attempt that the end of the time cut short says less than the one before.
+                        Tried::Other(why) if last.is_none() || !is_over() => last = Some(format!("{address}: {why}")),
+                        Tried::Other(_) => {}
                     }
                     if is_over() {
                         break;
