@@ -36,12 +36,12 @@ fn is_there(name: &str, probe: &[&str]) -> bool {
     false
 }
 
-/// Starts four ranks with these words before the program, each with a GPU number of its own, and holds what they tell.
+/// Starts four ranks with these words before the program, and holds what they tell.
 fn start(name: &str, arguments: &[&str], launcher: &str) {
     let mut command = Command::new(name);
     command.args(arguments).arg(env::current_exe().unwrap());
     command.args(["--ignored", "--exact", "rank", "--nocapture"]);
-    // They would be an outer launcher's, and `mpirun` of Open MPI asks twice.
+    // This machine's GPUs are not the ranks', and `mpirun` of Open MPI asks twice whether it may run as root.
     command.env_remove("CUDA_VISIBLE_DEVICES");
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     let output = command.output().unwrap();

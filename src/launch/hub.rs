@@ -245,7 +245,7 @@ impl<'a> Hub<'a> {
         let complete = match self.steps.offer(rank, offer, now) {
             Ok(complete) => complete?,
             Err(failure) => {
-                self.shared.fail(failure);
+                self.shared.fail(*failure);
                 return None;
             }
         };

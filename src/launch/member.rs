@@ -33,7 +33,7 @@ pub(super) fn run(shared: &Shared, bell: &UnixStream, membership: &Membership) {
             }
             .run(bell);
         }
-        Err(failure) => shared.fail(failure),
+        Err(failure) => shared.fail(*failure),
     }
 }
 

@@ -34,22 +34,24 @@ impl Steps {
     }
 
     /// Takes a rank's part. The last one completes the step.
-    pub(super) fn offer(&mut self, rank: Rank, offer: Offer, now: Instant) -> Result<Option<Complete>, Failure> {
+    pub(super) fn offer(&mut self, rank: Rank, offer: Offer, now: Instant) -> Result<Option<Complete>, Box<Failure>> {
         let Offer { step, end, what, part } = offer;
         let (first, first_what, first_end, _) = self.first.get_or_insert_with(|| (rank, what.clone(), end, now));
         if step != self.step || self.parts[rank.index()].is_some() {
-            return Err(Failure::malformed(rank));
+            return Err(Failure::malformed(rank).into());
         }
         if (&what, end) != (&*first_what, *first_end) {
             let message = format!("ranks {first} and {rank} are at different points of the program");
             return Err(Failure::of(rank, ErrorKind::Peer, message)
-                .with_expected(point(first_what, *first_end), point(&what, end)));
+                .with_expected(point(first_what, *first_end), point(&what, end))
+                .into());
         }
         self.bytes += part.len();
         if self.bytes > limits::EXCHANGE_MAX {
             let message = format!("the parts of all ranks in {what:?} are too large together");
             return Err(Failure::of(None, ErrorKind::Usage, message)
-                .with_expected(format!("at most {} bytes", limits::EXCHANGE_MAX), self.bytes));
+                .with_expected(format!("at most {} bytes", limits::EXCHANGE_MAX), self.bytes)
+                .into());
         }
         self.parts[rank.index()] = Some(part);
         self.arrived += 1;

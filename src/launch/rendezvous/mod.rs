@@ -153,11 +153,11 @@ enum Tried {
     /// Somebody else, or nobody: why.
     Other(String),
     /// The hub, and it refuses.
-    Refused(Failure),
+    Refused(Box<Failure>),
 }
 
 /// Every other rank: tries until the hub answers, the time to join is over, or nobody wants it any more.
-pub(super) fn find(shared: &Shared, membership: &Membership) -> Result<(Connection, Option<Token>), Failure> {
+pub(super) fn find(shared: &Shared, membership: &Membership) -> Result<(Connection, Option<Token>), Box<Failure>> {
     let until = membership.started + membership.join_timeout;
     let is_over = || Instant::now() >= until || shared.lock().stop;
     let mut last = None;
@@ -188,14 +188,11 @@ pub(super) fn find(shared: &Shared, membership: &Membership) -> Result<(Connecti
             let Membership { place, join_timeout, .. } = membership;
             let waited = join_timeout.as_secs_f64();
             let message = format!("rank 0 missing: it did not answer at {place} within {waited:.1} s");
-            return Err(Failure::of(
-                Rank(0),
-                ErrorKind::Peer,
-                match last {
-                    Some(last) => format!("{message} ({last})"),
-                    None => message,
-                },
-            ));
+            let message = match last {
+                Some(last) => format!("{message} ({last})"),
+                None => message,
+            };
+            return Err(Failure::of(Rank(0), ErrorKind::Peer, message).into());
         }
         let state = shared.lock();
         drop(shared.wait(state, Some(Instant::now() + limits::RENDEZVOUS_RETRY)));
@@ -232,7 +229,7 @@ fn try_one(address: SocketAddr, membership: &Membership, until: Instant) -> Trie
         connection.receive(now);
         match connection.next() {
             Ok(Some(Message::Welcome { session })) if session == membership.session => return Tried::Hub(connection),
-            Ok(Some(Message::Failed(failure))) => return Tried::Refused(failure),
+            Ok(Some(Message::Failed(failure))) => return Tried::Refused(failure.into()),
             Ok(Some(Message::OtherSession)) => return Tried::Other("rank 0 of another session".into()),
             Ok(Some(_)) | Err(_) => return Tried::Other("somebody else".into()),
             Ok(None) if !connection.is_open() => return Tried::Other("closed the connection".into()),
