@@ -70,6 +70,8 @@ pub enum ErrorKind {
     NotFound,
     /// A thread of the load panicked.
     Panicked,
+    /// Another rank of the group is missing, gone or silent, or does not do what the others do.
+    Peer,
     /// The rules do not fit the checkpoint or the mesh.
     Rules,
     /// A read did not finish within the stall bound.
@@ -83,6 +85,32 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// Every kind, for those who read names of them.
+    const ALL: [ErrorKind; 17] = [
+        ErrorKind::Audit,
+        ErrorKind::Cancelled,
+        ErrorKind::Changed,
+        ErrorKind::Device,
+        ErrorKind::DeviceMemory,
+        ErrorKind::Format,
+        ErrorKind::Index,
+        ErrorKind::Io,
+        ErrorKind::Mismatch,
+        ErrorKind::NotFound,
+        ErrorKind::Panicked,
+        ErrorKind::Peer,
+        ErrorKind::Rules,
+        ErrorKind::Stalled,
+        ErrorKind::Truncated,
+        ErrorKind::Unsupported,
+        ErrorKind::Usage,
+    ];
+
+    /// The kind of this [`name`](ErrorKind::name).
+    pub(crate) fn named(name: &str) -> Option<ErrorKind> {
+        ErrorKind::ALL.into_iter().find(|kind| kind.name() == name)
+    }
+
     /// The kind in lower case with dashes, as in the JSON of the command line.
     pub const fn name(self) -> &'static str {
         match self {
@@ -97,6 +125,7 @@ impl ErrorKind {
             ErrorKind::Mismatch => "mismatch",
             ErrorKind::NotFound => "not-found",
             ErrorKind::Panicked => "panicked",
+            ErrorKind::Peer => "peer",
             ErrorKind::Rules => "rules",
             ErrorKind::Stalled => "stalled",
             ErrorKind::Truncated => "truncated",
@@ -306,6 +335,13 @@ mod tests {
         let error = Error::new(ErrorKind::Format, "x").with_tensor("a\nb\u{1b}[31m\u{9b}\u{e9}").with_file("c\rd");
         assert_eq!(error.to_string(), r"x, file c\rd, tensor a\nb\u{1b}[31m\u{9b}é");
         assert_eq!(error.tensor(), Some("a\nb\u{1b}[31m\u{9b}\u{e9}"));
+    }
+
+    #[test]
+    fn every_kind_has_a_name_of_its_own() {
+        assert!(ErrorKind::ALL.into_iter().all(|kind| ErrorKind::named(kind.name()) == Some(kind)));
+        // The last one of the declaration; with it the list is as long as there are kinds.
+        assert_eq!(ErrorKind::ALL.len(), ErrorKind::Usage as usize + 1);
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod dtype;
 mod error;
 mod extent;
 pub mod format;
+mod launch;
 pub mod limits;
 mod loader;
 pub mod observe;
@@ -41,13 +42,18 @@ pub use collective::{NcclVersion, nccl_version};
 pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, OneLine, Result};
 pub use extent::{Extent, FileId, Rank};
+pub use launch::{Group, GroupOptions, Launch, LaunchOptions};
 pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Reshard, Residency};
 pub use observe::{Progress, Report, Trace};
 pub use place::{Digest, Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};
 pub use shape::Shape;
 
-// The example of the README is compiled with the documentation's tests.
+// The examples of the README and of launches are compiled with the documentation's tests.
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/launch.md")]
+struct LaunchPage;

@@ -275,6 +275,71 @@ pub const RECTS_MAX: u64 = 16;
 /// Bytes of the widest access of a kernel; scratch memory starts on more.
 pub const KERNEL_ACCESS: usize = 16;
 
+/// How long ranks wait for each other to arrive: a scheduler starts the processes of a job within minutes, and what is
+/// later than that does not come.
+pub const JOIN_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How long it takes at most until every rank knows that one failed, died or fell silent. Three fifths of it are waited for
+/// a sign of life ([`silence`]), the rest is for telling and for giving up what is under way.
+pub const FAIL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Shortest of these timeouts: below it a busy machine's scheduler looks like death.
+pub const TIMEOUT_MIN: Duration = Duration::from_millis(500);
+
+/// Longest of them: nobody waits longer, and sums with it are still moments of a clock.
+pub const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// How long nothing at all may come from a rank that lives.
+pub const fn silence(fail_timeout: Duration) -> Duration {
+    Duration::from_nanos((fail_timeout.as_nanos() as u64 / 5).saturating_mul(3))
+}
+
+/// How often a rank says that it lives: six times within the silence that would be its death, so that a few late turns of a
+/// busy machine cost nothing. A beat is 5 bytes.
+pub const fn beat_every(fail_timeout: Duration) -> Duration {
+    Duration::from_nanos(fail_timeout.as_nanos() as u64 / 10)
+}
+
+/// How long somebody who connected, or a port that was tried, has to say the right thing: an exchange of two small packets,
+/// with room for a packet that is sent again.
+pub const HANDSHAKE: Duration = Duration::from_secs(2);
+
+/// How soon a rank tries again to find rank 0, which may not have started yet.
+pub const RENDEZVOUS_RETRY: Duration = Duration::from_millis(100);
+
+/// Ports that rank 0 may listen on where no single one was named: several groups of one node find one each.
+pub const RENDEZVOUS_PORTS: u16 = 16;
+
+/// First port where the number of the job chooses: above those that Linux gives to outgoing connections.
+pub const RENDEZVOUS_FIRST_PORT: u16 = 61_000;
+
+/// Largest rendezvous file that is read: one line for each address of a machine.
+pub const RENDEZVOUS_FILE_MAX: u64 = 64 << 10;
+
+/// Longest name of a session.
+pub const SESSION_MAX: usize = 256;
+
+/// Longest text of a control message, such as an error's; more is cut.
+pub const CONTROL_TEXT: usize = 4096;
+
+/// Longest first message of whoever connects.
+pub const HELLO_MAX: usize = 1024;
+
+/// Connections that have not said who they are, beside one for each rank; of more the oldest is dropped.
+pub const STRANGERS: usize = 64;
+
+/// Largest part of a rank in an exchange: digests, sizes and identities of some thousands of files.
+pub const EXCHANGE_PART: usize = 1 << 20;
+
+/// Most bytes of all parts together, which rank 0 sends to every rank.
+pub const EXCHANGE_MAX: usize = 64 << 20;
+
+/// How long a rank that leaves waits until the others have its last words.
+pub const LEAVE: Duration = Duration::from_millis(500);
+
+/// Most runs of ranks that an error lists as missing.
+pub const MISSING_SHOWN: usize = 16;
+
 /// What copies to a GPU cost, for the choice among ways that all work. `benches/copies.rs` measures them anew.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]

@@ -1,0 +1,233 @@
+//! Who a process is, from environments that launchers made: `tests/data/launch` holds them as they were recorded, less what
+//! is private to the machine.
+
+use std::collections::BTreeMap;
+use std::fs;
+
+use super::rendezvous::Place;
+use super::{Launch, LaunchOptions, Meeting};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+use crate::plan::DeviceSpec;
+
+fn recorded(name: &str) -> BTreeMap<String, String> {
+    let path = format!("{}/tests/data/launch/{name}.env", env!("CARGO_MANIFEST_DIR"));
+    let text = fs::read_to_string(&path).unwrap();
+    let variables = text.lines().filter(|line| !line.starts_with('#'));
+    variables.map(|line| line.split_once('=').unwrap()).map(|(name, value)| (name.into(), value.into())).collect()
+}
+
+fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+    pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect()
+}
+
+fn launch(variables: &BTreeMap<String, String>, options: &LaunchOptions) -> Result<Option<Launch>> {
+    Launch::from_vars(&|name| variables.get(name).cloned(), options)
+}
+
+fn of(name: &str) -> Launch {
+    launch(&recorded(name), &LaunchOptions::default()).unwrap().unwrap()
+}
+
+fn refused(variables: &BTreeMap<String, String>, options: &LaunchOptions) -> Error {
+    let error = launch(variables, options).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Usage);
+    error
+}
+
+/// Launcher, rank, size, local rank and size.
+fn who(launch: &Launch) -> (&str, u32, u32, Option<u32>, Option<u32>) {
+    (launch.launcher(), launch.rank().0, launch.size(), launch.local_rank(), launch.local_size())
+}
+
+fn meets(launch: &Launch) -> (String, String) {
+    let (place, session) = Place::of(launch).unwrap();
+    (place.to_string(), session)
+}
+
+#[test]
+fn torchrun() {
+    let launch = of("torchrun-1.13-two-nodes-3of4");
+    assert_eq!(who(&launch), ("torchrun", 3, 4, Some(1), Some(2)));
+    assert_eq!(launch.node(), "1");
+    assert_eq!(meets(&launch), ("tcp://127.0.0.1:29612-29627".into(), "torchrun/none/29611/0".into()));
+
+    let launch = of("torchrun-1.13-standalone-1of2");
+    assert_eq!(who(&launch), ("torchrun", 1, 2, Some(1), Some(2)));
+    let (place, session) = meets(&launch);
+    assert_eq!(place, "tcp://localhost:33122-33137");
+    assert!(session.starts_with("torchrun/bd3af4cc-") && session.ends_with("/33121/0"), "{session}");
+}
+
+#[test]
+fn a_restarted_run_is_another_session() {
+    let mut variables = recorded("torchrun-1.13-two-nodes-3of4");
+    let first = meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap()).1;
+    variables.insert("TORCHELASTIC_RESTART_COUNT".into(), "1".into());
+    assert_ne!(meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap()).1, first);
+}
+
+#[test]
+fn open_mpi() {
+    let launch = of("openmpi-4.1.4-1of2");
+    assert_eq!(who(&launch), ("Open MPI", 1, 2, Some(1), Some(2)));
+    let (place, session) = meets(&launch);
+    assert!(place.starts_with("tcp://127.0.0.1:6"), "{place}");
+    assert_eq!(session, "openmpi/783941633");
+}
+
+#[test]
+fn mpich() {
+    let launch = of("mpich-4.0.2-1of2");
+    assert_eq!(who(&launch), ("PMI", 1, 2, Some(1), Some(2)));
+    // The proxy of its job is looked for among the ancestors, and this process has none.
+    let error = Place::of(&launch).unwrap_err();
+    assert_eq!(error.expected(), Some("--rendezvous tcp://host:port or file:///path"), "{error}");
+}
+
+#[test]
+fn slurm_steps() {
+    let launch = of("srun-22.05-2of3");
+    assert_eq!(who(&launch), ("Slurm", 2, 3, Some(0), Some(1)));
+    assert_eq!(launch.node(), "1");
+    let (place, session) = meets(&launch);
+    assert!(place.starts_with("tcp://node01:6"), "{place}");
+    assert_eq!(session, "slurm/1.0");
+
+    let launch = of("sbatch-srun-22.05-cyclic-3of5");
+    assert_eq!(who(&launch), ("Slurm", 3, 5, Some(1), Some(2)));
+    assert_eq!((launch.node(), launch.session()), ("0", Some("slurm/3.0")));
+
+    // PMI names rank and size, and the step that knows the rest.
+    let launch = of("sbatch-srun-22.05-pmi2-3of4");
+    assert_eq!(who(&launch), ("Slurm", 3, 4, Some(1), Some(2)));
+    assert_eq!((launch.node(), launch.session()), ("1", Some("slurm/3.1")));
+}
+
+#[test]
+fn an_allocation_is_no_step() {
+    assert_eq!(launch(&recorded("sbatch-22.05-no-step"), &LaunchOptions::default()).unwrap(), None);
+    let mut variables = recorded("srun-22.05-2of3");
+    variables.insert("SLURM_STEP_ID".into(), "4294967291".into()); // what a batch script is
+    assert_eq!(launch(&variables, &LaunchOptions::default()).unwrap(), None);
+}
+
+#[test]
+fn outer_launchers_are_not_asked() {
+    assert_eq!(who(&of("srun-22.05-torchrun-1of2")), ("torchrun", 1, 2, Some(1), Some(2)));
+    assert_eq!(who(&of("srun-22.05-openmpi-1of2")), ("Open MPI", 1, 2, Some(1), Some(2)));
+    assert_eq!(who(&of("srun-22.05-mpich-1of2")), ("PMI", 1, 2, Some(1), Some(2)));
+}
+
+#[test]
+fn sets_that_are_not_complete_do_not_count() {
+    let mut variables = recorded("openmpi-4.1.4-1of2");
+    variables.extend(self::variables(&[("RANK", "7"), ("WORLD_SIZE", "8"), ("PMI_RANK", "x"), ("SLURM_PROCID", "y")]));
+    assert_eq!(launch(&variables, &LaunchOptions::default()).unwrap().unwrap().launcher(), "Open MPI");
+    let empty = self::variables(&[("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "")]);
+    assert_eq!(launch(&empty, &LaunchOptions::default()).unwrap(), None);
+    assert_eq!(launch(&BTreeMap::new(), &LaunchOptions::default()).unwrap(), None);
+}
+
+#[test]
+fn contradictions_show_both_values() {
+    let mut variables = recorded("torchrun-1.13-two-nodes-3of4");
+    let flags = LaunchOptions { rank: Some(Rank(2)), ..LaunchOptions::default() };
+    let error = refused(&variables, &flags);
+    assert_eq!((error.expected(), error.found()), (Some("as --rank 2"), Some("RANK=3")));
+    let flags = LaunchOptions { size: Some(8), ..LaunchOptions::default() };
+    let error = refused(&variables, &flags);
+    assert_eq!((error.expected(), error.found()), (Some("as size 8"), Some("WORLD_SIZE=4")));
+    let flags = LaunchOptions { local_rank: Some(0), ..LaunchOptions::default() };
+    assert_eq!(refused(&variables, &flags).found(), Some("LOCAL_RANK=1"));
+
+    variables.insert("WORLD_SIZE".into(), "3".into());
+    let error = refused(&variables, &LaunchOptions::default());
+    assert_eq!((error.expected(), error.found()), (Some("below WORLD_SIZE=3"), Some("RANK=3")));
+    variables.insert("WORLD_SIZE".into(), "four".into());
+    assert_eq!(refused(&variables, &LaunchOptions::default()).found(), Some("\"four\""));
+
+    let mut variables = recorded("sbatch-srun-22.05-pmi2-3of4");
+    variables.insert("PMI_RANK".into(), "1".into());
+    let error = refused(&variables, &LaunchOptions::default());
+    assert_eq!((error.expected(), error.found()), (Some("as SLURM_PROCID=3"), Some("PMI_RANK=1")));
+}
+
+#[test]
+fn flags_go_before_launchers() {
+    let flags = LaunchOptions {
+        rank: Some(Rank(1)),
+        size: Some(3),
+        node: Some("n".into()),
+        rendezvous: Some("tcp://[fd00::1]:5000".into()),
+        ..LaunchOptions::default()
+    };
+    let launched = launch(&recorded("srun-22.05-2of3"), &flags).unwrap().unwrap();
+    assert_eq!(who(&launched), ("flags", 1, 3, None, None));
+    assert_eq!(launched.node(), "n");
+    assert_eq!(meets(&launched), ("tcp://[fd00::1]:5000".into(), "tcp://[fd00::1]:5000".into()));
+
+    let named = LaunchOptions { session: Some("s".into()), rendezvous: Some("file:///a/b".into()), ..flags.clone() };
+    assert_eq!(meets(&launch(&BTreeMap::new(), &named).unwrap().unwrap()), ("file:///a/b".into(), "s".into()));
+    for wrong in ["", "tcp://x", "udp://x:1", "file://a", "file:///"] {
+        let wrong = LaunchOptions { rendezvous: Some(wrong.into()), ..flags.clone() };
+        assert!(Place::of(&launch(&BTreeMap::new(), &wrong).unwrap().unwrap()).is_err(), "{wrong:?}");
+    }
+    for session in ["", "a\nb", &"x".repeat(300)] {
+        let wrong = LaunchOptions { session: Some(session.into()), ..flags.clone() };
+        assert!(Place::of(&launch(&BTreeMap::new(), &wrong).unwrap().unwrap()).is_err(), "{session:?}");
+    }
+
+    let alone = LaunchOptions { rank: Some(Rank(1)), ..LaunchOptions::default() };
+    assert_eq!(refused(&BTreeMap::new(), &alone).message(), "--rank without the number of ranks");
+    let beyond = LaunchOptions { rank: Some(Rank(3)), ..flags.clone() };
+    assert_eq!(refused(&BTreeMap::new(), &beyond).found(), Some("--rank 3"));
+    let many = LaunchOptions { size: Some(100_000), ..flags };
+    assert_eq!(refused(&BTreeMap::new(), &many).expected(), Some("at most 8192"));
+}
+
+#[test]
+fn the_master_is_where_ranks_of_any_launcher_meet() {
+    let mut variables = recorded("srun-22.05-2of3");
+    variables.extend(self::variables(&[("MASTER_ADDR", "node02"), ("MASTER_PORT", "29500")]));
+    let launched = launch(&variables, &LaunchOptions::default()).unwrap().unwrap();
+    assert_eq!(meets(&launched), ("tcp://node02:29501-29516".into(), "slurm/1.0".into()));
+    variables.insert("MASTER_PORT".into(), "70000".into());
+    assert_eq!(refused(&variables, &LaunchOptions::default()).found(), Some("70000"));
+}
+
+#[test]
+fn gpus_of_ranks() {
+    let with = |local: Option<u32>, size, list: Option<&str>| {
+        let mut variables = BTreeMap::new();
+        if let Some(list) = list {
+            variables.insert("CUDA_VISIBLE_DEVICES".to_owned(), list.to_owned());
+        }
+        let flags =
+            LaunchOptions { rank: Some(Rank(0)), size: Some(size), local_rank: local, ..LaunchOptions::default() };
+        launch(&variables, &flags).unwrap().unwrap()
+    };
+    assert_eq!(with(Some(3), 8, None).gpu(None).unwrap(), 3);
+    assert_eq!(with(Some(3), 8, Some("5")).gpu(None).unwrap(), 0);
+    assert_eq!(with(Some(3), 8, Some("4,5,6,7")).gpu(None).unwrap(), 3);
+    assert_eq!(with(Some(3), 8, None).gpu(Some(1)).unwrap(), 0);
+    assert_eq!(with(None, 1, None).gpu(None).unwrap(), 0);
+    let error = with(Some(3), 8, Some("GPU-1a,GPU-2b")).gpu(None).unwrap_err();
+    assert_eq!((error.kind(), error.found()), (ErrorKind::Device, Some("2")));
+    assert_eq!(error.expected(), Some("more than 3 for local rank 3"));
+    for none in ["", "-1", "NoDevFiles"] {
+        assert_eq!(with(Some(0), 8, Some(none)).gpu(None).unwrap_err().kind(), ErrorKind::Device, "{none}");
+    }
+    assert_eq!(with(Some(0), 8, Some("0,1,-1,2")).gpu(None).unwrap(), 0);
+    assert_eq!(with(Some(2), 8, Some("0,1,-1,2")).gpu(None).unwrap_err().found(), Some("2"));
+    assert_eq!(with(None, 8, None).gpu(None).unwrap_err().kind(), ErrorKind::Usage);
+
+    let world = with(Some(3), 8, None).world(DeviceSpec::Cuda(3));
+    assert_eq!((world.size(), world.driven()), (8, &[Rank(0)][..]));
+}
+
+#[test]
+fn nothing_is_left_unsaid_about_the_meeting() {
+    let Meeting { rendezvous, master, first_host } = of("srun-22.05-2of3").meeting;
+    assert_eq!((rendezvous, master, first_host.as_deref()), (None, None, Some("node01")));
+}

@@ -1,0 +1,275 @@
+//! Ranks as processes of their own, which do one thing after the other as the test says, for tests of groups.
+
+#![allow(dead_code, reason = "each test uses its own part")]
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+use rustix::process::{Pid, Signal, kill_process};
+use shardlift::{Error, ErrorKind, Group, GroupOptions, Launch, LaunchOptions, Rank};
+
+/// How long a rank may take for what has no deadline of its own: starting a process on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a rank is started with.
+#[derive(Debug, Clone)]
+pub(crate) struct Setup {
+    pub(crate) size: u32,
+    pub(crate) rendezvous: String,
+    pub(crate) master: Option<u16>,
+    pub(crate) session: Option<String>,
+    pub(crate) join_timeout: Duration,
+    pub(crate) fail_timeout: Duration,
+    /// Words before the command, for instance to run it in a network name space.
+    pub(crate) within: Vec<String>,
+}
+
+/// One rank, and what it answers.
+pub(crate) struct Process {
+    pub(crate) rank: u32,
+    child: Child,
+    commands: Option<ChildStdin>,
+    answers: Receiver<(Instant, String)>,
+}
+
+/// What a rank answered to a command, and when.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) at: Instant,
+    pub(crate) text: String,
+}
+
+impl Setup {
+    pub(crate) fn new(size: u32) -> Setup {
+        Setup {
+            size,
+            rendezvous: format!("tcp://127.0.0.1:{}", free_port()),
+            master: None,
+            session: None,
+            join_timeout: Duration::from_secs(60),
+            fail_timeout: Duration::from_millis(2500),
+            within: Vec::new(),
+        }
+    }
+
+    pub(crate) fn start(&self, rank: u32) -> Process {
+        let program = env::current_exe().unwrap();
+        let mut command = match self.within.split_first() {
+            Some((first, rest)) => {
+                let mut command = Command::new(first);
+                command.args(rest).arg(program);
+                command
+            }
+            None => Command::new(program),
+        };
+        command.args(["--ignored", "--exact", "rank", "--nocapture"]);
+        command.env("RANKS_RANK", rank.to_string()).env("RANKS_SIZE", self.size.to_string());
+        command.env("RANKS_RENDEZVOUS", &self.rendezvous);
+        if let Some(port) = self.master {
+            command.env("RANKS_MASTER_PORT", port.to_string());
+        }
+        if let Some(session) = &self.session {
+            command.env("RANKS_SESSION", session);
+        }
+        let millis = |time: Duration| time.as_millis().to_string();
+        command.env("RANKS_JOIN", millis(self.join_timeout)).env("RANKS_FAIL", millis(self.fail_timeout));
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (sender, answers) = mpsc::channel();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if let Some(text) = line.strip_prefix("@ ") {
+                    // The test may have ended.
+                    let _ = sender.send((Instant::now(), text.to_owned()));
+                }
+            }
+        });
+        let process = Process { rank, commands: child.stdin.take(), child, answers };
+        assert_eq!(process.answer(PATIENCE).text, "here");
+        process
+    }
+
+    pub(crate) fn start_all(&self, ranks: impl IntoIterator<Item = u32>) -> Vec<Process> {
+        thread::scope(|scope| {
+            let starting: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(move || self.start(rank))).collect();
+            starting.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    /// All ranks, joined.
+    pub(crate) fn joined(&self) -> Vec<Process> {
+        let mut ranks = self.start_all(0..self.size);
+        tell_all(&mut ranks, "join");
+        ranks.iter().for_each(|rank| rank.is_ok());
+        ranks
+    }
+}
+
+pub(crate) fn tell_all(ranks: &mut [Process], command: &str) {
+    ranks.iter_mut().for_each(|rank| rank.tell(command));
+}
+
+impl Process {
+    /// `join`, `exchange WHAT PART`, `finish`, `fail MESSAGE`, `cancel`, `await` (for a failure), `drop`, `left`.
+    pub(crate) fn tell(&mut self, command: &str) {
+        writeln!(self.commands.as_mut().unwrap(), "{command}").unwrap();
+    }
+
+    #[track_caller]
+    pub(crate) fn answer(&self, within: Duration) -> Answer {
+        match self.answers.recv_timeout(within) {
+            Ok((at, text)) => Answer { at, text },
+            Err(error) => panic!("rank {} did not answer within {within:?}: {error}", self.rank),
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn is_ok(&self) {
+        assert_eq!(self.answer(PATIENCE).text, "ok", "rank {}", self.rank);
+    }
+
+    /// The error that it answers with, and when.
+    #[track_caller]
+    pub(crate) fn error(&self, within: Duration) -> Answer {
+        let answer = self.answer(within);
+        let text = answer.text.strip_prefix("error ").map(str::to_owned);
+        let text = text.unwrap_or_else(|| panic!("rank {} answered {:?}", self.rank, answer.text));
+        Answer { text, ..answer }
+    }
+
+    pub(crate) fn is_silent(&self) -> bool {
+        self.answers.try_recv().is_err()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Ends it as a program ends, in good time.
+    #[track_caller]
+    pub(crate) fn quit(mut self) {
+        drop(self.commands.take());
+        let until = Instant::now() + PATIENCE;
+        while Instant::now() < until {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return assert!(status.success(), "rank {}: {status}", self.rank);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        panic!("rank {} did not end", self.rank);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended, and then both say so.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A port that nobody listens on, and that no other test of this process is given; the next 40 are its test's, too. Below those
+/// that the system gives away.
+pub(crate) fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let start = (std::process::id() % 200) as u16 * 40;
+    loop {
+        let port = 20_000 + (start + NEXT.fetch_add(40, Ordering::Relaxed)) % 12_000;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+/// The other side: what the ignored test `rank` of a test binary runs.
+pub(crate) fn run() {
+    let variable = |name: &str| variables().remove(name);
+    let number = |name: &str| variable(name).unwrap().parse::<u64>().unwrap();
+    let mut options = LaunchOptions::default();
+    options.rank = Some(Rank(number("RANKS_RANK") as u32));
+    options.size = Some(number("RANKS_SIZE") as u32);
+    options.session = variable("RANKS_SESSION");
+    let master = variable("RANKS_MASTER_PORT");
+    options.rendezvous = master.is_none().then(|| variable("RANKS_RENDEZVOUS").unwrap());
+    let lookup = |name: &str| match name {
+        "MASTER_ADDR" => master.as_ref().map(|_| "127.0.0.1".into()),
+        "MASTER_PORT" => master.clone(),
+        _ => None,
+    };
+    let launch = Launch::from_vars(&lookup, &options).unwrap().unwrap();
+    let mut group_options = GroupOptions::default();
+    group_options.join_timeout = Duration::from_millis(number("RANKS_JOIN"));
+    group_options.fail_timeout = Duration::from_millis(number("RANKS_FAIL"));
+
+    let before = resources();
+    say("here");
+    let mut group = None;
+    for command in io::stdin().lines().map(Result::unwrap) {
+        let result = obey(&command, &mut group, &launch, &group_options);
+        match result {
+            Ok(text) => say(text.as_deref().unwrap_or("ok")),
+            Err(error) => say(&format!("error {} {error}", error.kind().name())),
+        }
+    }
+    drop(group);
+    let after = resources();
+    assert_eq!(before, after, "threads and descriptors, before and after");
+}
+
+fn obey(
+    command: &str,
+    group: &mut Option<Group>,
+    launch: &Launch,
+    options: &GroupOptions,
+) -> Result<Option<String>, Error> {
+    let words: Vec<&str> = command.split(' ').collect();
+    let joined = || group.as_ref().unwrap();
+    match words[..] {
+        ["join"] => *group = Some(Group::join(launch, options)?),
+        ["exchange", what, part] => {
+            let parts = joined().exchange(what, part.as_bytes().to_vec())?;
+            let parts: Vec<String> = parts.into_iter().map(|part| String::from_utf8(part).unwrap()).collect();
+            return Ok(Some(parts.join(",")));
+        }
+        ["finish"] => joined().finish()?,
+        ["fail", message] => joined().fail(&Error::new(ErrorKind::Truncated, message).with_tensor("w")),
+        ["cancel"] => joined().fail(&Error::new(ErrorKind::Cancelled, "the load was cancelled")),
+        ["await"] => loop {
+            if let Some(error) = joined().failure() {
+                return Err(error);
+            }
+            thread::sleep(Duration::from_millis(5));
+        },
+        ["drop"] => {
+            let began = Instant::now();
+            drop(group.take());
+            return Ok(Some(format!("{}", began.elapsed().as_millis())));
+        }
+        _ => panic!("no such command: {command}"),
+    }
+    Ok(None)
+}
+
+/// One line of its own: the test harness begins its line before.
+fn say(text: &str) {
+    let mut out = io::stdout().lock();
+    writeln!(out, "\n@ {text}").unwrap();
+    out.flush().unwrap();
+}
+
+/// Threads and open descriptors of this process.
+fn resources() -> (usize, usize) {
+    let count = |folder: &str| fs::read_dir(folder).map_or(0, Iterator::count);
+    (count("/proc/self/task"), count("/proc/self/fd"))
+}
+
+#[expect(clippy::disallowed_methods, reason = "tests speak to their children so")]
+fn variables() -> BTreeMap<String, String> {
+    env::vars().collect()
+}
