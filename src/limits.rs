@@ -77,6 +77,33 @@ pub const fn is_skipped(gap: u64, next: u64) -> bool {
     read_cost(next) < gap.saturating_add(next)
 }
 
+/// Fewest bytes of storage that reading together has to save in all before ranks do: setting up communicators takes about as
+/// long as reading so many.
+pub const COOPERATE_MIN: u64 = 256 << 20;
+
+/// What passing on bytes between GPUs costs, in bytes that the storage could have moved instead: storage of 6 GB/s beside
+/// peers that exchange 24 GB/s over PCIe 4. Over NVLink it is less.
+pub const fn exchange_cost(bytes: u64) -> u64 {
+    bytes / 4
+}
+
+/// Smallest stripe of a tensor that several ranks read together: below it one of them reads the whole.
+pub const STRIPE_MIN: u64 = 1 << 20;
+
+/// Device memory in which a rank exchanges bytes with others: for each of [`EXCHANGE_ROUNDS`] a chunk that it sends, and one
+/// from everybody else. Ranks are given smaller chunks to stay within it, but for [`EXCHANGE_CHUNK_MIN`].
+pub const EXCHANGE: u64 = 256 << 20;
+
+/// Largest chunk of such a round: half a slot of the staging ring for GPUs.
+pub const EXCHANGE_CHUNK: u64 = 8 << 20;
+
+/// Smallest: with less, starting an exchange costs more than its bytes.
+pub const EXCHANGE_CHUNK_MIN: u64 = 64 << 10;
+
+/// Rounds of an exchange that are under way at a time: while one travels the next lands on the device and the one before
+/// is put in place.
+pub const EXCHANGE_ROUNDS: usize = 4;
+
 /// Most strided loops of a copy descriptor (design invariant 4).
 pub const LOOPS_MAX: usize = 5;
 

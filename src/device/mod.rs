@@ -7,6 +7,7 @@ mod elements;
 mod file;
 mod host;
 mod stream;
+mod wire;
 
 use std::any::Any;
 use std::fmt::Debug;
@@ -29,6 +30,7 @@ pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurem
 pub(crate) use cuda::{Cuda, stay};
 pub(crate) use file::FileDevice;
 pub(crate) use host::{Host, HostStaged, Pages, copy_now};
+pub(crate) use wire::{Arrived, Wire, WireSize};
 
 /// One strided copy from host memory to an address of a device.
 #[derive(Debug)]
@@ -77,6 +79,8 @@ pub(crate) struct Feed {
     pub(crate) slot_bytes: usize,
     /// Whether there are sure to be [cuts](Op::Cut), so that it takes early what those need.
     pub(crate) cuts: bool,
+    /// The [wire](Device::wire) beside it, if there is one.
+    pub(crate) wire: Option<WireSize>,
 }
 
 /// A kind of memory that destinations can live in.
@@ -87,6 +91,17 @@ pub(crate) trait Device: Debug + Send + Sync {
     /// A queue of copies into this device's memory, or `None` if its memory is the host's own: then reads may land
     /// in it directly, and copies are made at once by whoever has the bytes in cache ([`copy_now`]).
     fn queue(&self, feed: Feed) -> Result<Option<Box<dyn Queue>>>;
+
+    /// What it exchanges bytes with devices of other processes through; `None` if it cannot.
+    fn wire(&self, _size: WireSize) -> Result<Option<Box<dyn Wire>>> {
+        Ok(None)
+    }
+
+    /// The GPU that it is.
+    #[cfg(feature = "cuda")]
+    fn cuda(&self) -> Option<&Cuda> {
+        None
+    }
 
     /// Whether its queue makes every copy itself, however many loops it has and with a cast.
     fn copies_any(&self) -> bool {

@@ -1,19 +1,22 @@
 //! How to load: [`Loader`]; and a load in progress: [`Load`].
 
+mod agree;
 mod check;
 mod lend;
 mod reshard;
 #[cfg(test)]
 mod tests;
+mod together;
 
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
+use crate::launch::Group;
 use crate::limits;
 use crate::observe::{Counters, Event, Kind, Progress, Report, StageTime, Totals, Trace};
-use crate::pipeline::{Device, Gpus, Job, PlanNames, Ring, Running, Setup, devices};
+use crate::pipeline::{Device, Gpus, Job, PlanNames, Ring, Running, Setup, devices, feed};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Request, Rules, World};
 #[cfg(target_os = "linux")]
@@ -23,6 +26,7 @@ use crate::sync::lock;
 
 pub use lend::CallerMemory;
 pub use reshard::Reshard;
+pub use together::Sharing;
 
 /// How to load. Owns the staging ring, which its loads share and reuse.
 #[derive(Debug)]
@@ -36,6 +40,8 @@ pub struct Loader {
     stall_warning: Duration,
     stall_error: Duration,
     trace: Option<Trace>,
+    /// Those who load the other ranks.
+    group: Option<Arc<Group>>,
     /// Slots for loads into host memory, which stay in a processor's cache.
     ring: Ring,
     /// Larger ones, pinned, for loads into GPUs, whose copies cost by the piece.
@@ -93,6 +99,7 @@ impl Loader {
             stall_warning: limits::STALL_WARNING,
             stall_error: limits::STALL_ERROR,
             trace: None,
+            group: None,
             ring: Ring::new(limits::STAGING, limits::SLOT),
             device_ring: Ring::new(limits::STAGING, limits::DEVICE_SLOT),
             gpus: Mutex::default(),
@@ -162,6 +169,14 @@ impl Loader {
         self
     }
 
+    /// Loads together with the processes of the other ranks: before anything moves all make sure that they load the same, a
+    /// failure of one is the error of all, and no load is over before all are. Each of them calls
+    /// [`start`](Loader::start) as often, in the same order.
+    pub fn group(mut self, group: Option<&Arc<Group>>) -> Loader {
+        self.group = group.cloned();
+        self
+    }
+
     /// Plans a load; the same as [`Plan::new`].
     ///
     /// # Errors
@@ -202,9 +217,11 @@ impl Loader {
         let devices = devices(plan.world(), &self.gpus)?;
         let opened = Instant::now();
         let slot_bytes = self.ring_for(&devices).slot_bytes();
+        let peers = agree::agree(self.group.as_ref(), plan, slot_bytes)?;
+        let feed = feed(plan, slot_bytes, peers.as_ref());
         let mut destinations = match self.memory {
-            Memory::Blocks => Destinations::in_blocks(plan, &devices, slot_bytes, &lent)?,
-            Memory::PerTensor => Destinations::per_tensor(plan, &devices, slot_bytes, &lent)?,
+            Memory::Blocks => Destinations::in_blocks(plan, &devices, feed, &lent)?,
+            Memory::PerTensor => Destinations::per_tensor(plan, &devices, feed, &lent)?,
         };
         let mapped = match self.residency {
             Residency::Owned => Vec::new(),
@@ -213,7 +230,7 @@ impl Loader {
         // SAFETY: the same duties.
         unsafe { lend::place_into(&mut destinations, &devices, memory, &callers) };
         destinations.share_aliases(plan);
-        let setup = Setup { mapped, started, ..self.setup(plan, destinations, devices) };
+        let setup = Setup { mapped, started, peers, ..self.setup(plan, destinations, devices) };
         if let Some(trace) = &setup.trace {
             trace.span(Event::of(Kind::Devices), started, opened);
             trace.since(Event::of(Kind::Allocate), opened);
@@ -276,6 +293,7 @@ impl Loader {
             mapped: Vec::new(),
             started: Instant::now(),
             trace,
+            peers: None,
         }
     }
 

@@ -60,6 +60,11 @@ pub struct Report {
     pub storage_bytes_read: u64,
     /// Reads asked of files after the headers.
     pub reads: u64,
+    /// Bytes that went to ranks of other processes, over the links between their devices; what several want counts for each
+    /// of them.
+    pub sent_bytes: u64,
+    /// Bytes that came from them.
+    pub received_bytes: u64,
     /// The engine that read.
     pub engine: String,
     /// Why this engine.
@@ -154,6 +159,8 @@ pub(crate) struct Counters {
     pub(crate) tensors_landed: AtomicU64,
     pub(crate) storage_bytes: AtomicU64,
     pub(crate) reads: AtomicU64,
+    pub(crate) sent_bytes: AtomicU64,
+    pub(crate) received_bytes: AtomicU64,
     pub(crate) abandoned_bytes: AtomicU64,
     read_waiting_ns: AtomicU64,
     copy_busy_ns: AtomicU64,

@@ -6,18 +6,20 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::ThreadId;
 use std::time::Instant;
 
+#[cfg(feature = "cuda")]
+use super::exchange::Exchanging;
 use super::files::Files;
 use super::prepare::pinner;
 use super::run::distinct;
 use super::windows::Windows;
-use super::{Device, Setup};
+use super::{Device, Peers, Setup};
 use crate::copy::{Copies, CopyError, Filled, Landed, Landing};
 use crate::device::Pinner;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
 use crate::limits;
 use crate::observe::{Counters, Event, Kind, Totals};
-use crate::plan::{Cursor, Cutting, Reads};
+use crate::plan::{Consumer, Cursor, Cutting, Reads};
 use crate::read::{Pending, Request};
 use crate::stage::{Hold, Lend};
 use crate::sync::lock;
@@ -45,6 +47,9 @@ pub(crate) struct Job {
     pub(super) pinner: Option<Arc<dyn Pinner>>,
     /// Windows of mapped files that devices copy from, where they can and the engine lends them.
     pub(super) windows: Option<Arc<Windows>>,
+    /// What is exchanged with other ranks, if anything is.
+    #[cfg(feature = "cuda")]
+    pub(super) exchanging: Option<Exchanging>,
     /// Pinned slots stay while the load runs.
     _hold: Hold,
     /// For each rank of the world, the position of its device; those of other processes have none that is used.
@@ -118,12 +123,18 @@ impl Job {
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
         // What is lent from one window is one read.
         let cut_at = if windows.is_some() { slot } else { alignment };
-        let cutting =
-            Cutting { chunk: limits::DIRECT_CHUNK, cut_chunk, alignment: cut_at, direct: in_place && alignment == 1 };
+        let cutting = Cutting {
+            chunk: limits::DIRECT_CHUNK,
+            cut_chunk,
+            alignment: cut_at,
+            direct: in_place && alignment == 1,
+            exchanged: exchanged_chunk(&setup),
+        };
         let driven = |rank: Rank| world.driven().binary_search(&rank).is_ok();
         let reads = Reads::new(&plan, cutting, |extent| {
-            driven(extent.reader)
-                && plan.consumers(extent).iter().any(|consumer| setup.destinations.waits(consumer.rank, consumer.dest))
+            let waits = |consumer: &Consumer| setup.destinations.waits(consumer.rank, consumer.dest);
+            // What others want is read also if nobody here does.
+            driven(extent.reader) && (plan.is_shared(extent) || plan.consumers(extent).iter().any(waits))
         });
 
         let mut totals = Totals::default();
@@ -146,6 +157,8 @@ impl Job {
                 remaining[rank.index()].push(AtomicU64::new(awaited));
             }
         }
+        #[cfg(feature = "cuda")]
+        let exchanging = setup.peers.as_ref().and_then(|peers| Exchanging::new(&plan, peers.meeting.as_ref()?));
         let job = Job {
             copies,
             files: Files::new(&plan, &setup.mapped, setup.drop_page_cache),
@@ -158,6 +171,8 @@ impl Job {
             devices,
             pinner,
             windows,
+            #[cfg(feature = "cuda")]
+            exchanging,
             _hold: hold,
             device_of,
             remaining,
@@ -296,8 +311,18 @@ impl Job {
 
     /// Makes this the load's error unless it has one, and stops everything that has not begun.
     pub(crate) fn fail(&self, error: Error) {
+        if let Some(peers) = &self.setup.peers {
+            peers.tell(&error);
+        }
         lock(&self.failure).get_or_insert(error);
         self.stop();
+    }
+
+    /// Fails if another rank has.
+    pub(super) fn watch_peers(&self) {
+        if let Some(error) = self.setup.peers.as_ref().and_then(Peers::failure) {
+            self.fail(error);
+        }
     }
 
     /// Stops the load: nothing new starts, what is in flight is drained.
@@ -429,6 +454,16 @@ impl Landed for Job {
         self.abandon(slots);
         self.copies_abandoned.store(true, Ordering::Release);
     }
+}
+
+/// Most bytes of a read that is exchanged with other ranks.
+fn exchanged_chunk(setup: &Setup) -> u64 {
+    #[cfg(feature = "cuda")]
+    let meeting = setup.peers.as_ref().and_then(|peers| peers.meeting.as_ref());
+    #[cfg(feature = "cuda")]
+    return meeting.map_or(0, |meeting| meeting.chunk);
+    #[cfg(not(feature = "cuda"))]
+    return 0;
 }
 
 /// Windows to lend from, if the engine lends and every device can copy from there.

@@ -1,8 +1,11 @@
 //! Runs a plan: threads, back-pressure, first error, cancel, drain. Knows no rules and no command line.
 
+#[cfg(feature = "cuda")]
+mod exchange;
 mod files;
 mod fills;
 mod job;
+mod peers;
 mod prepare;
 mod run;
 mod traced;
@@ -29,6 +32,10 @@ pub(crate) use crate::device::Device;
 pub(crate) use crate::device::{Allocation, Feed, Host as HostDevice, Op, Queue};
 pub(crate) use crate::stage::Ring;
 pub(crate) use job::Job;
+#[cfg(feature = "cuda")]
+pub(crate) use peers::Meeting;
+pub(crate) use peers::Peers;
+pub(crate) use prepare::feed;
 pub(crate) use run::Running;
 pub(crate) use traced::PlanNames;
 
@@ -49,6 +56,8 @@ pub(crate) struct Setup {
     pub(crate) mapped: Vec<FileId>,
     pub(crate) started: std::time::Instant,
     pub(crate) trace: Option<Arc<Recording>>,
+    /// Those who load the other ranks, where this process knows them.
+    pub(crate) peers: Option<Peers>,
 }
 
 /// The device of each rank that this process drives: ranks on one GPU share it, with its queue; `known` are kept from

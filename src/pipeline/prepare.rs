@@ -7,13 +7,28 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use super::run::spawn;
-use super::{Device, Job, traced};
+use super::{Device, Job, Peers, traced};
 use crate::copy::{CopyError, Landing};
-use crate::device::{Pinned, Pinner, stay};
+use crate::device::{Feed, Pinned, Pinner, stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
 use crate::observe::{Event, Kind};
+#[cfg(feature = "cuda")]
+use crate::plan::Exchange;
+use crate::plan::Plan;
+
+/// What devices will be fed with, cuts aside: slots of this size, and what ranks exchange.
+pub(crate) fn feed(plan: &Plan, slot_bytes: usize, peers: Option<&Peers>) -> Feed {
+    #[cfg(feature = "cuda")]
+    let wire = peers.and_then(|peers| peers.meeting.as_ref()).and_then(|meeting| {
+        let members = Exchange::new(plan, meeting.chunk)?.members().len();
+        Some(super::exchange::size(members, meeting.chunk, slot_bytes))
+    });
+    #[cfg(not(feature = "cuda"))]
+    let (wire, _) = (None, (plan, peers));
+    Feed { slot_bytes, cuts: false, wire }
+}
 
 /// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
 pub(super) fn pinner(devices: &[(Arc<dyn Device>, Rank)]) -> Option<Arc<dyn Pinner>> {

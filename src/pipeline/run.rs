@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::prepare::{pin_slots, prepare_cuts};
-use super::{Device, Job, Setup, traced};
+use super::{Device, Job, Peers, Setup, traced};
 use crate::copy::{Copies, Landed};
 use crate::device::{Feed, stay};
 use crate::error::{Error, ErrorKind, Result};
@@ -38,7 +38,7 @@ impl Running {
             let driven = setup.plan.world().driven().iter().zip(&setup.devices);
             let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
             let cuts = setup.plan.first_cut(ranks).is_some();
-            let feed = Feed { slot_bytes: setup.ring.slot_bytes(), cuts };
+            let feed = Feed { slot_bytes: setup.ring.slot_bytes(), cuts, wire: None };
             queues.push(device.queue(feed).map_err(|error| error.with_rank(rank))?);
         }
         if let Some(trace) = &setup.trace {
@@ -125,6 +125,7 @@ fn supervise(job: &Arc<Job>) -> Report {
     let mut abandoned = false;
     while !abandoned && readers.recv_timeout(limits::SUPERVISE_EVERY) == Err(RecvTimeoutError::Timeout) {
         memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
+        job.watch_peers();
         abandoned = watch_reads(job);
     }
     let read = Instant::now();
@@ -138,11 +139,16 @@ fn supervise(job: &Arc<Job>) -> Report {
     }
     memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
     if !job.is_stopped()
-        && let Err(error) = job.check_complete().and_then(|()| verify_files(job))
+        && let Err(error) = job.check_complete().and_then(|()| verify_files(job)).and_then(|()| await_peers(job))
     {
         job.fail(error);
     }
     report(job, &memory, cpu_before, read)
+}
+
+/// Waits until every rank has loaded: no rank has unless all have.
+fn await_peers(job: &Job) -> Result<()> {
+    job.setup.peers.as_ref().map_or(Ok(()), Peers::finish)
 }
 
 /// Waits until the threads that call drivers have ended; false if one of them does not come back from its driver: copies
@@ -151,6 +157,7 @@ fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
     let bound = job.setup.stall_error * 3;
     let mut progress = (job.counters.bytes_landed.load(Ordering::Relaxed), Instant::now());
     while alive.recv_timeout(limits::SUPERVISE_EVERY) == Err(RecvTimeoutError::Timeout) {
+        job.watch_peers();
         let landed = job.counters.bytes_landed.load(Ordering::Relaxed);
         if landed != progress.0 {
             progress = (landed, Instant::now());
@@ -209,6 +216,8 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
     }
     workers.of_devices.extend(prepare_cuts(job, &alive.of_devices)?);
     workers.of_devices.extend(pin_slots(job, alive.of_devices.clone())?);
+    #[cfg(feature = "cuda")]
+    workers.of_devices.extend(super::exchange::start(job, alive.of_devices.clone())?);
     if job.has_fills() {
         let (job, alive) = (Arc::clone(job), alive.readers.clone());
         let thread = spawn("shardlift-fill", move || {
@@ -245,7 +254,7 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
 
 /// A stalled device may write to the load's destinations at any later time.
 #[expect(clippy::mem_forget, reason = "freeing memory that a device may still write to is worse than leaking it")]
-fn keep_for_ever(job: &Arc<Job>) {
+pub(super) fn keep_for_ever(job: &Arc<Job>) {
     std::mem::forget(Arc::clone(job));
 }
 
@@ -318,6 +327,8 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64, read: Instant) -> Re
         landed_bytes: counters.bytes_landed.load(Ordering::Relaxed) + job.totals.lent_bytes,
         storage_bytes_read: counters.storage_bytes.load(Ordering::Relaxed),
         reads: counters.reads.load(Ordering::Relaxed),
+        sent_bytes: counters.sent_bytes.load(Ordering::Relaxed),
+        received_bytes: counters.received_bytes.load(Ordering::Relaxed),
         engine: job.setup.engine.name().into(),
         engine_reason: job.setup.engine_reason.clone(),
         peak_extra_bytes: memory.peak_extra.max(job.setup.ring.bytes()),

@@ -157,7 +157,7 @@ enum Room {
 
 impl Job {
     fn take(&self) -> Result<Taken> {
-        let (op, room) = {
+        let (op, room, exchanged) = {
             let mut cursor = lock(&self.cursor);
             let Some((op, behind)) = self.reads.next(&cursor) else { return Ok(Taken::Nothing) };
             let room = match &self.windows {
@@ -167,7 +167,9 @@ impl Job {
             };
             let Some(room) = room else { return Ok(Taken::NoSlot) };
             *cursor = behind;
-            (op, room)
+            // In the order of the plan, hence under the lock.
+            let exchanged = if op.shared { self.begin_exchanged() } else { None };
+            (op, room, exchanged)
         };
         let base = op.extent.start - op.extent.start % self.alignment;
         let bytes = (op.extent.end.next_multiple_of(self.alignment) - base) as usize;
@@ -206,7 +208,7 @@ impl Job {
         if let Some(trace) = self.trace() {
             trace.unless_short(traced::of_file(Kind::Open, op.extent.file), since, Instant::now());
         }
-        let pending = Pending { base, op, pieces, repeated: false, since };
+        let pending = Pending { base, op, pieces, exchanged, repeated: false, since };
         let pending = match spare {
             Some(mut spare) => {
                 *spare = pending;
@@ -307,8 +309,14 @@ impl Job {
     /// The bytes of a file from `base` on are staged, in memory that may be written if they are `ours`: copies them at
     /// once, or submits them to the queues of their devices. `id` is the read's number.
     fn land(&self, id: u64, base: u64, pending: &mut Pending, staged: Staged, ours: bool) {
-        let Pending { op, pieces, .. } = pending;
-        let first = staged.address().wrapping_add((op.extent.start - base) as usize);
+        let Pending { op, pieces, exchanged, .. } = pending;
+        let offset = (op.extent.start - base) as usize;
+        let first = staged.address().wrapping_add(offset);
+        // Others read from it, too, until it has travelled.
+        let ours = ours && exchanged.is_none();
+        if let Some(number) = *exchanged {
+            self.exchange(number, staged.clone(), offset);
+        }
         self.reads.pieces(op, pieces);
         pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
         let began = Instant::now();
@@ -390,7 +398,25 @@ impl Job {
         waited
     }
 
-    fn raw_copy(&self, piece: &Piece, src: *const u8) -> RawCopy {
+    /// The number of a read that other ranks want too.
+    fn begin_exchanged(&self) -> Option<u64> {
+        #[cfg(feature = "cuda")]
+        return self.exchanging.as_ref().map(|exchanging| exchanging.begin());
+        #[cfg(not(feature = "cuda"))]
+        return None;
+    }
+
+    /// Hands what such a read brought to the exchange.
+    fn exchange(&self, number: u64, staged: Staged, offset: usize) {
+        #[cfg(feature = "cuda")]
+        if let Some(exchanging) = &self.exchanging {
+            exchanging.arrived(number, staged, offset);
+        }
+        #[cfg(not(feature = "cuda"))]
+        let _ = (number, staged, offset);
+    }
+
+    pub(super) fn raw_copy(&self, piece: &Piece, src: *const u8) -> RawCopy {
         RawCopy {
             src: src.wrapping_add(piece.src as usize),
             dst: self.address(piece),

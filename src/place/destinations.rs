@@ -57,7 +57,7 @@ impl Place {
 }
 
 impl Destinations {
-    /// Few large blocks for each rank (`Memory::Blocks`); `devices` are those of the driven ranks, fed from slots of this size. What is `lent` gets no
+    /// Few large blocks for each rank (`Memory::Blocks`); `devices` are those of the driven ranks, fed like this. What is `lent` gets no
     /// memory: it is [replaced](Destinations::replace) later.
     ///
     /// # Errors
@@ -66,7 +66,7 @@ impl Destinations {
     pub(crate) fn in_blocks(
         plan: &Plan,
         devices: &[Arc<dyn Device>],
-        slot_bytes: usize,
+        feed: Feed,
         lent: &HashSet<(Rank, u32)>,
     ) -> Result<Destinations> {
         let layout = |rank| {
@@ -79,7 +79,7 @@ impl Destinations {
             let ranked = RankPlan { rank, dests, pieces: Vec::new(), fills: Vec::new() };
             Layout::in_blocks(&ranked, plan.params(), limits::TENSOR_ALIGNMENT, limits::BLOCK_MAX)
         };
-        fits(plan, devices, slot_bytes, |rank, device| {
+        fits(plan, devices, feed, |rank, device| {
             layout(rank).blocks.iter().map(|&bytes| device.taken_by(bytes)).sum()
         })?;
         Destinations::for_each_rank(plan, devices, |rank, device| {
@@ -110,11 +110,11 @@ impl Destinations {
     pub(crate) fn per_tensor(
         plan: &Plan,
         devices: &[Arc<dyn Device>],
-        slot_bytes: usize,
+        feed: Feed,
         lent: &HashSet<(Rank, u32)>,
     ) -> Result<Destinations> {
         let ours = |rank, dest| !lent.contains(&(rank, dest));
-        fits(plan, devices, slot_bytes, |rank, device| {
+        fits(plan, devices, feed, |rank, device| {
             let dests = (0..).zip(&plan.rank(rank).dests).filter(|(dest, _)| ours(rank, *dest));
             device.taken_by(dests.map(|(_, dest)| dest.bytes).sum())
         })?;
@@ -204,12 +204,7 @@ impl Destinations {
 }
 
 /// Holds what all ranks of each device need, and its queue, against what it has free.
-fn fits(
-    plan: &Plan,
-    devices: &[Arc<dyn Device>],
-    slot_bytes: usize,
-    bytes: impl Fn(Rank, &dyn Device) -> u64,
-) -> Result<()> {
+fn fits(plan: &Plan, devices: &[Arc<dyn Device>], feed: Feed, bytes: impl Fn(Rank, &dyn Device) -> u64) -> Result<()> {
     for (at, device) in devices.iter().enumerate() {
         let shares = |other: &Arc<dyn Device>| Arc::ptr_eq(other, device);
         if devices[..at].iter().any(shares) {
@@ -218,7 +213,7 @@ fn fits(
         let Some(free) = device.free_bytes()? else { continue };
         let ranks =
             || plan.world().driven().iter().zip(devices).filter(|(_, other)| shares(other)).map(|(&rank, _)| rank);
-        let queue = device.taken_besides(Feed { slot_bytes, cuts: plan.first_cut(ranks()).is_some() });
+        let queue = device.taken_besides(Feed { cuts: plan.first_cut(ranks()).is_some(), ..feed });
         let needed = ranks().map(|rank| bytes(rank, &**device)).sum::<u64>() + queue;
         if needed > free {
             return Err(Error::new(ErrorKind::DeviceMemory, format!("too little free memory on {}", device.name()))

@@ -16,7 +16,7 @@ use rayon::prelude::*;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::world::{Mesh, World};
-use super::{Loop, Param, RankPlan};
+use super::{Loop, Param, RankPlan, ReadExtent};
 use crate::checkpoint::Checkpoint;
 
 pub(super) fn digest(checkpoint: &Checkpoint, world: &World, params: &[Param], ranks: &[RankPlan]) -> u64 {
@@ -42,6 +42,25 @@ pub(super) fn digest(checkpoint: &Checkpoint, world: &World, params: &[Param], r
     out.number(partitions.len() as u64);
     for partition in partitions {
         out.number(partition);
+    }
+    out.finish()
+}
+
+/// The same over who reads what, which is no part of the other: for each extent tensor, reader, first byte, loops (count,
+/// stride), run.
+pub(super) fn reading(extents: &[ReadExtent]) -> u64 {
+    let mut out = Encoder::new();
+    out.number(VERSION);
+    out.number(extents.len() as u64);
+    for extent in extents {
+        for number in [u64::from(extent.tensor), extent.reader.0.into(), extent.start, extent.outer.len() as u64] {
+            out.number(number);
+        }
+        for &(count, stride) in &extent.outer {
+            out.number(count);
+            out.number(stride);
+        }
+        out.number(extent.run);
     }
     out.finish()
 }

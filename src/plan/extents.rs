@@ -5,13 +5,14 @@ use smallvec::SmallVec;
 
 use super::audit::CHUNK;
 use super::cover::{Strided, Times};
+use super::shared::spread;
 use super::uses::Uses;
-use super::world::{Processes, World};
+use super::world::{Cooperate, Processes, World};
 use super::{Consumer, RankPlan, ReadExtent, ReadOrder};
 use crate::checkpoint::{Checkpoint, TensorMeta};
 use crate::error::Result;
 use crate::extent::Rank;
-use crate::limits::{is_skipped, read_cost};
+use crate::limits::{COOPERATE_MIN, is_skipped, read_cost};
 
 /// All reads in the order asked for, and their consumers.
 pub(super) fn extents(
@@ -21,6 +22,27 @@ pub(super) fn extents(
     uses: &Uses,
     order: ReadOrder,
 ) -> Result<(Vec<ReadExtent>, Vec<Consumer>)> {
+    let shares = !world.groups().is_empty() && world.processes() == Processes::PerRank;
+    let mut all = reads(checkpoint, world, ranks, uses, shares);
+    if shares && world.cooperate() == Cooperate::Auto && all.saved < COOPERATE_MIN {
+        all = reads(checkpoint, world, ranks, uses, false);
+    }
+    let Reads { mut extents, consumers, saved: _ } = all;
+    match order {
+        ReadOrder::File => extents.sort_unstable_by_key(|extent| (extent.file, extent.start, extent.reader)),
+        ReadOrder::Layer => extents.sort_by_cached_key(|extent| {
+            let layer = layer(&checkpoint.tensors()[extent.tensor as usize].name);
+            (layer, extent.file, extent.start, extent.reader)
+        }),
+    }
+    if shares {
+        extents = spread(extents, &consumers, checkpoint.tensors(), ranks);
+    }
+    Ok((extents, consumers))
+}
+
+/// The reads of all tensors, in their order.
+fn reads(checkpoint: &Checkpoint, world: &World, ranks: &[RankPlan], uses: &Uses, shares: bool) -> Reads {
     let tensors = checkpoint.tensors();
     let parts: Vec<Reads> = tensors
         .par_chunks(CHUNK)
@@ -31,11 +53,8 @@ pub(super) fn extents(
                 let consumers = uses.of(tensor);
                 match world.processes() {
                     Processes::One => reads.add(tensor, meta, Rank(0), ranks, consumers),
-                    Processes::PerRank => {
-                        for of_rank in consumers.chunk_by(|a, b| a.rank == b.rank) {
-                            reads.add(tensor, meta, of_rank[0].rank, ranks, of_rank);
-                        }
-                    }
+                    Processes::PerRank if shares => reads.add_shared(tensor, meta, world, ranks, consumers),
+                    Processes::PerRank => reads.add_alone(tensor, meta, ranks, consumers),
                 }
             }
             reads
@@ -43,23 +62,8 @@ pub(super) fn extents(
         .collect();
 
     let mut all = Reads::default();
-    for part in parts {
-        let base = all.consumers.len() as u32;
-        all.extents.extend(part.extents.into_iter().map(|extent| ReadExtent {
-            consumers: extent.consumers.start + base..extent.consumers.end + base,
-            ..extent
-        }));
-        all.consumers.extend(part.consumers);
-    }
-    let Reads { mut extents, consumers } = all;
-    match order {
-        ReadOrder::File => extents.sort_unstable_by_key(|extent| (extent.file, extent.start, extent.reader)),
-        ReadOrder::Layer => extents.sort_by_cached_key(|extent| {
-            let layer = layer(&checkpoint.tensors()[extent.tensor as usize].name);
-            (layer, extent.file, extent.start, extent.reader)
-        }),
-    }
-    Ok((extents, consumers))
+    parts.into_iter().for_each(|part| all.append(part));
+    all
 }
 
 impl ReadExtent {
@@ -69,10 +73,13 @@ impl ReadExtent {
     }
 }
 
+/// Extents and their consumers.
 #[derive(Default)]
-struct Reads {
-    extents: Vec<ReadExtent>,
-    consumers: Vec<Consumer>,
+pub(super) struct Reads {
+    pub(super) extents: Vec<ReadExtent>,
+    pub(super) consumers: Vec<Consumer>,
+    /// Bytes that are not read because others read them.
+    pub(super) saved: u64,
 }
 
 struct Wanted {
@@ -81,8 +88,33 @@ struct Wanted {
 }
 
 impl Reads {
+    /// Appends those of others.
+    pub(super) fn append(&mut self, other: Reads) {
+        let base = self.consumers.len() as u32;
+        self.extents.extend(other.extents.into_iter().map(|extent| ReadExtent {
+            consumers: extent.consumers.start + base..extent.consumers.end + base,
+            ..extent
+        }));
+        self.consumers.extend(other.consumers);
+        self.saved += other.saved;
+    }
+
+    /// Adds what each rank reads of one tensor for itself; the consumers are sorted by rank.
+    pub(super) fn add_alone(&mut self, tensor: u32, meta: &TensorMeta, ranks: &[RankPlan], consumers: &[Consumer]) {
+        for of_rank in consumers.chunk_by(|a, b| a.rank == b.rank) {
+            self.add(tensor, meta, of_rank[0].rank, ranks, of_rank);
+        }
+    }
+
     /// Adds what `reader` reads of one tensor for these consumers.
-    fn add(&mut self, tensor: u32, meta: &TensorMeta, reader: Rank, ranks: &[RankPlan], consumers: &[Consumer]) {
+    pub(super) fn add(
+        &mut self,
+        tensor: u32,
+        meta: &TensorMeta,
+        reader: Rank,
+        ranks: &[RankPlan],
+        consumers: &[Consumer],
+    ) {
         let wanted = |&consumer: &Consumer| {
             let copy = &ranks[consumer.rank.index()].pieces[consumer.piece as usize];
             Wanted { source: copy.source(0), consumer }

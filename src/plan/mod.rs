@@ -8,6 +8,7 @@ mod complete;
 mod cover;
 mod cut;
 mod digest;
+mod exchange;
 mod explain;
 mod expr;
 mod extents;
@@ -22,6 +23,7 @@ mod quant;
 mod reads;
 mod report;
 mod rules;
+mod shared;
 mod show;
 mod stages;
 #[cfg(test)]
@@ -46,6 +48,7 @@ use crate::shape::Shape;
 
 pub use crate::stride::{Loop, Loops};
 pub use cut::{Cut, Split};
+pub(crate) use exchange::{Exchange, Parcel, Received, Round};
 pub use expr::{Expr, Fill};
 pub use family::{ModelOptions, Target};
 pub(crate) use form::{BoxOf, Boxes};
@@ -59,7 +62,7 @@ pub use report::{ClassReport, PlanReport};
 pub(crate) use rules::Buffer;
 pub use rules::{Request, Rules, ShardRule, Stage};
 pub use stages::StageSplit;
-pub use world::{Ax, Coord, DeviceSpec, Mesh, MeshOrder, Processes, World};
+pub use world::{Ax, Cooperate, Coord, DeviceSpec, Mesh, MeshOrder, Processes, World};
 
 /// What moves where, for all ranks at once. Immutable, cheap to clone, and valid: every plan has passed the audit.
 #[derive(Debug, Clone)]
@@ -181,7 +184,8 @@ impl BoxCopy {
 /// Source bytes that one reader reads, and who gets them. With `outer` loops it is a strided set of equal ranges
 /// `start + sum(i * stride) .. + run`; without, the one range `start..start + run`.
 ///
-/// The extents of one reader do not overlap, and are in the plan's order of reads.
+/// The extents of one reader do not overlap, and are in the plan's order of reads. Where ranks of several processes read
+/// together an extent may be a stripe of what its consumers want, of which others read the rest.
 #[derive(Debug, Clone)]
 pub struct ReadExtent {
     /// Position in [`Checkpoint::tensors`].
@@ -262,6 +266,18 @@ impl Plan {
     /// It may, if the extent is another plan's.
     pub fn consumers(&self, extent: &ReadExtent) -> &[Consumer] {
         &self.inner.consumers[extent.consumers.start as usize..extent.consumers.end as usize]
+    }
+
+    /// A fingerprint of who reads what, of all ranks.
+    pub(crate) fn reading_digest(&self) -> u64 {
+        digest::reading(&self.inner.extents)
+    }
+
+    /// Whether ranks of other processes than the reader's want some of an extent: then it is read for all of them, and
+    /// passed on.
+    pub(crate) fn is_shared(&self, extent: &ReadExtent) -> bool {
+        let elsewhere = |consumer: &Consumer| consumer.rank != extent.reader;
+        self.world().processes() == Processes::PerRank && self.consumers(extent).iter().any(elsewhere)
     }
 
     /// The order of reads.

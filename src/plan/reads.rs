@@ -22,6 +22,17 @@ pub(crate) struct Cutting {
     pub(crate) alignment: u64,
     /// Whether reads may land straight in a destination; they are then also cut where the set of consumers changes.
     pub(crate) direct: bool,
+    /// Most bytes of a read that is [exchanged](super::Exchange) with other ranks: all of them cut it alike, whatever
+    /// their engines and devices.
+    pub(crate) exchanged: u64,
+}
+
+impl Cutting {
+    /// How reads that are exchanged in chunks of so many bytes are cut.
+    pub(crate) fn of_exchange(exchanged: u64) -> Cutting {
+        let alignment = limits::DIRECT_ALIGNMENT;
+        Cutting { chunk: exchanged, cut_chunk: exchanged, alignment, direct: false, exchanged }
+    }
 }
 
 /// One read: contiguous bytes of one file.
@@ -31,6 +42,8 @@ pub(crate) struct ReadOp {
     pub(crate) extent: Extent,
     /// Whether one consumer takes all of it contiguously, so that it can land there directly.
     pub(crate) direct: bool,
+    /// Whether parts of it go to ranks of other processes.
+    pub(crate) shared: bool,
     /// The extents it covers, as positions in the list of [`Reads`].
     first: usize,
     last: usize,
@@ -40,7 +53,7 @@ pub(crate) struct ReadOp {
 impl ReadOp {
     /// A read that is in no plan, for tests of engines.
     pub(crate) fn alone(extent: Extent, direct: bool) -> ReadOp {
-        ReadOp { extent, direct, first: 0, last: 0 }
+        ReadOp { extent, direct, shared: false, first: 0, last: 0 }
     }
 }
 
@@ -111,10 +124,15 @@ impl Reads {
     pub(crate) fn pieces(&self, op: &ReadOp, pieces: &mut Vec<Piece>) {
         for &position in &self.extents[op.first..=op.last] {
             let extent = &self.plan.extents()[position as usize];
+            // Of a stripe, others read what its consumers want besides.
+            let (from, to) = match extent.outer.is_empty() {
+                true => (op.extent.start.max(extent.start), op.extent.end.min(extent.start + extent.run)),
+                false => (op.extent.start, op.extent.end),
+            };
             for consumer in self.plan.consumers(extent) {
                 let copy = self.copy(consumer);
                 let mut copies = SmallVec::<[BoxCopy; 4]>::new();
-                clip(copy, op.extent.start, op.extent.end, &mut copies);
+                clip(copy, from, to, &mut copies);
                 pieces.extend(copies.into_iter().map(|copy| Piece {
                     rank: consumer.rank,
                     dest: consumer.dest,
@@ -154,9 +172,16 @@ impl Reads {
         (inside && until - from >= limits::DIRECT_MIN, until)
     }
 
+    /// How an extent is cut.
+    fn cutting(&self, extent: &ReadExtent) -> Cutting {
+        if self.plan.is_shared(extent) { Cutting::of_exchange(self.cutting.exchanged) } else { self.cutting }
+    }
+
     fn can_be_direct(&self, extent: &ReadExtent) -> bool {
         let long = |copy: &BoxCopy| copy.run >= limits::DIRECT_MIN && copy.cast.is_none();
-        self.cutting.direct && self.plan.consumers(extent).iter().any(|consumer| long(self.copy(consumer)))
+        self.cutting.direct
+            && !self.plan.is_shared(extent)
+            && self.plan.consumers(extent).iter().any(|consumer| long(self.copy(consumer)))
     }
 
     /// `limit` or a little before it, so that no element is cut in two that is cast or permuted.
@@ -217,12 +242,13 @@ impl Cursor {
     }
 
     fn take_next(&mut self, reads: &Reads) -> Option<ReadOp> {
-        let Cutting { chunk, cut_chunk, alignment, direct: _ } = reads.cutting;
         let extent = reads.extent(self.at)?;
+        let shared = reads.plan.is_shared(extent);
+        let Cutting { chunk, cut_chunk, alignment, .. } = reads.cutting(extent);
         let (range_start, range_end) = self.range(extent);
         let start = range_start + self.done;
         let (first, file) = (self.at, extent.file);
-        let op = |end, direct, last| ReadOp { extent: Extent { file, start, end }, direct, first, last };
+        let op = |end, direct, last| ReadOp { extent: Extent { file, start, end }, direct, shared, first, last };
 
         if reads.can_be_direct(extent) {
             let (direct, until) = reads.same_consumers(extent, start, range_end);
@@ -243,7 +269,7 @@ impl Cursor {
             let adjacent = extent.file == file
                 && (end..limit).contains(&position)
                 && !limits::is_skipped(position - end, range_end - position);
-            if end > start && !adjacent {
+            if end > start && (!adjacent || reads.plan.is_shared(extent) != shared) {
                 break;
             }
             let mut until = range_end;

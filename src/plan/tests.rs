@@ -270,7 +270,11 @@ fn reads_cut_no_element_that_is_permuted_or_cast() {
     let rules = rules.replicate("c").cast(Dtype::F32).shard("d", 0).transpose();
     let plan = Plan::new(&checkpoint, &rules, &World::host(2)).unwrap();
     for (alignment, cut_chunk) in [(1, 1000), (512, 1024), (4096, 8192)] {
-        let reads = Reads::new(&plan, Cutting { chunk: 1 << 20, cut_chunk, alignment, direct: true }, |_| true);
+        let reads = Reads::new(
+            &plan,
+            Cutting { chunk: 1 << 20, cut_chunk, alignment, direct: true, exchanged: cut_chunk },
+            |_| true,
+        );
         let (mut cursor, mut landed, mut pieces) = (Cursor::default(), 0, Vec::new());
         let mut at = 128;
         while let Some((op, behind)) = reads.next(&cursor) {

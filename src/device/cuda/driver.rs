@@ -177,6 +177,11 @@ pub(super) unsafe fn record_event(event: RawEvent, stream: RawStream) -> Status<
     unsafe { call!(cuEventRecord(event, stream)) }
 }
 
+/// Lets what is queued on the stream from now on wait for the event as it was recorded last; not at all if it never was.
+pub(super) unsafe fn wait_event(stream: RawStream, event: RawEvent) -> Status<()> {
+    unsafe { call!(cuStreamWaitEvent(stream, event, 0)) }
+}
+
 /// Whether everything that was queued before the event was recorded is done.
 pub(super) unsafe fn event_is_done(event: RawEvent) -> Status<bool> {
     ready(unsafe { call!(cuEventQuery(event)) })

@@ -130,7 +130,7 @@ impl Bench {
         let pinned = unsafe { CudaPinner::new(&context, None).pin(source.address(), BYTES) }?;
         let target = Memory::plain(&context, BYTES)?;
         let buffers = Buffers {
-            queue: CudaQueue::new(&context, Feed { slot_bytes: BYTES, cuts: false })?,
+            queue: CudaQueue::new(&context, Feed { slot_bytes: BYTES, cuts: false, wire: None })?,
             target,
             _pinned: pinned,
             source,

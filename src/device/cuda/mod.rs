@@ -10,13 +10,14 @@ mod pinned;
 mod queue;
 #[cfg_attr(not(test), expect(dead_code, reason = "for cooperative loads"))]
 mod stream;
+mod wire;
 
 use std::any::Any;
 use std::sync::Arc;
 
 use self::context::Context;
 use self::memory::Memory;
-use super::{Allocation, Device, Feed, Pinner, Queue};
+use super::{Allocation, Device, Feed, Pinner, Queue, Wire, WireSize};
 use crate::error::Result;
 use crate::limits;
 
@@ -65,6 +66,14 @@ impl Device for Cuda {
         Ok(Some(Box::new(queue::CudaQueue::new(&self.context, feed)?)))
     }
 
+    fn cuda(&self) -> Option<&Cuda> {
+        Some(self)
+    }
+
+    fn wire(&self, size: WireSize) -> Result<Option<Box<dyn Wire>>> {
+        Ok(Some(Box::new(wire::CudaWire::new(&self.context, size)?)))
+    }
+
     fn block(&self, bytes: usize) -> Result<Allocation> {
         Memory::block(&self.context, bytes).map(Cuda::allocation)
     }
@@ -82,7 +91,8 @@ impl Device for Cuda {
     }
 
     fn taken_besides(&self, feed: Feed) -> u64 {
-        if feed.cuts { (limits::STREAMS * queue::scratch_bytes(feed)) as u64 } else { 0 }
+        let scratch = if feed.cuts { (limits::STREAMS * queue::scratch_bytes(feed)) as u64 } else { 0 };
+        scratch + feed.wire.map_or(0, |size| size.bytes() + wire::scratch_bytes(size) as u64)
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {

@@ -36,8 +36,8 @@ pub(super) struct CudaQueue {
 /// A stream and the memory in which bytes land that a kernel puts in place. The stream's order protects it: the next
 /// bytes land when the kernels before have run.
 #[derive(Debug)]
-struct Lane {
-    stream: RawStream,
+pub(super) struct Lane {
+    pub(super) stream: RawStream,
     scratch: Option<Memory>,
     scratch_bytes: usize,
 }
@@ -58,9 +58,7 @@ impl CudaQueue {
             finished: 0,
         };
         for _ in 0..limits::STREAMS {
-            // SAFETY: the context is current.
-            let stream = context.with(|| unsafe { driver::create_stream() })?;
-            queue.lanes.push(Lane { stream, scratch: None, scratch_bytes: scratch_bytes(feed) });
+            queue.lanes.push(Lane::new(context, scratch_bytes(feed))?);
             if feed.cuts {
                 queue.lanes.last_mut().map_or(Ok(0), |lane| lane.scratch(context))?;
             }
@@ -86,17 +84,8 @@ impl Queue for CudaQueue {
     unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64> {
         let _entered = self.context.enter()?;
         let lane = &mut self.lanes[self.lane];
-        for op in &ops {
-            // SAFETY: the caller's duties; the context is current and the stream its own.
-            unsafe {
-                match op {
-                    Op::Copy(copy) => {
-                        straight(copy, lane.stream).map_err(|failure| self.context.error(failure))?;
-                    }
-                    Op::Cut { src, bytes, copies } => lane.cut(&self.context, *src, *bytes, copies)?,
-                }
-            }
-        }
+        // SAFETY: the caller's duties; the context is current.
+        unsafe { lane.take(&self.context, &ops) }?;
         self.submitted += 1;
         Ok(self.submitted)
     }
@@ -134,34 +123,31 @@ impl Queue for CudaQueue {
     }
 
     fn settle(&mut self, bound: Duration) -> bool {
-        let began = Instant::now();
-        // A stream that only answers with errors is lost, and with it what was queued.
-        let mut lost: Option<Instant> = None;
-        self.lanes.iter().all(|lane| {
-            loop {
-                // SAFETY: the stream is live, the context current.
-                match self.context.with(|| unsafe { driver::stream_is_done(lane.stream) }) {
-                    Ok(true) => return true,
-                    Ok(false) if began.elapsed() >= bound => return false,
-                    Err(_) if lost.get_or_insert_with(Instant::now).elapsed() >= limits::LOST_DEVICE => return true,
-                    Ok(false) | Err(_) => thread::sleep(limits::EVENT_POLL),
-                }
-            }
-        })
+        settled(&self.context, self.lanes.iter().map(|lane| lane.stream), bound)
     }
+}
+
+/// Whether nothing is under way on these streams any more, waiting for at most `bound`.
+pub(super) fn settled(context: &Context, mut streams: impl Iterator<Item = RawStream>, bound: Duration) -> bool {
+    let began = Instant::now();
+    // A stream that only answers with errors is lost, and with it what was queued.
+    let mut lost: Option<Instant> = None;
+    streams.all(|stream| {
+        loop {
+            // SAFETY: the stream is live, the context current.
+            match context.with(|| unsafe { driver::stream_is_done(stream) }) {
+                Ok(true) => return true,
+                Ok(false) if began.elapsed() >= bound => return false,
+                Err(_) if lost.get_or_insert_with(Instant::now).elapsed() >= limits::LOST_DEVICE => return true,
+                Ok(false) | Err(_) => thread::sleep(limits::EVENT_POLL),
+            }
+        }
+    })
 }
 
 impl Drop for CudaQueue {
     fn drop(&mut self) {
-        for lane in &mut self.lanes {
-            let stream = lane.stream;
-            // Copies that nobody waited for end before their memory goes.
-            // SAFETY: the stream is live, and not used again.
-            self.context.give_back(|| unsafe { driver::synchronize(stream) });
-            lane.scratch = None;
-            // SAFETY: as above.
-            self.context.give_back(|| unsafe { driver::destroy_stream(stream) });
-        }
+        self.lanes.iter_mut().for_each(|lane| lane.give_back(&self.context));
         let marked = self.marks.drain(..).map(|(_, event)| event);
         for event in marked.chain(self.spare_events.drain(..)) {
             // SAFETY: the event is live, and not used again.
@@ -196,6 +182,41 @@ unsafe fn straight(copy: &RawCopy, stream: RawStream) -> Status<()> {
 }
 
 impl Lane {
+    /// A stream, without scratch memory yet.
+    pub(super) fn new(context: &Context, scratch_bytes: usize) -> Result<Lane> {
+        // SAFETY: the context is current.
+        let stream = context.with(|| unsafe { driver::create_stream() })?;
+        Ok(Lane { stream, scratch: None, scratch_bytes })
+    }
+
+    /// Queues operations.
+    ///
+    /// # Safety
+    /// As [`Queue::submit`]; the context is current, and the one of the lane.
+    pub(super) unsafe fn take(&mut self, context: &Arc<Context>, ops: &[Op]) -> Result<()> {
+        for op in ops {
+            // SAFETY: the same duties.
+            unsafe {
+                match op {
+                    Op::Copy(copy) => straight(copy, self.stream).map_err(|failure| context.error(failure))?,
+                    Op::Cut { src, bytes, copies } => self.cut(context, *src, *bytes, copies)?,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives stream and scratch memory back, after what is queued has ended.
+    pub(super) fn give_back(&mut self, context: &Context) {
+        let stream = self.stream;
+        // Copies that nobody waited for end before their memory goes.
+        // SAFETY: the stream is live, and not used again.
+        context.give_back(|| unsafe { driver::synchronize(stream) });
+        self.scratch = None;
+        // SAFETY: as above.
+        context.give_back(|| unsafe { driver::destroy_stream(stream) });
+    }
+
     /// Lands `bytes` as they are and queues the kernels that put them in place.
     ///
     /// # Safety

@@ -2,6 +2,7 @@
 
 mod coord;
 mod mesh;
+mod together;
 
 use std::fmt;
 
@@ -11,6 +12,8 @@ use crate::extent::Rank;
 pub use coord::Coord;
 pub(super) use mesh::divisor_of;
 pub use mesh::{Ax, Mesh, MeshOrder};
+pub use together::Cooperate;
+use together::Together;
 
 /// Who takes part in a load: the mesh of ranks, how they are spread over processes, and the ranks and devices that
 /// this process drives.
@@ -20,6 +23,7 @@ pub struct World {
     processes: Processes,
     driven: Vec<Rank>,
     devices: Devices,
+    together: Together,
 }
 
 /// Which device each rank lives on.
@@ -36,7 +40,7 @@ enum Devices {
 pub enum Processes {
     /// One process drives all ranks: a byte is read once and goes to every rank that wants it.
     One,
-    /// One process per rank: each reads exactly its own bytes.
+    /// One process per rank: each reads exactly its own bytes, unless some [read together](World::reading_together).
     PerRank,
 }
 
@@ -57,7 +61,13 @@ impl World {
     /// One process that drives `ranks` tensor-parallel ranks in host memory.
     pub fn host(ranks: u32) -> World {
         let mesh = Mesh::tp(ranks);
-        World { mesh, processes: Processes::One, driven: mesh.ranks(), devices: Devices::Same(DeviceSpec::Host) }
+        World {
+            mesh,
+            processes: Processes::One,
+            driven: mesh.ranks(),
+            devices: Devices::Same(DeviceSpec::Host),
+            together: Together::default(),
+        }
     }
 
     /// One process that drives a tensor-parallel rank on each of these GPUs: `World::local(0..4)`. A GPU may be named
@@ -80,6 +90,7 @@ impl World {
             processes: Processes::PerRank,
             driven: vec![rank],
             devices: Devices::Same(device),
+            together: Together::default(),
         }
     }
 
@@ -144,6 +155,7 @@ impl World {
             let found = format!("{} GPUs", gpus.len());
             return Err(usage("every rank needs a GPU").with_expected(format!("{size} GPUs"), found));
         }
+        self.together.check(size)?;
         match self.driven.iter().find(|rank| rank.0 >= size) {
             Some(&rank) => Err(usage("no such rank").with_expected(format!("a rank below {size}"), rank)),
             None => Ok(()),

@@ -1,0 +1,401 @@
+//! What a process exchanges with those of other ranks while it loads: what it read for several goes to the others, and
+//! what they read comes back, round after round, in the order that the plan gives to all of them.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::Job;
+use super::peers::Meeting;
+use super::run::{keep_for_ever, spawn};
+use crate::collective::{Comm, Wait};
+use crate::copy::{CopyError, Landed, Landing, Part, lower};
+use crate::device::{Arrived, RawCopy, Wire, WireSize, stay};
+use crate::error::{Error, ErrorKind, Result};
+use crate::extent::Rank;
+use crate::limits;
+use crate::plan::{Exchange, Parcel, Plan, Received, Round};
+use crate::stage::Staged;
+use crate::sync::lock;
+
+/// What a load keeps of its exchange.
+#[derive(Debug)]
+pub(super) struct Exchanging {
+    meeting: Meeting,
+    /// Reads for several ranks that were begun.
+    begun: AtomicU64,
+    waiting: Mutex<Waiting>,
+    arrived: Condvar,
+}
+
+/// Chunks that were read and wait for their round, by their number among those that this process reads.
+#[derive(Debug, Default)]
+struct Waiting {
+    chunks: BTreeMap<u64, Chunk>,
+    /// The exchange is over, and takes no more.
+    over: bool,
+}
+
+/// What was read for one round.
+#[derive(Debug)]
+struct Chunk {
+    staged: Staged,
+    /// Where in it the bytes begin that the round is about.
+    offset: usize,
+}
+
+impl Exchanging {
+    /// The exchange of a plan, if it has any.
+    pub(super) fn new(plan: &Plan, meeting: &Meeting) -> Option<Exchanging> {
+        Exchange::new(plan, meeting.chunk)?;
+        let (begun, waiting) = (AtomicU64::default(), Mutex::default());
+        Some(Exchanging { meeting: meeting.clone(), begun, waiting, arrived: Condvar::new() })
+    }
+
+    /// Most bytes of a read for several ranks.
+    pub(super) fn chunk(&self) -> u64 {
+        self.meeting.chunk
+    }
+
+    /// The number of the next such read; taken in the plan's order.
+    pub(super) fn begin(&self) -> u64 {
+        self.begun.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// What read `number` brought, from `offset` of it on.
+    pub(super) fn arrived(&self, number: u64, staged: Staged, offset: usize) {
+        let mut waiting = lock(&self.waiting);
+        if !waiting.over {
+            waiting.chunks.insert(number, Chunk { staged, offset });
+            self.arrived.notify_all();
+        }
+    }
+
+    /// What read `number` brought, if it comes within `bound`.
+    fn take(&self, number: u64, bound: Duration) -> Option<Chunk> {
+        let mut waiting = lock(&self.waiting);
+        if !waiting.chunks.contains_key(&number) {
+            (waiting, _) = self.arrived.wait_timeout(waiting, bound).unwrap_or_else(PoisonError::into_inner);
+        }
+        waiting.chunks.remove(&number)
+    }
+
+    /// Takes no more, and lets go of what waits.
+    fn end(&self) {
+        let chunks = {
+            let mut waiting = lock(&self.waiting);
+            waiting.over = true;
+            std::mem::take(&mut waiting.chunks)
+        };
+        drop(chunks);
+    }
+}
+
+/// Starts the thread that exchanges, if the load has anything to.
+pub(super) fn start(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<JoinHandle<()>>> {
+    if job.exchanging.is_none() {
+        return Ok(None);
+    }
+    let job = Arc::clone(job);
+    let body = move || {
+        let exchanged = catch_unwind(AssertUnwindSafe(|| {
+            let _stay = stay();
+            exchange(&job)
+        }));
+        if let Err(error) = exchanged.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
+            job.fail(error);
+        }
+        job.exchanging.iter().for_each(Exchanging::end);
+        drop(alive);
+    };
+    spawn("shardlift-exchange", body).map(Some)
+}
+
+/// Exchanges all that the plan has to be exchanged.
+fn exchange(job: &Arc<Job>) -> Result<()> {
+    let (Some(exchanging), Some(peers)) = (&job.exchanging, &job.setup.peers) else { return Ok(()) };
+    let Some(rounds) = Exchange::new(&job.setup.plan, exchanging.chunk()) else { return Ok(()) };
+    let members: Vec<Rank> = rounds.members().collect();
+    let mut traffic = Traffic::begin(job, exchanging, members).map_err(|error| peers.cause_of(error))?;
+    if let Err(error) = traffic.all(rounds) {
+        // Ends the streams' waiting for others, who may know better why this failed.
+        let aborted = traffic.comm.abort();
+        if aborted.is_err() || !traffic.wire.settle(job.setup.stall_error) {
+            traffic.keep_for_ever();
+        }
+        return Err(peers.cause_of(error));
+    }
+    let Traffic { comm, .. } = traffic;
+    comm.finish(&wait(&|| stop(job), job.setup.stall_error)).map_err(|error| peers.cause_of(error))
+}
+
+/// The rounds that are under way.
+#[derive(Debug)]
+struct Traffic<'a> {
+    job: &'a Arc<Job>,
+    exchanging: &'a Exchanging,
+    /// Who takes part, in the order of the communicator.
+    members: Vec<Rank>,
+    // Before the wire: what it has queued on the wire's streams ends with it.
+    comm: Comm,
+    wire: Box<dyn Wire>,
+    /// Oldest first.
+    under_way: VecDeque<UnderWay>,
+    /// Rounds that were begun, and those of them in which this process read.
+    begun: usize,
+    read: u64,
+}
+
+/// A round whose steps are queued.
+#[derive(Debug)]
+struct UnderWay {
+    /// Which of the wire's buffers it has.
+    at: usize,
+    /// What it sends lies here, until it has landed on the device.
+    staged: Option<Staged>,
+    /// What is in place when it is done.
+    landings: Vec<Landing>,
+}
+
+impl<'a> Traffic<'a> {
+    /// Meets the others.
+    fn begin(job: &'a Arc<Job>, exchanging: &'a Exchanging, members: Vec<Rank>) -> Result<Traffic<'a>> {
+        let (device, rank) = &job.devices[0];
+        let unable = || Error::new(ErrorKind::Unsupported, format!("{} exchanges nothing with others", device.name()));
+        let size = size(members.len(), exchanging.chunk(), job.setup.ring.slot_bytes());
+        let wire = device.wire(size).map_err(|error| error.with_rank(*rank))?.ok_or_else(unable)?;
+        let cuda = device.cuda().ok_or_else(unable)?;
+        let Meeting { nccl, id, .. } = exchanging.meeting.clone();
+        let until = wait(&|| stop(job), job.setup.stall_error);
+        let comm = Comm::meet(nccl, cuda, id, position(&members, *rank), members.len() as u32, &until)?;
+        Ok(Traffic { job, exchanging, members, comm, wire, under_way: VecDeque::new(), begun: 0, read: 0 })
+    }
+
+    /// Every round.
+    fn all(&mut self, rounds: Exchange) -> Result<()> {
+        for round in rounds {
+            while self.under_way.len() == limits::EXCHANGE_ROUNDS {
+                self.end_oldest()?;
+            }
+            self.begin_round(&round)?;
+        }
+        while !self.under_way.is_empty() {
+            self.end_oldest()?;
+        }
+        Ok(())
+    }
+
+    /// Queues the steps of a round.
+    fn begin_round(&mut self, Round { own, sent, received }: &Round) -> Result<()> {
+        let at = self.begun % limits::EXCHANGE_ROUNDS;
+        self.begun += 1;
+        let (sending, receiving) = self.wire.buffers(at);
+        let chunk = match own {
+            Some(own) => Some(self.next_chunk().map_err(|error| self.job.locate(error, own.extent))?),
+            None => None,
+        };
+        self.under_way.push_back(UnderWay { at, staged: None, landings: Vec::new() });
+        let under_way = self.under_way.back_mut().expect("bug in shardlift: pushed above");
+        if let (Some(own), Some(Chunk { staged, offset }), false) = (own, chunk, sent.is_empty()) {
+            let first = staged.address().wrapping_add(offset);
+            under_way.staged = Some(staged);
+            // SAFETY: what was staged is kept until it has landed, or for ever.
+            unsafe { self.wire.land(at, packing(sent, first, sending)) }
+                .map_err(|error| self.job.locate(error, own.extent).with_rank(self.rank()))?;
+        }
+        let messages = Messages { members: &self.members, sent, received, sending, receiving, most: self.most() };
+        let (job, comm) = (self.job, &mut self.comm);
+        let until = wait(&|| stop(job), job.setup.stall_error * PATIENCE);
+        self.wire.travel(at, &mut |stream| {
+            // SAFETY: the buffers are this round's: nobody else uses what is received until it is in place, nor writes what is
+            // sent until it has travelled. They go after the communicator.
+            unsafe { comm.grouped(stream, &until, |group| messages.queue(group)) }
+        })?;
+        let mut arrived = Vec::new();
+        let under_way = self.under_way.back_mut().expect("bug in shardlift: pushed above");
+        for (Received { pieces, .. }, from) in received.iter().zip(messages.places()) {
+            for piece in pieces.iter().filter(|piece| job.setup.destinations.waits(piece.rank, piece.dest)) {
+                arrived.push(Arrived { from: from + piece.src, copy: job.raw_copy(piece, std::ptr::null()) });
+                let landing = Landing { rank: piece.rank, dest: piece.dest, bytes: piece.landed_bytes() };
+                under_way.landings.push(landing);
+            }
+        }
+        // SAFETY: the audit proved that no other copy names the destination bytes; the job keeps them alive.
+        unsafe { self.wire.place(at, arrived) }.map_err(|error| self.at_landing(error))?;
+        let counters = &job.counters;
+        let to_others = sent.iter().map(|parcel| parcel.bytes * parcel.to.len() as u64).sum::<u64>();
+        counters.sent_bytes.fetch_add(to_others, Ordering::Relaxed);
+        counters.received_bytes.fetch_add(received.iter().map(|it| it.bytes).sum::<u64>(), Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// What this process read for the round that is its next.
+    fn next_chunk(&mut self) -> Result<Chunk> {
+        let number = self.read;
+        self.read += 1;
+        loop {
+            stop(self.job)?;
+            if let Some(chunk) = self.exchanging.take(number, limits::COPY_POLL) {
+                return Ok(chunk);
+            }
+            // While there is nothing to begin, others may be done.
+            self.comm.check()?;
+            self.look()?;
+        }
+    }
+
+    /// Waits until the oldest round is done. How long that takes is the slowest rank's business: each of them looks after its
+    /// own reads, and the group after the ranks.
+    fn end_oldest(&mut self) -> Result<()> {
+        let (began, before) = (Instant::now(), self.under_way.len());
+        while self.under_way.len() == before {
+            stop(self.job)?;
+            self.comm.check()?;
+            self.look()?;
+            if began.elapsed() > self.job.setup.stall_error * PATIENCE {
+                let error = Error::new(ErrorKind::Stalled, format!("no round was done for {:?}", began.elapsed()));
+                return Err(self.at_landing(error));
+            }
+            if self.under_way.len() == before {
+                thread::sleep(limits::EVENT_POLL);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go of what has landed on the device, and tells of the rounds that are done.
+    fn look(&mut self) -> Result<()> {
+        for at in 0..self.under_way.len() {
+            let UnderWay { at: buffer, staged, .. } = &mut self.under_way[at];
+            if staged.is_some()
+                && self.wire.has_landed(*buffer).map_err(|error| error.with_rank(self.job.devices[0].1))?
+            {
+                *staged = None;
+            }
+        }
+        while let Some(oldest) = self.under_way.front() {
+            if !self.wire.is_placed(oldest.at).map_err(|error| self.at_landing(error))? {
+                break;
+            }
+            let done = self.under_way.pop_front();
+            done.into_iter().flat_map(|done| done.landings).for_each(|landing| self.job.landed(landing));
+        }
+        Ok(())
+    }
+
+    /// An error of the device with the tensor that was to be put in place first.
+    fn at_landing(&self, error: Error) -> Error {
+        let landing = self.under_way.iter().find_map(|round| round.landings.first().copied());
+        self.job.locate_copy(CopyError { error, landing }, self.rank())
+    }
+
+    fn rank(&self) -> Rank {
+        self.job.devices[0].1
+    }
+
+    fn most(&self) -> u64 {
+        buffer(self.exchanging.chunk())
+    }
+
+    /// Somebody may still use what it has.
+    #[expect(clippy::mem_forget, reason = "freeing memory that a device may still write to is worse than leaking it")]
+    fn keep_for_ever(self) {
+        self.job.abandon(self.under_way.iter().filter(|round| round.staged.is_some()).count());
+        keep_for_ever(self.job);
+        let Traffic { wire, under_way, .. } = self;
+        std::mem::forget((wire, under_way));
+    }
+}
+
+/// What travels in a round.
+struct Messages<'a> {
+    members: &'a [Rank],
+    sent: &'a [Parcel],
+    received: &'a [Received],
+    sending: u64,
+    receiving: u64,
+    /// Bytes between places of the buffer of what is received.
+    most: u64,
+}
+
+impl Messages<'_> {
+    fn queue(&self, group: &mut crate::collective::Group<'_>) -> Result<()> {
+        for (parcel, from) in self.sent.iter().zip(places(self.sent, self.sending)) {
+            for &to in &parcel.to {
+                group.send(position(self.members, to), from, parcel.bytes as usize)?;
+            }
+        }
+        for (received, to) in self.received.iter().zip(self.places()) {
+            group.recv(position(self.members, received.from), to, received.bytes as usize)?;
+        }
+        Ok(())
+    }
+
+    /// Where each parcel that is received lies.
+    fn places(&self) -> impl Iterator<Item = u64> {
+        let (receiving, most) = (self.receiving, self.most);
+        (0..).map(move |number| receiving + number * most)
+    }
+}
+
+/// The operations that pack parcels from what was read, whose first byte is `first`, into a buffer.
+///
+/// What they name of the read is not checked here: it lies in it, as the parts of parcels do.
+fn packing(parcels: &[Parcel], first: *const u8, buffer: u64) -> Vec<crate::device::Op> {
+    let mut parts = Vec::new();
+    for (parcel, place) in parcels.iter().zip(places(parcels, buffer)) {
+        parts.extend(parcel.parts.iter().map(|part| {
+            let (src, dst) = (first.wrapping_add(part.src as usize), place + part.dst);
+            let copy = RawCopy { src, dst, loops: part.loops.clone(), run: part.run, cast: None };
+            Part { copy, allocation: buffer }
+        }));
+    }
+    // SAFETY: nothing is packed in place, so the sources are not even looked at here.
+    unsafe { lower(parts, false, &limits::COPY_COSTS) }
+}
+
+/// Where each parcel lies in the buffer of what is sent.
+fn places(parcels: &[Parcel], buffer: u64) -> impl Iterator<Item = u64> {
+    parcels.iter().scan(buffer, |next, parcel| {
+        let place = *next;
+        *next += parcel.bytes.next_multiple_of(limits::TENSOR_ALIGNMENT);
+        Some(place)
+    })
+}
+
+/// The buffers of so many ranks that exchange chunks of so many bytes, read into slots of that size.
+pub(super) fn size(members: usize, chunk: u64, slot_bytes: usize) -> WireSize {
+    let others = members.saturating_sub(1) as u64;
+    let sent = buffer(chunk) + others * limits::TENSOR_ALIGNMENT;
+    WireSize { rounds: limits::EXCHANGE_ROUNDS, sent, received: others * buffer(chunk), slot_bytes }
+}
+
+/// Bytes of a buffer that holds any parcel of a chunk.
+fn buffer(chunk: u64) -> u64 {
+    Exchange::most(chunk).next_multiple_of(limits::TENSOR_ALIGNMENT)
+}
+
+/// A rank's place in the communicator.
+fn position(members: &[Rank], rank: Rank) -> Rank {
+    let at = members.binary_search(&rank).expect("bug in shardlift: a message to a rank of another group");
+    Rank(at as u32)
+}
+
+/// An error if the load has failed or was cancelled.
+fn stop(job: &Job) -> Result<()> {
+    match job.is_stopped() {
+        true => Err(Error::new(ErrorKind::Cancelled, "the load has ended")),
+        false => Ok(()),
+    }
+}
+
+fn wait(stop: &dyn Fn() -> Result<()>, bound: Duration) -> Wait<'_> {
+    Wait { deadline: Instant::now() + bound, stop }
+}
+
+/// How many times the bound on a rank's own reads others are waited for: they may wait for theirs, and tell.
+const PATIENCE: u32 = 3;
