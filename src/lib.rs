@@ -43,7 +43,7 @@ pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, OneLine, Result};
 pub use extent::{Extent, FileId, Rank};
 pub use launch::{Group, GroupOptions, Launch, LaunchOptions};
-pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Reshard, Residency};
+pub use loader::{CallerMemory, Load, Loader, Memory, Monitor, Reshard, Residency, Sharing};
 pub use observe::{Progress, Report, Trace};
 pub use place::{Digest, Element, Tensor, Weights};
 pub use plan::{Plan, Rules, World};

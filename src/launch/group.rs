@@ -42,6 +42,7 @@ impl Default for GroupOptions {
 pub struct Group {
     shared: Arc<Shared>,
     size: u32,
+    node: String,
     join_timeout: Duration,
     fail_timeout: Duration,
     /// The number of the next step; held while one is under way.
@@ -97,8 +98,15 @@ impl Group {
         let (ring, bell) = UnixStream::pair().map_err(system)?;
         ring.set_nonblocking(true).and_then(|()| bell.set_nonblocking(true)).map_err(system)?;
         let shared = Arc::new(Shared::new(launch.rank(), ring));
-        let mut group =
-            Group { shared, size: launch.size(), join_timeout, fail_timeout, turn: Mutex::new(0), control: None };
+        let mut group = Group {
+            shared,
+            size: launch.size(),
+            node: launch.node().into(),
+            join_timeout,
+            fail_timeout,
+            turn: Mutex::new(0),
+            control: None,
+        };
         if launch.size() == 1 {
             return Ok(group);
         }
@@ -160,6 +168,11 @@ impl Group {
     /// The number of ranks.
     pub fn size(&self) -> u32 {
         self.size
+    }
+
+    /// The node that this rank is on.
+    pub fn node(&self) -> &str {
+        &self.node
     }
 
     /// How soon all know of a failure.

@@ -170,7 +170,8 @@ impl<'a> Traffic<'a> {
         let wire = device.wire(size).map_err(|error| error.with_rank(*rank))?.ok_or_else(unable)?;
         let cuda = device.cuda().ok_or_else(unable)?;
         let Meeting { nccl, id, .. } = exchanging.meeting.clone();
-        let until = wait(&|| stop(job), job.setup.stall_error);
+        let stopped = || stop(job);
+        let until = wait(&stopped, job.setup.stall_error);
         let comm = Comm::meet(nccl, cuda, id, position(&members, *rank), members.len() as u32, &until)?;
         Ok(Traffic { job, exchanging, members, comm, wire, under_way: VecDeque::new(), begun: 0, read: 0 })
     }
@@ -209,7 +210,8 @@ impl<'a> Traffic<'a> {
         }
         let messages = Messages { members: &self.members, sent, received, sending, receiving, most: self.most() };
         let (job, comm) = (self.job, &mut self.comm);
-        let until = wait(&|| stop(job), job.setup.stall_error * PATIENCE);
+        let stopped = || stop(job);
+        let until = wait(&stopped, job.setup.stall_error * PATIENCE);
         self.wire.travel(at, &mut |stream| {
             // SAFETY: the buffers are this round's: nobody else uses what is received until it is in place, nor writes what is
             // sent until it has travelled. They go after the communicator.

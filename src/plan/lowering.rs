@@ -37,6 +37,8 @@ pub enum Reading {
     Cover,
     /// One read of what several ranks want; each takes its part of it.
     FanOut,
+    /// Ranks of several processes read a part each, and pass on what others want of it.
+    Together,
 }
 
 impl Lowering {
@@ -72,6 +74,7 @@ impl Reading {
             Reading::Pieces => "pieces",
             Reading::Cover => "cover",
             Reading::FanOut => "fan-out",
+            Reading::Together => "together",
         }
     }
 }
@@ -83,6 +86,7 @@ impl fmt::Display for Reading {
             Reading::Pieces => "read in pieces",
             Reading::Cover => "covered and cut",
             Reading::FanOut => "covered once, fanned out",
+            Reading::Together => "read together, passed on",
         })
     }
 }
@@ -117,6 +121,7 @@ impl Plan {
         let several = consumers.windows(2).any(|pair| pair[0].rank != pair[1].rank);
         let wanted = |consumer: &Consumer| self.copy(consumer).source(0).loops.is_empty();
         match (several, extent.outer.is_empty()) {
+            _ if self.is_shared(extent) => Reading::Together,
             (true, _) => Reading::FanOut,
             (false, false) => Reading::Pieces,
             (false, true) if consumers.len() == 1 && consumers.iter().all(wanted) => Reading::Contiguous,

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use super::cover::{Covered, Strided, cover};
 use super::lowering::{Lowering, Reading};
 use super::uses::Uses;
-use super::{Inner, Plan, ReadExtent};
+use super::{Consumer, Inner, Plan, ReadExtent};
 use crate::checkpoint::TensorMeta;
 use crate::error::OneLine;
 use crate::extent::Rank;
@@ -71,13 +71,14 @@ impl Plan {
     pub fn report(&self) -> PlanReport {
         let mut classes = BTreeMap::<String, ClassReport>::new();
         let mut report = PlanReport::default();
-        let own: Vec<&ReadExtent> = self.own_extents().collect();
+        let own: Vec<&ReadExtent> = self.extents().iter().filter(|extent| self.concerns(extent)).collect();
         // The extents of a tensor are neighbours in every order of reads.
         for of_tensor in own.chunk_by(|a, b| a.tensor == b.tensor) {
             let class = class_of(&self.tensor(of_tensor[0].tensor).name);
             let entry = classes.entry(class).or_default();
             let tensor = self.of_extents(of_tensor);
-            report.cost_bytes += of_tensor.iter().map(|extent| extent.cost()).sum::<u64>();
+            let own = of_tensor.iter().filter(|extent| self.world().drives(extent.reader));
+            report.cost_bytes += own.map(|extent| extent.cost()).sum::<u64>();
             entry.add(tensor);
         }
         for (class, mut entry) in classes {
@@ -100,19 +101,28 @@ impl Plan {
     /// What these extents of one tensor are for its class.
     pub(super) fn of_extents(&self, extents: &[&ReadExtent]) -> ClassReport {
         let mut report = ClassReport { tensors: 1, ..ClassReport::default() };
-        let mut wanted = SmallVec::new();
         let Some(first) = extents.first() else { return report };
-        let meta = self.tensor(first.tensor);
+        let mut consumers = SmallVec::<[&Consumer; 8]>::new();
         for extent in extents {
-            report.read_bytes += extent.paged_bytes();
-            report.reads += extent.reads();
-            report.reading.push(self.reading(extent));
-            for copy in self.consumers(extent).iter().map(|consumer| self.copy(consumer)) {
-                report.pieces += 1;
-                report.launches += copy.launches();
-                report.lowering.push(self.lowering(copy));
-                wanted.push(copy.source(meta.start));
+            if self.world().drives(extent.reader) {
+                report.read_bytes += extent.paged_bytes();
+                report.reads += extent.reads();
             }
+            report.reading.push(self.reading(extent));
+            consumers.extend(self.consumers(extent).iter().filter(|consumer| self.world().drives(consumer.rank)));
+        }
+        if extents.iter().any(|extent| self.is_shared(extent)) {
+            // A piece is in every stripe of its tensor.
+            consumers.sort_unstable_by_key(|consumer| (consumer.rank, consumer.piece));
+            consumers.dedup_by_key(|consumer| (consumer.rank, consumer.piece));
+        }
+        let meta = self.tensor(first.tensor);
+        let mut wanted = SmallVec::new();
+        for copy in consumers.into_iter().map(|consumer| self.copy(consumer)) {
+            report.pieces += 1;
+            report.launches += copy.launches();
+            report.lowering.push(self.lowering(copy));
+            wanted.push(copy.source(meta.start));
         }
         report.needed_bytes = union(meta, wanted);
         report
@@ -153,6 +163,12 @@ impl Plan {
     /// Bytes that this process reads from storage, before any padding that an engine adds.
     pub fn storage_bytes(&self) -> u64 {
         self.own_extents().map(ReadExtent::bytes).sum()
+    }
+
+    /// Whether this process reads some of an extent, or wants some.
+    pub(super) fn concerns(&self, extent: &ReadExtent) -> bool {
+        let wants = |consumer: &Consumer| self.world().drives(consumer.rank);
+        self.world().drives(extent.reader) || self.consumers(extent).iter().any(wants)
     }
 
     /// The extents that this process reads.

@@ -3,6 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -212,6 +213,8 @@ pub(crate) struct LoadArgs {
     /// Drive only this rank; the others belong to other processes
     #[arg(long, value_name = "R")]
     pub(crate) rank: Option<u32>,
+    #[command(flatten)]
+    pub(crate) processes: ProcessArgs,
     /// Where the ranks live: host, host:staged, or cuda[:LIST]
     #[arg(long, default_value = "host", value_parser = devices)]
     pub(crate) devices: Devices,
@@ -254,6 +257,37 @@ pub(crate) struct LoadArgs {
     /// Print one JSON object
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// How the processes of several ranks find each other, and what they share.
+#[derive(Debug, Args)]
+pub(crate) struct ProcessArgs {
+    /// Read together what several ranks want: auto, always (the ranks of a node), cluster (all ranks), or never
+    #[arg(long, value_enum, default_value_t = CooperateChoice::Auto)]
+    pub(crate) cooperate: CooperateChoice,
+    /// Where the processes of the ranks meet: tcp://host:port, or file:///path on a file system that they share
+    #[arg(long, value_name = "URL")]
+    pub(crate) rendezvous: Option<String>,
+    /// What tells them from others that may meet there
+    #[arg(long, value_name = "ID")]
+    pub(crate) session: Option<String>,
+    /// The node of this process, where the launcher does not tell
+    #[arg(long, value_name = "NAME")]
+    pub(crate) node: Option<String>,
+    /// How long to wait for all ranks to arrive
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) join_timeout: Option<Duration>,
+    /// How soon all ranks know of one that failed, died or fell silent; the same for all
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) fail_timeout: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CooperateChoice {
+    Auto,
+    Always,
+    Cluster,
+    Never,
 }
 
 impl LoadArgs {
@@ -425,6 +459,11 @@ fn staging(text: &str) -> Result<u64, String> {
 /// Bytes per second: a size, with or without `/s`.
 fn rate(text: &str) -> Result<u64, String> {
     size(text.strip_suffix("/s").unwrap_or(text))
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = positive(text.strip_suffix('s').unwrap_or(text))?;
+    Duration::try_from_secs_f64(seconds).map_err(|_| format!("out of range: {text:?}"))
 }
 
 fn positive(text: &str) -> Result<f64, String> {

@@ -14,17 +14,31 @@ use serde_json::{Map, Value, json};
 use shardlift::observe::StageTime;
 use shardlift::read::EngineChoice;
 use shardlift::{
-    Dtype, Error, ErrorKind, Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, Trace, Weights, limits,
+    Dtype, Error, ErrorKind, Group, Launch, Loader, Memory, Monitor, Plan, Rank, Report, Residency, Rules, Trace,
+    Weights, limits,
 };
 
 use crate::args::{Cast, Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
 use crate::interrupt::Interrupt;
-use crate::model;
 use crate::output::{Failure, Output, Warnings, count, fields, hex, human_bytes};
+use crate::{model, processes};
 
 pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -> Result<Map<String, Value>, Failure> {
     args.supported()?;
-    let LoadArgs { model, mesh, rank, devices, only, skip, dtype, repeat, check, trace, .. } = args;
+    let launch = processes::launch(args, model::ranks(&args.mesh)?)?;
+    let group = processes::join(args, launch.as_ref(), interrupt)?;
+    processes::settle(group.as_ref(), load(args, launch.as_ref(), group.as_ref(), output, interrupt))
+}
+
+/// Loads as this process, with those of the other ranks if there are any.
+fn load(
+    args: &LoadArgs,
+    launch: Option<&Launch>,
+    group: Option<&Arc<Group>>,
+    output: &mut Output,
+    interrupt: &Interrupt,
+) -> Result<Map<String, Value>, Failure> {
+    let LoadArgs { model, mesh, only, skip, dtype, repeat, check, trace, .. } = args;
 
     let opened = Instant::now();
     let checkpoint = model::open_adapted(model, mesh)?;
@@ -32,7 +46,10 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     output.warn(checkpoint.warnings());
 
     let planned = Instant::now();
-    let world = model::world(mesh, *rank, devices)?;
+    let rank = launch.map(|launch| launch.rank().0);
+    let world = model::world(mesh, rank, &processes::devices(args, launch)?)?;
+    let loader = loader(args)?.group(group);
+    let world = loader.sharing(processes::sharing(args.processes.cooperate), &checkpoint, world)?;
     let rules = model::rules(&checkpoint, mesh, &world)?;
     let rules = only.iter().fold(rules, |rules: Rules, pattern| rules.keeping(pattern));
     let rules = skip.iter().fold(rules, |rules, pattern| rules.skipping(pattern));
@@ -48,7 +65,7 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     interrupt.check()?;
 
     let trace = trace.as_deref().map(TraceFile::create).transpose()?;
-    let loader = loader(args)?.trace(trace.as_ref().map(|file| &file.trace));
+    let loader = loader.trace(trace.as_ref().map(|file| &file.trace));
     let times = repeat.map_or(1, |times| times as usize);
     let mut runs = Vec::new();
     for _ in 0..times {
@@ -234,6 +251,10 @@ fn print(report: &Report, output: &mut Output) {
         human_bytes(report.peak_extra_bytes),
         report.bottleneck
     ));
+    let [sent, received] = [report.sent_bytes, report.received_bytes];
+    if sent > 0 || received > 0 {
+        output.line(format_args!("sent {} to other ranks, received {}", human_bytes(sent), human_bytes(received)));
+    }
 }
 
 /// The fields that every command with a load in it reports.
@@ -246,6 +267,8 @@ pub(crate) fn report_object(report: &Report) -> Map<String, Value> {
         "needed_bytes": report.needed_bytes,
         "landed_bytes": report.landed_bytes,
         "storage_bytes_read": report.storage_bytes_read,
+        "sent_bytes": report.sent_bytes,
+        "received_bytes": report.received_bytes,
         "gb_per_s": gb_per_s(report),
         "engine": report.engine,
         "engine_reason": report.engine_reason,

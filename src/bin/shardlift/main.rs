@@ -8,6 +8,7 @@ mod load;
 mod model;
 mod output;
 mod plan;
+mod processes;
 mod rates;
 mod reshard;
 mod verify;

@@ -38,13 +38,17 @@ fn is_hub_id(model: &str) -> bool {
     named && !id.ends_with(".safetensors") && !revision.is_empty()
 }
 
+/// How many ranks MESH has.
+pub(crate) fn ranks(&MeshArgs { tp, pp, dp, cp, .. }: &MeshArgs) -> Result<u32> {
+    let ranks = [dp, pp, cp, tp].iter().try_fold(1u32, |product, size| product.checked_mul(*size));
+    let allowed = ranks.filter(|&ranks| ranks <= limits::RANKS_MAX);
+    allowed.ok_or_else(|| Error::new(ErrorKind::Usage, "too many ranks"))
+}
+
 /// The world that MESH describes, as this process drives it.
 pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Result<World> {
     let MeshArgs { tp, pp, ep, dp, cp, order, .. } = *mesh;
-    let ranks = [dp, pp, cp, tp].iter().try_fold(1u32, |product, size| product.checked_mul(*size));
-    let Some(ranks) = ranks.filter(|&ranks| ranks <= limits::RANKS_MAX) else {
-        return Err(Error::new(ErrorKind::Usage, "too many ranks"));
-    };
+    let ranks = ranks(mesh)?;
     let base = match devices {
         Devices::HostStaged => World::host_staged(tp),
         Devices::Host => World::host(tp),

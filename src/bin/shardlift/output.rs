@@ -103,6 +103,11 @@ impl Failure {
         Failure { signal, ..self }
     }
 
+    /// What went wrong.
+    pub(crate) fn error(&self) -> &Error {
+        &self.error
+    }
+
     fn status(&self) -> u8 {
         match self.error.kind() {
             ErrorKind::Cancelled => match self.signal {

@@ -199,7 +199,7 @@ impl Plan {
     /// How this process reads these tensors.
     fn reading_words(&self, sources: &[u32], lines: &mut Lines) {
         let mut extents: Vec<&ReadExtent> =
-            self.own_extents().filter(|extent| sources.contains(&extent.tensor)).collect();
+            self.extents().iter().filter(|it| sources.contains(&it.tensor) && self.concerns(it)).collect();
         extents.sort_by_key(|extent| extent.tensor);
         let mut read = ClassReport::default();
         extents.chunk_by(|a, b| a.tensor == b.tensor).for_each(|of| read.add(self.of_extents(of)));
