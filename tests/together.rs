@@ -34,7 +34,8 @@ fn every_rank_holds_what_it_holds_on_the_host_and_storage_is_read_once() {
         let objects = ranks.loaded();
         let digests: Vec<Value> = objects.iter().map(|object| object["ranks"][0]["digest"].clone()).collect();
         assert_eq!(digests, host, "{mesh:?} {engine}");
-        let (read, checkpoint) = (sum(&objects, "storage_bytes_read"), objects[0]["checkpoint_bytes"].as_u64().unwrap());
+        let (read, checkpoint) =
+            (sum(&objects, "storage_bytes_read"), objects[0]["checkpoint_bytes"].as_u64().unwrap());
         let direct = if engine == "uring" { 4096 * 2 * 40 } else { 0 };
         assert!(read <= checkpoint * 101 / 100 + direct, "{mesh:?} {engine}: {read} of {checkpoint}");
         assert!(sum(&objects, "received_bytes") > 0);

@@ -65,8 +65,6 @@ pub(crate) struct Part {
 pub(crate) struct Received {
     /// Who sends it.
     pub(crate) from: Rank,
-    /// What was read for it.
-    pub(crate) op: ReadOp,
     /// Its bytes.
     pub(crate) bytes: u64,
     /// What becomes of it, counted from its first byte.
@@ -127,7 +125,7 @@ impl Iterator for Exchange {
             } else if let Some(parcel) = parcels.into_iter().find(|parcel| parcel.to.contains(&self.rank)) {
                 let own: Vec<&Piece> = pieces.iter().filter(|piece| piece.rank == self.rank).collect();
                 let pieces = parcel.pieces(&own);
-                round.received.push(Received { from: *rank, op, bytes: parcel.bytes, pieces });
+                round.received.push(Received { from: *rank, bytes: parcel.bytes, pieces });
             }
         }
         any.then_some(round)

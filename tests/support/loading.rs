@@ -95,14 +95,17 @@ impl Ranks {
         let began = Instant::now();
         let mut ended: Vec<Option<Ended>> = self.processes.iter().map(|_| None).collect();
         while ended.iter().any(Option::is_none) {
-            assert!(began.elapsed() < bound, "some ranks are still there: {:?}", ended.iter().map(Option::is_some).collect::<Vec<_>>());
+            assert!(
+                began.elapsed() < bound,
+                "some ranks are still there: {:?}",
+                ended.iter().map(Option::is_some).collect::<Vec<_>>()
+            );
             for (process, ended) in self.processes.iter_mut().zip(&mut ended).filter(|(_, ended)| ended.is_none()) {
                 if let Some(status) = process.try_wait().unwrap() {
                     let after = began.elapsed();
                     let output = output(process);
-                    let object = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| {
-                        Value::String(String::from_utf8_lossy(&output.stderr).into_owned())
-                    });
+                    let object = serde_json::from_slice(&output.stdout)
+                        .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&output.stderr).into_owned()));
                     *ended = Some(Ended { status: status.code(), object, after });
                 }
             }
