@@ -5,8 +5,8 @@
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
-#[path = "support/ranks.rs"]
-mod ranks;
+#[path = "support/loading.rs"]
+mod loading;
 #[path = "support/twin.rs"]
 mod twin;
 
@@ -16,7 +16,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ranks::{Ended, Model, Ranks};
+use loading::{Ended, Model, Ranks};
 use rustix::process::{Pid, Signal, kill_process};
 
 const COUNT: usize = 4;
