@@ -13,7 +13,7 @@ compile_error!("shardlift reads little-endian files into memory as they are: big
 mod cast;
 pub mod checkpoint;
 #[cfg(feature = "cuda")]
-#[cfg_attr(not(test), expect(dead_code, reason = "all but the version is for cooperative loads"))]
+#[cfg_attr(not(test), expect(dead_code, reason = "operations that loads do not use"))]
 mod collective;
 mod copy;
 pub mod device;

@@ -1,11 +1,11 @@
 //! Ranks in processes of their own that read together, on the twins of driver and NCCL.
 #![cfg(all(feature = "cli", feature = "cuda"))]
 
+#[path = "support/loading.rs"]
+mod loading;
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
-#[path = "support/loading.rs"]
-mod loading;
 #[path = "support/twin.rs"]
 mod twin;
 

@@ -2,11 +2,11 @@
 //! is left.
 #![cfg(all(feature = "cli", feature = "cuda", target_os = "linux"))]
 
+#[path = "support/loading.rs"]
+mod loading;
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
-#[path = "support/loading.rs"]
-mod loading;
 #[path = "support/twin.rs"]
 mod twin;
 

@@ -5,8 +5,6 @@ mod nccl;
 #[cfg(test)]
 mod tests;
 
-#[cfg_attr(not(test), expect(unused_imports, reason = "cooperative loads use them"))]
-pub(crate) use comm::{Aborter, Comm, Group, Wait};
-#[cfg_attr(not(test), expect(unused_imports, reason = "cooperative loads use them"))]
+pub(crate) use comm::{Comm, Group, Wait};
 pub(crate) use nccl::{Nccl, UniqueId};
 pub use nccl::{NcclVersion, nccl_version};

@@ -21,8 +21,7 @@ use crate::stride::Loops;
 pub(crate) use allocation::Allocation;
 #[cfg(feature = "cuda")]
 pub(crate) use allocation::DeviceMemory;
-#[cfg(feature = "cuda")]
-#[cfg_attr(not(test), expect(unused_imports, reason = "for cooperative loads"))]
+#[cfg(all(test, feature = "cuda"))]
 pub(crate) use cuda::CudaStream;
 #[cfg(feature = "cuda")]
 pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurements, cuda_machine, pinned_gb_per_s};

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::failure::Failure;
 use super::rendezvous::Place;
-use super::shared::{Offer, Shared};
+use super::shared::{Kind, Offer, Shared};
 use super::{Launch, hub, member};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -195,7 +195,16 @@ impl Group {
             return Err(error.with_rank(self.rank()));
         }
         let what = what[..what.floor_char_boundary(limits::CONTROL_TEXT)].to_owned();
-        self.step(what, part, false)
+        self.step(what, part, Kind::Exchange)
+    }
+
+    /// Waits until all ranks have come here, for as long as they live: the slowest may have much to do before.
+    ///
+    /// # Errors
+    /// The group's failure; it fails if ranks are at different points, which names them.
+    pub fn await_all(&self, what: &str) -> Result<()> {
+        let what = what[..what.floor_char_boundary(limits::CONTROL_TEXT)].to_owned();
+        self.step(what, Vec::new(), Kind::Barrier).map(drop)
     }
 
     /// Tells everybody that this rank has failed, of what and where. Unless the group has failed before, this is its failure;
@@ -225,7 +234,7 @@ impl Group {
     /// # Errors
     /// The group's failure; [`ErrorKind::Usage`] if it has finished before.
     pub fn finish(&self) -> Result<()> {
-        self.step(String::new(), Vec::new(), true)?;
+        self.step(String::new(), Vec::new(), Kind::End)?;
         // Rank 0 stays until the others know.
         let until = Instant::now() + self.fail_timeout;
         let mut state = self.shared.lock();
@@ -240,10 +249,11 @@ impl Group {
         Ok(())
     }
 
-    fn step(&self, what: String, part: Vec<u8>, end: bool) -> Result<Vec<Vec<u8>>> {
+    fn step(&self, what: String, part: Vec<u8>, kind: Kind) -> Result<Vec<Vec<u8>>> {
         let mut turn = lock(&self.turn);
         let step = *turn;
-        let until = (!end).then(|| Instant::now() + self.join_timeout + self.fail_timeout);
+        let bound = || Instant::now() + self.join_timeout + self.fail_timeout;
+        let until = (kind == Kind::Exchange).then(bound);
         let mut state = self.shared.lock();
         if let Some(failure) = &state.failure {
             return Err(failure.to_error(self.rank()));
@@ -252,12 +262,12 @@ impl Group {
             return Err(Error::new(ErrorKind::Usage, "this group has finished"));
         }
         if self.control.is_none() {
-            state.finished = end;
+            state.finished = kind == Kind::End;
             return Ok(vec![part]);
         }
         *turn = step.wrapping_add(1);
-        state.offer = Some(Offer { step, end, what, part });
-        state.end_offered = end;
+        state.offer = Some(Offer { step, kind, what, part });
+        state.end_offered = kind == Kind::End;
         self.shared.ring();
         loop {
             if let Some((_, parts)) = state.gathered.take_if(|(gathered, _)| *gathered == step) {

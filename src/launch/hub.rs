@@ -221,8 +221,8 @@ impl<'a> Hub<'a> {
             match connection.next() {
                 Ok(None) => return true,
                 Ok(Some(Message::Beat)) => {}
-                Ok(Some(Message::Offer { step, end, what, part })) => {
-                    let completed = self.offered(rank, super::shared::Offer { step, end, what, part }, now);
+                Ok(Some(Message::Offer { step, kind, what, part })) => {
+                    let completed = self.offered(rank, super::shared::Offer { step, kind, what, part }, now);
                     if let Some(frame) = completed {
                         connection.send_frame(frame); // the one that was taken out
                     }

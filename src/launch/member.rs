@@ -9,7 +9,7 @@ use super::control::{self, Pulse};
 use super::failure::{Failure, Missing};
 use super::group::Membership;
 use super::rendezvous::{self, Token};
-use super::shared::{Offer, Shared};
+use super::shared::{Kind, Offer, Shared};
 use super::wire::Message;
 use crate::extent::Rank;
 use crate::limits;
@@ -98,9 +98,9 @@ impl Member<'_> {
         if let Some(failure) = to_tell {
             self.tell(failure);
         }
-        if let Some(Offer { step, end, what, part }) = offer {
-            self.step = Some((step, end));
-            self.connection.send(&Message::Offer { step, end, what, part });
+        if let Some(Offer { step, kind, what, part }) = offer {
+            self.step = Some((step, kind == Kind::End));
+            self.connection.send(&Message::Offer { step, kind, what, part });
         }
         stop
     }

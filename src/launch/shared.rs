@@ -48,11 +48,22 @@ pub(super) struct State {
     wakers: Vec<Waker>,
 }
 
+/// What ranks do in a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// They give each other their parts, and come soon or not at all.
+    Exchange,
+    /// They wait for the slowest, which takes as long as its work does.
+    Barrier,
+    /// The same, as the last step of all.
+    End,
+}
+
 /// One rank's part of a step.
 #[derive(Debug)]
 pub(super) struct Offer {
     pub(super) step: u32,
-    pub(super) end: bool,
+    pub(super) kind: Kind,
     pub(super) what: String,
     pub(super) part: Vec<u8>,
 }

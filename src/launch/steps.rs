@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::failure::{Failure, Missing};
-use super::shared::Offer;
+use super::shared::{Kind, Offer};
 use crate::error::ErrorKind;
 use crate::extent::Rank;
 use crate::limits;
@@ -14,7 +14,7 @@ pub(super) struct Steps {
     step: u32,
     parts: Vec<Option<Vec<u8>>>,
     /// Who came first, with what, and when.
-    first: Option<(Rank, String, bool, Instant)>,
+    first: Option<(Rank, String, Kind, Instant)>,
     arrived: u32,
     bytes: usize,
 }
@@ -35,15 +35,15 @@ impl Steps {
 
     /// Takes a rank's part. The last one completes the step.
     pub(super) fn offer(&mut self, rank: Rank, offer: Offer, now: Instant) -> Result<Option<Complete>, Box<Failure>> {
-        let Offer { step, end, what, part } = offer;
-        let (first, first_what, first_end, _) = self.first.get_or_insert_with(|| (rank, what.clone(), end, now));
+        let Offer { step, kind, what, part } = offer;
+        let (first, first_what, first_kind, _) = self.first.get_or_insert_with(|| (rank, what.clone(), kind, now));
         if step != self.step || self.parts[rank.index()].is_some() {
             return Err(Failure::malformed(rank).into());
         }
-        if (&what, end) != (&*first_what, *first_end) {
+        if (&what, kind) != (&*first_what, *first_kind) {
             let message = format!("ranks {first} and {rank} are at different points of the program");
             return Err(Failure::of(rank, ErrorKind::Peer, message)
-                .with_expected(point(first_what, *first_end), point(&what, end))
+                .with_expected(point(first_what, *first_kind), point(&what, kind))
                 .into());
         }
         self.bytes += part.len();
@@ -61,13 +61,16 @@ impl Steps {
         let parts = self.parts.iter_mut().filter_map(Option::take).collect();
         self.first = None;
         (self.step, self.arrived, self.bytes) = (step.wrapping_add(1), 0, 0);
-        Ok(Some(Complete { step, end, parts }))
+        Ok(Some(Complete { step, end: kind == Kind::End, parts }))
     }
 
-    /// What the step is about and since when ranks wait for others in it; `None` before the first one, and at the end, which
-    /// comes when the slowest has loaded.
+    /// What the step is about and since when ranks wait for others in it; `None` before the first one, and where they
+    /// wait for the slowest one's work.
     pub(super) fn waiting(&self) -> Option<(&str, Instant)> {
-        self.first.as_ref().filter(|(_, _, end, _)| !end).map(|(_, what, _, since)| (what.as_str(), *since))
+        self.first
+            .as_ref()
+            .filter(|(_, _, kind, _)| *kind == Kind::Exchange)
+            .map(|(_, what, _, since)| (what.as_str(), *since))
     }
 
     /// Who has not come.
@@ -77,8 +80,8 @@ impl Steps {
     }
 }
 
-fn point(what: &str, end: bool) -> String {
-    if end { "the end".into() } else { format!("{what:?}") }
+fn point(what: &str, kind: Kind) -> String {
+    if kind == Kind::End { "the end".into() } else { format!("{what:?}") }
 }
 
 #[cfg(test)]
@@ -86,7 +89,7 @@ mod tests {
     use super::*;
 
     fn offer(step: u32, what: &str, part: &[u8]) -> Offer {
-        Offer { step, end: false, what: what.into(), part: part.to_vec() }
+        Offer { step, kind: Kind::Exchange, what: what.into(), part: part.to_vec() }
     }
 
     #[test]
@@ -115,7 +118,7 @@ mod tests {
             failure.to_error(Rank(0)).to_string(),
             "ranks 1 and 2 are at different points of the program: expected \"plan\", found \"headers\", rank 2"
         );
-        let end = Offer { end: true, ..offer(0, "plan", &[]) };
+        let end = Offer { kind: Kind::End, ..offer(0, "plan", &[]) };
         let failure = steps.offer(Rank(0), end, now).unwrap_err();
         assert_eq!(failure.found.as_deref(), Some("the end"));
         assert!(steps.offer(Rank(1), offer(0, "plan", &[]), now).is_err(), "a second part");

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::failure::{Failure, Missing};
+use super::shared::Kind;
 use crate::error::{At, ErrorKind};
 use crate::extent::Rank;
 use crate::limits;
@@ -41,7 +42,7 @@ pub(super) enum Message {
     /// Both ways: somebody is alive.
     Beat,
     /// Rank to hub: its part of the next exchange, or, as the last one, of the end.
-    Offer { step: u32, end: bool, what: String, part: Vec<u8> },
+    Offer { step: u32, kind: Kind, what: String, part: Vec<u8> },
     /// Hub to rank: everybody's parts, in the order of ranks.
     Gathered { step: u32, parts: Vec<Vec<u8>> },
     /// Both ways: the group has failed.
@@ -81,8 +82,8 @@ impl Message {
             Message::Beat => {
                 frame.byte(6);
             }
-            Message::Offer { step, end, what, part } => {
-                frame.byte(7).u32(*step).byte(u8::from(*end)).text(what).block(part);
+            Message::Offer { step, kind, what, part } => {
+                frame.byte(7).u32(*step).byte(*kind as u8).text(what).block(part);
             }
             Message::Gathered { step, parts } => {
                 frame.byte(8).u32(*step).u32(parts.len() as u32);
@@ -131,7 +132,12 @@ impl Message {
             6 => Message::Beat,
             7 => Message::Offer {
                 step: fields.u32()?,
-                end: fields.byte()? != 0,
+                kind: match fields.byte()? {
+                    0 => Kind::Exchange,
+                    1 => Kind::Barrier,
+                    2 => Kind::End,
+                    _ => return Err(Malformed),
+                },
                 what: fields.text()?,
                 part: fields.block()?.to_vec(),
             },
@@ -310,7 +316,7 @@ mod tests {
             Message::Missing(Missing::of([1, 2, 5])),
             Message::Joined,
             Message::Beat,
-            Message::Offer { step: 9, end: true, what: "x".into(), part: vec![1, 2] },
+            Message::Offer { step: 9, kind: Kind::Barrier, what: "x".into(), part: vec![1, 2] },
             Message::Gathered { step: 9, parts: vec![vec![], vec![1], vec![2; 300]] },
             Message::Failed(failure),
             Message::Failed(Failure::of(None, ErrorKind::Cancelled, "c")),

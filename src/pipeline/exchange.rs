@@ -208,7 +208,8 @@ impl<'a> Traffic<'a> {
             unsafe { self.wire.land(at, packing(sent, first, sending)) }
                 .map_err(|error| self.job.locate(error, own.extent).with_rank(self.rank()))?;
         }
-        let messages = Messages { members: &self.members, sent, received, sending, receiving, most: self.most() };
+        let (rank, most) = (self.rank(), self.most());
+        let messages = Messages { rank, members: &self.members, sent, received, sending, receiving, most };
         let (job, comm) = (self.job, &mut self.comm);
         let stopped = || stop(job);
         let until = wait(&stopped, job.setup.stall_error * PATIENCE);
@@ -315,6 +316,7 @@ impl<'a> Traffic<'a> {
 
 /// What travels in a round.
 struct Messages<'a> {
+    rank: Rank,
     members: &'a [Rank],
     sent: &'a [Parcel],
     received: &'a [Received],
@@ -327,12 +329,19 @@ struct Messages<'a> {
 impl Messages<'_> {
     fn queue(&self, group: &mut crate::collective::Group<'_>) -> Result<()> {
         for (parcel, from) in self.sent.iter().zip(places(self.sent, self.sending)) {
-            for &to in &parcel.to {
-                group.send(position(self.members, to), from, parcel.bytes as usize)?;
+            let bytes = parcel.bytes as usize;
+            if parcel.to.len() + 1 == self.members.len() {
+                group.broadcast(position(self.members, self.rank), [from, from], bytes)?;
+                continue;
             }
+            parcel.to.iter().try_for_each(|&to| group.send(position(self.members, to), from, bytes))?;
         }
         for (received, to) in self.received.iter().zip(self.places()) {
-            group.recv(position(self.members, received.from), to, received.bytes as usize)?;
+            let (from, bytes) = (position(self.members, received.from), received.bytes as usize);
+            match received.by_all {
+                true => group.broadcast(from, [to, to], bytes)?,
+                false => group.recv(from, to, bytes)?,
+            }
         }
         Ok(())
     }

@@ -53,7 +53,7 @@ impl Peers {
 
     /// Waits until all ranks have loaded.
     pub(super) fn finish(&self) -> Result<()> {
-        self.group.exchange("loaded", Vec::new()).map(drop)
+        self.group.await_all("loaded")
     }
 }
 

@@ -65,6 +65,8 @@ pub(crate) struct Part {
 pub(crate) struct Received {
     /// Who sends it.
     pub(crate) from: Rank,
+    /// Everybody else in the group receives the same.
+    pub(crate) by_all: bool,
     /// Its bytes.
     pub(crate) bytes: u64,
     /// What becomes of it, counted from its first byte.
@@ -112,7 +114,7 @@ impl Iterator for Exchange {
 
     fn next(&mut self) -> Option<Round> {
         let mut round = Round::default();
-        let (mut any, mut pieces) = (false, Vec::new());
+        let (mut any, mut pieces, count) = (false, Vec::new(), self.members.len());
         for Member { rank, reads, cursor } in &mut self.members {
             let Some((op, behind)) = reads.next(cursor) else { continue };
             (*cursor, any) = (behind, true);
@@ -125,7 +127,8 @@ impl Iterator for Exchange {
             } else if let Some(parcel) = parcels.into_iter().find(|parcel| parcel.to.contains(&self.rank)) {
                 let own: Vec<&Piece> = pieces.iter().filter(|piece| piece.rank == self.rank).collect();
                 let pieces = parcel.pieces(&own);
-                round.received.push(Received { from: *rank, bytes: parcel.bytes, pieces });
+                let by_all = parcel.to.len() + 1 == count;
+                round.received.push(Received { from: *rank, by_all, bytes: parcel.bytes, pieces });
             }
         }
         any.then_some(round)

@@ -8,7 +8,7 @@ mod measure;
 mod memory;
 mod pinned;
 mod queue;
-#[cfg_attr(not(test), expect(dead_code, reason = "for cooperative loads"))]
+#[cfg(test)]
 mod stream;
 mod wire;
 
@@ -24,6 +24,7 @@ use crate::limits;
 pub(crate) use context::stay;
 pub use facts::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
 pub use measure::{CopyMeasurements, copy_measurements, pinned_gb_per_s};
+#[cfg(test)]
 pub(crate) use stream::CudaStream;
 
 /// One GPU, whose primary context is kept while this or any memory of it lives.
@@ -47,7 +48,7 @@ impl Cuda {
     }
 
     /// A stream of its own, for operations of other libraries.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for cooperative loads"))]
+    #[cfg(test)]
     pub(crate) fn stream(&self) -> Result<CudaStream> {
         CudaStream::new(&self.context)
     }
