@@ -150,7 +150,8 @@ impl Loader {
         self
     }
 
-    /// How long a read may make no progress before a warning, and before the load fails.
+    /// How long a read may make no progress before a warning, and before the load fails; and how long a tensor waits for
+    /// its GPU ([`Tensor::to_bytes`], [`Tensor::digest`]).
     pub fn stall(mut self, warning: Duration, error: Duration) -> Loader {
         (self.stall_warning, self.stall_error) = (warning, error);
         self
@@ -199,7 +200,7 @@ impl Loader {
         }
         let callers = lend::destinations_of(plan, memory)?;
         let lent = callers.iter().map(|&(_, rank, dest)| (rank, dest)).collect();
-        let devices = devices(plan.world(), &self.gpus)?;
+        let devices = devices(plan.world(), &self.gpus, self.stall_error)?;
         let opened = Instant::now();
         let slot_bytes = self.ring_for(&devices).slot_bytes();
         let mut destinations = match self.memory {

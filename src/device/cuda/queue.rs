@@ -3,7 +3,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::context::Context;
@@ -135,19 +134,8 @@ impl Queue for CudaQueue {
 
     fn settle(&mut self, bound: Duration) -> bool {
         let began = Instant::now();
-        // A stream that only answers with errors is lost, and with it what was queued.
-        let mut lost: Option<Instant> = None;
-        self.lanes.iter().all(|lane| {
-            loop {
-                // SAFETY: the stream is live, the context current.
-                match self.context.with(|| unsafe { driver::stream_is_done(lane.stream) }) {
-                    Ok(true) => return true,
-                    Ok(false) if began.elapsed() >= bound => return false,
-                    Err(_) if lost.get_or_insert_with(Instant::now).elapsed() >= limits::LOST_DEVICE => return true,
-                    Ok(false) | Err(_) => thread::sleep(limits::EVENT_POLL),
-                }
-            }
-        })
+        let over = |lane: &Lane| self.context.settle(lane.stream, bound.saturating_sub(began.elapsed())).is_some();
+        self.lanes.iter().all(over)
     }
 }
 

@@ -4,11 +4,11 @@ use std::ops::{Deref, DerefMut};
 use std::sync::atomic::Ordering;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::code::{Code, INVALID_CONTEXT, INVALID_HANDLE, NOT_INITIALIZED, OUT_OF_MEMORY, Result, SUCCESS};
+use crate::code::{Code, HANGS, INVALID_CONTEXT, INVALID_HANDLE, NOT_INITIALIZED, OUT_OF_MEMORY, Result, SUCCESS};
 use crate::config::{self, Config};
 use crate::context::{Context, Device, top};
 use crate::device_memory::{self, DeviceMemory, Kind as MemoryKind};
-use crate::faults::Faults;
+use crate::faults::{Faults, hang};
 use crate::handle::{Handle, Kind, Missing, Table};
 use crate::hazard::{Clock, Flights, QueueId};
 use crate::host_memory::HostMemory;
@@ -201,6 +201,9 @@ fn enter(name: &'static str, releasing: bool, body: impl FnOnce(&mut Guard) -> R
 fn run(guard: &mut Guard, body: impl FnOnce(&mut Guard) -> Result) -> Code {
     let (name, releasing) = (guard.call, guard.releasing);
     let due = guard.faults.due(name);
+    if due.is_some_and(|due| due.code == HANGS) {
+        return guard.outside(|| hang());
+    }
     if let Some(due) = due.filter(|due| due.sticky) {
         guard.lose(top(), due.code);
     }
