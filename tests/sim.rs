@@ -245,6 +245,11 @@ fn counted() {
     assert!((1..=4).contains(&kept), "{kept}");
     let (weights, _) = loader.load(&plan).unwrap();
     assert_eq!((calls("cuMemHostRegister"), calls("cuModuleLoadData")), (1, 1));
+    // Slots of two kinds together would be more than the budget.
+    let host = Plan::new(plan.checkpoint(), &Rules::from_toml(RULES).unwrap(), &World::host(1)).unwrap();
+    assert_eq!(calls("cuMemHostUnregister"), 0);
+    loader.load(&host).unwrap();
+    assert_eq!(calls("cuMemHostUnregister"), 1, "slots for GPUs are kept beside those for the host");
     let tensor = weights.tensor(Rank(3), "b.columns").unwrap().clone();
     drop(weights);
     loader.release();

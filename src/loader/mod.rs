@@ -262,6 +262,7 @@ impl Loader {
     /// What a load of this loader begins with.
     fn setup(&self, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>) -> Setup {
         let (engine, engine_reason) = self.choose_engine(plan);
+        self.release_other(&devices);
         let ring = self.ring_for(&devices).clone();
         let trace = self.trace.as_ref().map(|trace| trace.begin(Box::new(PlanNames::new(plan, &devices))));
         Setup {
@@ -283,6 +284,17 @@ impl Loader {
     /// The slots for loads into these devices.
     fn ring_for(&self, devices: &[Arc<dyn Device>]) -> &Ring {
         if devices.iter().all(|device| device.copies_any()) { &self.ring } else { &self.device_ring }
+    }
+
+    /// Gives back what is free of the slots that loads into these devices do not use: both kinds together would be more than
+    /// the budget.
+    fn release_other(&self, devices: &[Arc<dyn Device>]) {
+        let used = self.ring_for(devices);
+        for ring in [&self.ring, &self.device_ring].into_iter().filter(|ring| !std::ptr::eq(*ring, used)) {
+            if ring.bytes() > 0 {
+                ring.release();
+            }
+        }
     }
 
     fn choose_engine(&self, plan: &Plan) -> (Arc<dyn Engine>, String) {
