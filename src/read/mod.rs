@@ -134,6 +134,8 @@ pub(crate) struct Pending {
     pub(crate) base: u64,
     /// Destinations of a direct read; the first is the one it lands in.
     pub(crate) pieces: Vec<crate::plan::Piece>,
+    /// Room for the order in which pieces go to their devices.
+    pub(crate) order: Vec<u64>,
     /// Whether the last attempt brought less than one aligned block.
     pub(crate) repeated: bool,
     /// When it last made progress: an interruption is none.
