@@ -2,7 +2,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::Ordering;
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::code::{Code, HANGS, INVALID_CONTEXT, INVALID_HANDLE, NOT_INITIALIZED, OUT_OF_MEMORY, Result, SUCCESS};
 use crate::config::{self, Config};
@@ -161,6 +161,8 @@ pub(crate) struct Guard {
     call: &'static str,
     number: u64,
     releasing: bool,
+    /// The thread of a stream that this call gave something to do.
+    to_wake: Option<Arc<Condvar>>,
 }
 
 impl Deref for Guard {
@@ -189,10 +191,14 @@ pub(crate) fn release(name: &'static str, body: impl FnOnce(&mut Guard) -> Resul
 
 fn enter(name: &'static str, releasing: bool, body: impl FnOnce(&mut Guard) -> Result) -> Code {
     let began = thread_cpu_ns();
-    let mut guard = Guard { sim: Some(lock()), call: name, number: 0, releasing };
+    let mut guard = Guard { sim: Some(lock()), call: name, number: 0, releasing, to_wake: None };
     guard.number = guard.ledger.count(name);
     let code = run(&mut guard, body);
-    drop(guard);
+    let Guard { sim, to_wake, .. } = guard;
+    drop(sim);
+    if let Some(wake) = to_wake {
+        wake.notify_all();
+    }
     // The last asking and the first one's return are outside, about one whole asking.
     CALL_CPU_NS.fetch_add(thread_cpu_ns() - began + asking_ns(), Ordering::Relaxed);
     code
@@ -237,14 +243,28 @@ impl Guard {
         self.violate(call, what);
     }
 
+    /// Wakes the thread of a stream when the lock is open: it would have to wait for that.
+    pub(crate) fn wake_later(&mut self, wake: Arc<Condvar>) {
+        self.wake_now();
+        self.to_wake = Some(wake);
+    }
+
+    fn wake_now(&mut self) {
+        if let Some(wake) = self.to_wake.take() {
+            wake.notify_all();
+        }
+    }
+
     /// Waits until something has finished.
     pub(crate) fn wait(&mut self) {
+        self.wake_now();
         let sim = self.sim.take().expect("only absent while it waits");
         self.sim = Some(shared().done.wait(sim).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Does something that takes time, with the lock open.
     pub(crate) fn outside<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        self.wake_now();
         self.sim = None;
         let result = work();
         self.sim = Some(lock());

@@ -235,8 +235,8 @@ impl Guard {
         queue.submitted = seq;
         queue.model_end = span.end;
         queue.ops.push_back(Op { seq, request, due, span, hash, flights });
-        match &queue.wake {
-            Some(wake) => wake.notify_all(),
+        match queue.wake.clone() {
+            Some(wake) => self.wake_later(wake),
             None => {
                 let wake = Arc::new(Condvar::new());
                 queue.wake = Some(Arc::clone(&wake));
