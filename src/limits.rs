@@ -274,6 +274,14 @@ pub const EVENT_POLL: Duration = Duration::from_micros(200);
 /// driver has ended what was queued before it says so, and this is for what was under way.
 pub const LOST_DEVICE: Duration = Duration::from_millis(20);
 
+/// How often a stream is asked in a row whether it is done before its asker sleeps: a digest of a small tensor is over in
+/// the time of a few calls, and a sleep takes ten times as long.
+pub const ASK_AT_ONCE: u32 = 16;
+
+/// Pinned memory of a GPU's context through which bytes come back: they pass it in pieces, each of which takes longer than
+/// asking for it.
+pub const RETURN_BYTES: usize = 1 << 20;
+
 /// Oldest driver that takes our kernels' PTX 8.0, as `cuDriverGetVersion` has it: CUDA 12.0.
 pub const DRIVER_MIN: i32 = 12_000;
 

@@ -24,11 +24,18 @@ pub(crate) trait DeviceMemory: Debug + Send + Sync {
 
     /// Copies bytes at `address` of the device to host memory.
     ///
+    /// # Errors
+    /// [`ErrorKind::Stalled`] if the device does not answer in time, and may still read the memory.
+    ///
     /// # Safety
-    /// All of `address..address + into.len()` lies in this memory, was written, and nobody writes it meanwhile.
+    /// - all of `address..address + into.len()` lies in this memory, was written, and nobody writes it meanwhile;
+    /// - if this stalls the memory is never given back.
     unsafe fn read(&self, address: u64, into: &mut [u8]) -> Result<()>;
 
     /// The digest of bytes of the device, as [`Digest::of`](crate::Digest::of) takes it.
+    ///
+    /// # Errors
+    /// As for [`read`](DeviceMemory::read).
     ///
     /// # Safety
     /// As for [`read`](DeviceMemory::read); `address` is a multiple of 8.

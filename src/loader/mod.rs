@@ -157,7 +157,8 @@ impl Loader {
         self
     }
 
-    /// How long a read may make no progress before a warning, and before the load fails.
+    /// How long a read may make no progress before a warning, and before the load fails; and how long a tensor waits for
+    /// its GPU ([`Tensor::to_bytes`], [`Tensor::digest`]).
     pub fn stall(mut self, warning: Duration, error: Duration) -> Loader {
         (self.stall_warning, self.stall_error) = (warning, error);
         self
@@ -214,7 +215,7 @@ impl Loader {
         }
         let callers = lend::destinations_of(plan, memory)?;
         let lent = callers.iter().map(|&(_, rank, dest)| (rank, dest)).collect();
-        let devices = devices(plan.world(), &self.gpus)?;
+        let devices = devices(plan.world(), &self.gpus, self.stall_error)?;
         let opened = Instant::now();
         let slot_bytes = self.ring_for(&devices).slot_bytes();
         let peers = agree::agree(self.group.as_ref(), plan, slot_bytes)?;
@@ -278,6 +279,7 @@ impl Loader {
     /// What a load of this loader begins with.
     fn setup(&self, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>) -> Setup {
         let (engine, engine_reason) = self.choose_engine(plan);
+        self.release_other(&devices);
         let ring = self.ring_for(&devices).clone();
         let trace = self.trace.as_ref().map(|trace| trace.begin(Box::new(PlanNames::new(plan, &devices))));
         Setup {
@@ -300,6 +302,17 @@ impl Loader {
     /// The slots for loads into these devices.
     fn ring_for(&self, devices: &[Arc<dyn Device>]) -> &Ring {
         if devices.iter().all(|device| device.copies_any()) { &self.ring } else { &self.device_ring }
+    }
+
+    /// Gives back what is free of the slots that loads into these devices do not use: both kinds together would be more than
+    /// the budget.
+    fn release_other(&self, devices: &[Arc<dyn Device>]) {
+        let used = self.ring_for(devices);
+        for ring in [&self.ring, &self.device_ring].into_iter().filter(|ring| !std::ptr::eq(*ring, used)) {
+            if ring.bytes() > 0 {
+                ring.release();
+            }
+        }
     }
 
     fn choose_engine(&self, plan: &Plan) -> (Arc<dyn Engine>, String) {

@@ -61,17 +61,17 @@ pub(crate) struct Setup {
 }
 
 /// The device of each rank that this process drives: ranks on one GPU share it, with its queue; `known` are kept from
-/// load to load.
+/// load to load. `stall` is how long whoever waits for a GPU after its load does so.
 ///
 /// # Errors
 /// [`ErrorKind::Device`](crate::ErrorKind::Device) if there is no driver or no such GPU; without the feature `cuda`
 /// [`ErrorKind::Unsupported`](crate::ErrorKind::Unsupported).
-pub(crate) fn devices(world: &World, known: &Mutex<Gpus>) -> Result<Vec<Arc<dyn Device>>> {
+pub(crate) fn devices(world: &World, known: &Mutex<Gpus>, stall: Duration) -> Result<Vec<Arc<dyn Device>>> {
     let device = |&rank: &Rank| -> Result<Arc<dyn Device>> {
         match world.device(rank) {
             DeviceSpec::Host => Ok(Arc::new(Host)),
             DeviceSpec::HostStaged => Ok(Arc::new(HostStaged)),
-            DeviceSpec::Cuda(gpu) => gpu_device(gpu, &mut lock(known)).map_err(|error| error.with_rank(rank)),
+            DeviceSpec::Cuda(gpu) => gpu_device(gpu, &mut lock(known), stall).map_err(|error| error.with_rank(rank)),
         }
     };
     world.driven().iter().map(device).collect()
@@ -81,17 +81,17 @@ pub(crate) fn devices(world: &World, known: &Mutex<Gpus>) -> Result<Vec<Arc<dyn 
 pub(crate) type Gpus = BTreeMap<u32, Arc<dyn Device>>;
 
 #[cfg(feature = "cuda")]
-fn gpu_device(gpu: u32, known: &mut Gpus) -> Result<Arc<dyn Device>> {
+fn gpu_device(gpu: u32, known: &mut Gpus, stall: Duration) -> Result<Arc<dyn Device>> {
     if let Some(device) = known.get(&gpu) {
         return Ok(Arc::clone(device));
     }
-    let device: Arc<dyn Device> = Arc::new(crate::device::Cuda::open(gpu)?);
+    let device: Arc<dyn Device> = Arc::new(crate::device::Cuda::open(gpu, stall)?);
     known.insert(gpu, Arc::clone(&device));
     Ok(device)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn gpu_device(gpu: u32, _: &mut Gpus) -> Result<Arc<dyn Device>> {
+fn gpu_device(gpu: u32, _: &mut Gpus, _: Duration) -> Result<Arc<dyn Device>> {
     Err(Error::new(ErrorKind::Unsupported, format!("not in this build: cuda:{gpu} needs the feature cuda")))
 }
 

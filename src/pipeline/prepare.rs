@@ -2,7 +2,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -61,34 +61,40 @@ impl Pinner for ForAll {
     }
 }
 
-/// Pins the first slots, and starts a thread that pins the rest, if a device needs it and bytes pass through slots.
+/// Starts a thread that pins slots, if a device needs it and bytes pass through slots, and waits for the first of them: on
+/// this thread a driver that does not come back would not be noticed.
 pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<JoinHandle<()>>> {
     let Some(pinner) = job.pinner.clone().filter(|_| job.windows.is_none()) else { return Ok(None) };
     let ring = &job.setup.ring;
     // No more than there is to read.
     let wanted = job.setup.plan.storage_bytes().div_ceil(ring.slot_bytes() as u64).max(1);
-    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX);
-    let first = wanted.min(limits::FIRST_SLOTS);
-    let began = Instant::now();
-    while grow(job, &*pinner, first, || job.is_stopped()).map_err(|error| job.locate_next(error))? {
-        if began.elapsed() > job.setup.stall_error {
-            let message = format!("no staging slot could be pinned for {:?}", job.setup.stall_error);
-            return Err(Error::new(ErrorKind::Stalled, message));
-        }
+    let wanted = usize::try_from(wanted).unwrap_or(usize::MAX).min(ring.budget() / ring.slot_bytes());
+    if ring.pinned_bytes() >= (wanted * ring.slot_bytes()) as u64 {
+        return Ok(None);
     }
+    let (pinned, first) = mpsc::channel();
     let shared = Arc::clone(job);
-    let rest = move || {
+    let pin = move || {
         let grown = catch_unwind(AssertUnwindSafe(|| -> Result<()> {
             let _stay = stay();
+            while grow(&shared, &*pinner, wanted.min(limits::FIRST_SLOTS), || shared.is_stopped())? {}
+            let _ = pinned.send(());
             while grow(&shared, &*pinner, wanted, || shared.wants_no_slots())? {}
             Ok(())
         }));
         if let Err(error) = grown.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
             shared.fail(shared.locate_next(error));
         }
+        // Only now, so that nobody reads for a load that has failed.
+        drop(pinned);
         drop(alive);
     };
-    spawn("shardlift-pin", rest).map(Some)
+    let thread = spawn("shardlift-pin", pin)?;
+    if first.recv_timeout(job.setup.stall_error) == Err(RecvTimeoutError::Timeout) {
+        let message = format!("no staging slot could be pinned for {:?}", job.setup.stall_error);
+        return Err(job.locate_next(Error::new(ErrorKind::Stalled, message)));
+    }
+    Ok(Some(thread))
 }
 
 /// [`Ring::grow`](crate::stage::Ring::grow).

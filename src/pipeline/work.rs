@@ -175,6 +175,7 @@ impl Job {
         let bytes = (op.extent.end.next_multiple_of(self.alignment) - base) as usize;
         let mut spare = lock(&self.spare).pop();
         let mut pieces = spare.as_mut().map_or_else(Vec::new, |spare| std::mem::take(&mut spare.pieces));
+        let order = spare.as_mut().map_or_else(Vec::new, |spare| std::mem::take(&mut spare.order));
         let (mut slot, mut permit) = (None, None);
         let address = match room {
             Room::Slot(lent) => {
@@ -208,7 +209,7 @@ impl Job {
         if let Some(trace) = self.trace() {
             trace.unless_short(traced::of_file(Kind::Open, op.extent.file), since, Instant::now());
         }
-        let pending = Pending { base, op, pieces, exchanged, repeated: false, since };
+        let pending = Pending { base, op, pieces, order, exchanged, repeated: false, since };
         let pending = match spare {
             Some(mut spare) => {
                 *spare = pending;
@@ -309,7 +310,7 @@ impl Job {
     /// The bytes of a file from `base` on are staged, in memory that may be written if they are `ours`: copies them at
     /// once, or submits them to the queues of their devices. `id` is the read's number.
     fn land(&self, id: u64, base: u64, pending: &mut Pending, staged: Staged, ours: bool) {
-        let Pending { op, pieces, exchanged, .. } = pending;
+        let Pending { op, pieces, order, exchanged, .. } = pending;
         let offset = (op.extent.start - base) as usize;
         let first = staged.address().wrapping_add(offset);
         // Others read from it, too, until it has travelled.
@@ -321,10 +322,14 @@ impl Job {
         pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
         let began = Instant::now();
         let device = |piece: &Piece| self.device_of[piece.rank.index()];
-        // Not by a stable sort, which allocates.
-        pieces.sort_unstable_by_key(|piece| (device(piece), piece.rank, piece.src));
-        let shared = pieces.windows(2).any(|pair| device(&pair[0]) != device(&pair[1]));
-        let mut of_devices: SmallVec<[&[Piece]; 8]> = pieces.chunk_by(|a, b| device(a) == device(b)).collect();
+        // Numbers are sorted, the device above the position, rather than pieces: a slot may have thousands of those.
+        order.clear();
+        order.extend((0..).zip(pieces.iter()).map(|(at, piece): (u64, &Piece)| (device(piece) as u64) << 32 | at));
+        order.sort_unstable();
+        let device = |order: &u64| (order >> 32) as usize;
+        let piece = |order: &u64| &pieces[*order as u32 as usize];
+        let mut of_devices: SmallVec<[&[u64]; 8]> = order.chunk_by(|a, b| device(a) == device(b)).collect();
+        let shared = of_devices.len() > 1;
         // Where this thread ended it need not change contexts. And that differs from thread to thread: a call of one driver
         // that takes long should not hold up all others.
         let last = of_devices.iter().position(|of_device| device(&of_device[0]) == LAST_DEVICE.get());
@@ -336,20 +341,24 @@ impl Job {
             if self.copies.has_queue(device) {
                 LAST_DEVICE.set(device);
                 self.begin_copies(id, device, Some(op.extent), ours);
+                let pieces = of_device.iter().map(piece);
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
-                waited += unsafe { self.submit(device, of_device, first, staged.clone(), ours && !shared, shared) };
+                waited += unsafe { self.submit(device, pieces, first, staged.clone(), ours && !shared, shared) };
                 self.end_copies(id);
                 continue;
             }
             let began = self.trace().map(|trace| (trace, Instant::now()));
-            for piece in of_device {
+            for piece in of_device.iter().map(piece) {
                 // SAFETY: the slot is staged, so nobody writes it; the audit proved that no other copy names the
                 // destination bytes; the job keeps them alive.
                 unsafe { copy_now(&self.raw_copy(piece, first)) };
                 self.landed(landing(piece));
             }
             if let Some((trace, began)) = began {
-                trace.since(traced::copied(Kind::Copy, of_device.iter().map(Piece::landed_bytes).sum()), began);
+                trace.since(
+                    traced::copied(Kind::Copy, of_device.iter().map(|at| piece(at).landed_bytes()).sum()),
+                    began,
+                );
             }
         }
         self.counters.copy_busy(began.elapsed().saturating_sub(waited));
@@ -361,10 +370,10 @@ impl Job {
     ///
     /// # Safety
     /// If `writable`, the slot is written by nobody else.
-    unsafe fn submit(
+    unsafe fn submit<'a>(
         &self,
         device: usize,
-        pieces: &[Piece],
+        pieces: impl ExactSizeIterator<Item = &'a Piece> + Clone,
         first: *const u8,
         staged: Staged,
         writable: bool,
@@ -374,13 +383,13 @@ impl Job {
             return Duration::ZERO;
         }
         let ops = if self.devices[device].0.copies_any() {
-            pieces.iter().map(|piece| Op::Copy(self.raw_copy(piece, first))).collect()
+            pieces.clone().map(|piece| Op::Copy(self.raw_copy(piece, first))).collect()
         } else {
             let part = |piece| Part { copy: self.raw_copy(piece, first), allocation: self.place(piece).allocation() };
             // SAFETY: the same duty.
-            unsafe { lower(pieces.iter().map(part).collect(), writable, &limits::COPY_COSTS) }
+            unsafe { lower(pieces.clone().map(part).collect(), writable, &limits::COPY_COSTS) }
         };
-        let landing = pieces.iter().map(landing).collect();
+        let landing = pieces.map(landing).collect();
         self.hand_over(device, Filled { staged, ops, landing, shared, traced: None })
     }
 

@@ -82,15 +82,16 @@ impl Tensor {
     /// The bytes, copied to host memory if they are in that of a GPU.
     ///
     /// # Errors
-    /// [`ErrorKind::Device`] if the GPU does not answer.
+    /// [`ErrorKind::Device`] if the GPU refuses; [`ErrorKind::Stalled`] if it does not answer within the bound of
+    /// [`Loader::stall`](crate::Loader::stall): then the tensor's memory is kept for ever, for the GPU may still read it.
     pub fn to_bytes(&self) -> Result<Cow<'_, [u8]>> {
         let Some(device) = self.owner.device() else {
             return Ok(Cow::Borrowed(self.as_bytes().unwrap_or_default()));
         };
         let mut bytes = vec![0; self.nbytes()];
         if !bytes.is_empty() {
-            // SAFETY: the tensor is complete, nobody writes it again, and `owner` keeps it alive.
-            unsafe { device.read(self.address, &mut bytes) }.map_err(|error| self.located(error))?;
+            // SAFETY: the tensor is complete, nobody writes it again, and `owner` keeps it alive, for ever if this stalls.
+            unsafe { device.read(self.address, &mut bytes) }.map_err(|error| self.refused(error))?;
         }
         Ok(Cow::Owned(bytes))
     }
@@ -98,12 +99,12 @@ impl Tensor {
     /// The digest of its bytes, taken where they are.
     ///
     /// # Errors
-    /// [`ErrorKind::Device`] if the GPU does not answer.
+    /// As [`to_bytes`](Tensor::to_bytes).
     pub fn digest(&self) -> Result<u64> {
         match self.owner.device() {
             Some(device) if self.nbytes() > 0 && self.address.is_multiple_of(8) => {
                 // SAFETY: as in `to_bytes`; the address is on a word.
-                unsafe { device.digest(self.address, self.nbytes() as u64) }.map_err(|error| self.located(error))
+                unsafe { device.digest(self.address, self.nbytes() as u64) }.map_err(|error| self.refused(error))
             }
             // The caller's memory may start anywhere.
             _ => Ok(Digest::of(&self.to_bytes()?)),
@@ -158,7 +159,15 @@ impl Tensor {
         self.dest().param as usize
     }
 
-    fn located(&self, error: Error) -> Error {
+    /// An error of the device that was asked for the bytes.
+    #[expect(
+        clippy::mem_forget,
+        reason = "freeing memory that a stalled device may still read is worse than leaking it"
+    )]
+    fn refused(&self, error: Error) -> Error {
+        if error.kind() == ErrorKind::Stalled {
+            std::mem::forget(Arc::clone(&self.owner));
+        }
         error.with_tensor(self.name()).with_rank(self.rank)
     }
 

@@ -376,6 +376,7 @@ impl Script {
                 op,
                 base: read.offset,
                 pieces: Vec::new(),
+                order: Vec::new(),
                 repeated: false,
                 since: Instant::now(),
             }),

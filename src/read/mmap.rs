@@ -11,7 +11,8 @@ use crate::source::{Identity, Mapping};
 use crate::sync::lock;
 
 /// Copies out of memory-mapped files, or lends from them to devices that can copy from there themselves: to one load at a
-/// time, because a driver registers a mapping once. A file that is cut short while it is mapped is an error, not a signal.
+/// time, because a driver registers a mapping once; what another load wants meanwhile is copied, which its report warns of.
+/// A file that is cut short while it is mapped is an error, not a signal.
 #[derive(Debug)]
 pub struct Mmap {
     threads: usize,

@@ -136,6 +136,8 @@ pub(crate) struct Pending {
     pub(crate) pieces: Vec<crate::plan::Piece>,
     /// Of a read that other ranks want too, its number among those of this process.
     pub(crate) exchanged: Option<u64>,
+    /// Room for the order in which pieces go to their devices.
+    pub(crate) order: Vec<u64>,
     /// Whether the last attempt brought less than one aligned block.
     pub(crate) repeated: bool,
     /// When it last made progress: an interruption is none.

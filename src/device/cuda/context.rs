@@ -3,11 +3,13 @@
 use std::cell::Cell;
 use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::time::Duration;
 
 use libloading::Library;
 
 use super::driver::{self, Attribute, Failure, RawContext, RawDevice, RawStream, Status};
 use super::kernels::Module;
+use super::service::Returns;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::sync::lock;
@@ -89,8 +91,12 @@ pub(super) struct Context {
     device: RawDevice,
     raw: RawContext,
     multiprocessors: u32,
-    /// Where the device's memory pool is asked, and digests are taken.
+    /// Where the device's memory pool is asked, digests are taken, and bytes come back.
     service: OnceLock<RawStream>,
+    /// Of what passes there one thing at a time.
+    returns: Mutex<Option<Returns>>,
+    /// How long a wait for that may take.
+    stall: Duration,
     module: OnceLock<Module>,
     compiling: Mutex<()>,
 }
@@ -101,8 +107,9 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// Retains the primary context of the GPU with this number; the caller's current context stays what it was.
-    pub(super) fn open(ordinal: u32) -> Result<Arc<Context>> {
+    /// Retains the primary context of the GPU with this number; the caller's current context stays what it was. No wait
+    /// for it that is not a load's takes longer than `stall`.
+    pub(super) fn open(ordinal: u32, stall: Duration) -> Result<Arc<Context>> {
         let device = device(ordinal)?;
         // SAFETY: the driver is loaded, the device exists, here and below.
         let multiprocessors = unsafe { driver::attribute(device, Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT) };
@@ -116,6 +123,8 @@ impl Context {
             raw,
             multiprocessors,
             service: OnceLock::new(),
+            returns: Mutex::default(),
+            stall,
             module: OnceLock::new(),
             compiling: Mutex::new(()),
         }))
@@ -131,6 +140,10 @@ impl Context {
 
     pub(super) fn device(&self) -> RawDevice {
         self.device
+    }
+
+    pub(super) fn stall(&self) -> Duration {
+        self.stall
     }
 
     /// Whether an attribute of the device is there and not 0.
@@ -198,7 +211,7 @@ impl Context {
         Ok(self.module.get().expect("bug in shardlift: set above"))
     }
 
-    /// The stream on which memory of the pool is taken and given back, and digests are taken.
+    /// The stream on which memory of the pool is taken and given back, digests are taken, and bytes come back.
     pub(super) fn service(&self) -> Result<RawStream> {
         if let Some(stream) = self.service.get() {
             return Ok(*stream);
@@ -211,12 +224,25 @@ impl Context {
         }
         Ok(*self.service.get().expect("bug in shardlift: set above"))
     }
+
+    /// Does something with where bytes come back to, which is made when it is first needed; nobody else does meanwhile.
+    pub(super) fn with_returns<T>(&self, body: impl FnOnce(&Returns) -> Result<T>) -> Result<T> {
+        let mut returns = lock(&self.returns);
+        let made = match returns.take() {
+            Some(made) => made,
+            None => Returns::new(self)?,
+        };
+        body(returns.insert(made))
+    }
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
         if let Some(module) = self.module.take() {
             self.give_back(|| module.unload());
+        }
+        if let Some(returns) = lock(&self.returns).take() {
+            returns.give_back(self);
         }
         if let Some(stream) = self.service.take() {
             // SAFETY: all that used the stream held this context.

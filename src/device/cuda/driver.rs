@@ -292,9 +292,9 @@ pub(super) unsafe fn copy_to_device(to: u64, from: *const u8, bytes: usize, stre
     unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, stream)) }
 }
 
-/// Waits until the bytes are there.
-pub(super) unsafe fn copy_to_host(to: *mut u8, from: u64, bytes: usize) -> Status<()> {
-    unsafe { call!(cuMemcpyDtoH_v2(to.cast(), from, bytes)) }
+/// To pinned memory: otherwise it waits until the bytes are there.
+pub(super) unsafe fn copy_to_host(to: *mut u8, from: u64, bytes: usize, stream: RawStream) -> Status<()> {
+    unsafe { call!(cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, stream)) }
 }
 
 /// Rows of `width` bytes, from one pitch to another.

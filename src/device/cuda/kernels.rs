@@ -132,31 +132,24 @@ pub(super) unsafe fn copy(context: &Context, copy: &RawCopy, src: u64, stream: R
 
 /// The digest of memory of the device.
 ///
+/// # Errors
+/// As [`Context::serve`].
+///
 /// # Safety
-/// `address..address + bytes` is readable memory of the device, on a multiple of 8, and nobody writes it meanwhile.
+/// `address..address + bytes` is readable memory of the device, on a multiple of 8, and nobody writes it meanwhile, and for
+/// ever if this stalls.
 pub(super) unsafe fn digest(context: &Context, address: u64, bytes: u64) -> Result<u64> {
     let module = context.module()?;
-    let stream = context.service()?;
-    let (mut src, mut length) = (address, bytes);
     let blocks = blocks(context, bytes.div_ceil(8));
-    let mut sum = [0; 8];
-    context.with(|| {
-        let function = module.function(c"shardlift_digest")?;
-        // SAFETY: the sum is freed whatever happens, after the stream has come past the kernel (freeing waits for it).
-        unsafe {
-            let mut total = driver::allocate(sum.len())?;
-            let outcome = (|| {
-                driver::fill(total, 0, sum.len(), stream)?;
-                let parameters = &mut [erase(&mut src), erase(&mut length), erase(&mut total)];
-                driver::launch(function, blocks, THREADS, stream, parameters)?;
-                driver::synchronize(stream)?;
-                driver::copy_to_host(sum.as_mut_ptr(), total, sum.len())
-            })();
-            let freed = driver::free(total);
-            outcome.and(freed)
-        }
-    })?;
-    Ok(u64::from_le_bytes(sum))
+    let (mut src, mut length) = (address, bytes);
+    // SAFETY: the kernel is queued on the stream that it is given, and adds to the sum; the caller's duties.
+    unsafe {
+        context.sum(|mut total, stream| {
+            let function = module.function(c"shardlift_digest")?;
+            let parameters = &mut [erase(&mut src), erase(&mut length), erase(&mut total)];
+            driver::launch(function, blocks, THREADS, stream, parameters)
+        })
+    }
 }
 
 /// How many blocks work on this many items.

@@ -122,7 +122,7 @@ impl Drop for Bench {
 
 impl Bench {
     fn new(gpu: u32) -> Result<Bench> {
-        let context: Arc<Context> = Context::open(gpu)?;
+        let context: Arc<Context> = Context::open(gpu, BOUND)?;
         let source = Pages::new(BYTES)?;
         // SAFETY: the pages are `BYTES` long and nobody else has them.
         unsafe { std::ptr::write_bytes(source.address(), 0x5A, BYTES) };

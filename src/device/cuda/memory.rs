@@ -108,9 +108,8 @@ impl Memory {
         let address = context.with(|| unsafe { driver::allocate_async(bytes.max(1), stream) });
         let address = address.map_err(|error| sized(context, error, bytes))?;
         let memory = Memory { context: Arc::clone(context), address, kind: Kind::Pooled };
-        // Then it is there for every stream.
-        // SAFETY: as above.
-        context.with(|| unsafe { driver::synchronize(stream) })?;
+        // Then it is there for every stream. Given back in the stream's order it would not be before it is there.
+        context.serve(|_| Ok(()))?;
         Ok(memory)
     }
 
@@ -133,8 +132,8 @@ impl DeviceMemory for Memory {
     }
 
     unsafe fn read(&self, address: u64, into: &mut [u8]) -> Result<()> {
-        // SAFETY: the context is current; the caller answers for the range.
-        self.context.with(|| unsafe { driver::copy_to_host(into.as_mut_ptr(), address, into.len()) })
+        // SAFETY: the same duties.
+        unsafe { self.context.read(address, into) }
     }
 
     unsafe fn digest(&self, address: u64, bytes: u64) -> Result<u64> {

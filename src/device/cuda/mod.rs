@@ -8,12 +8,14 @@ mod measure;
 mod memory;
 mod pinned;
 mod queue;
+mod service;
 #[cfg(test)]
 mod stream;
 mod wire;
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::Duration;
 
 use self::context::Context;
 use self::memory::Memory;
@@ -34,12 +36,12 @@ pub(crate) struct Cuda {
 }
 
 impl Cuda {
-    /// The GPU with this number.
+    /// The GPU with this number. Whoever waits for it outside of a load does so for at most `stall`.
     ///
     /// # Errors
     /// [`ErrorKind::Device`](crate::ErrorKind::Device) if there is no driver or no such device.
-    pub(crate) fn open(ordinal: u32) -> Result<Cuda> {
-        Ok(Cuda { context: Context::open(ordinal)? })
+    pub(crate) fn open(ordinal: u32, stall: Duration) -> Result<Cuda> {
+        Ok(Cuda { context: Context::open(ordinal, stall)? })
     }
 
     /// Makes its context current on this thread until what this returns is dropped, for calls of other libraries.

@@ -3,7 +3,6 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use super::context::Context;
@@ -123,26 +122,10 @@ impl Queue for CudaQueue {
     }
 
     fn settle(&mut self, bound: Duration) -> bool {
-        settled(&self.context, self.lanes.iter().map(|lane| lane.stream), bound)
+        let began = Instant::now();
+        let over = |lane: &Lane| self.context.settle(lane.stream, bound.saturating_sub(began.elapsed())).is_some();
+        self.lanes.iter().all(over)
     }
-}
-
-/// Whether nothing is under way on these streams any more, waiting for at most `bound`.
-pub(super) fn settled(context: &Context, mut streams: impl Iterator<Item = RawStream>, bound: Duration) -> bool {
-    let began = Instant::now();
-    // A stream that only answers with errors is lost, and with it what was queued.
-    let mut lost: Option<Instant> = None;
-    streams.all(|stream| {
-        loop {
-            // SAFETY: the stream is live, the context current.
-            match context.with(|| unsafe { driver::stream_is_done(stream) }) {
-                Ok(true) => return true,
-                Ok(false) if began.elapsed() >= bound => return false,
-                Err(_) if lost.get_or_insert_with(Instant::now).elapsed() >= limits::LOST_DEVICE => return true,
-                Ok(false) | Err(_) => thread::sleep(limits::EVENT_POLL),
-            }
-        }
-    })
 }
 
 impl Drop for CudaQueue {

@@ -1,13 +1,13 @@
 //! Memory and streams of a GPU for what it exchanges with those of other processes.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::context::Context;
 use super::driver::{self, RawEvent, RawStream};
 use super::kernels;
 use super::memory::Memory;
-use super::queue::{Lane, settled};
+use super::queue::Lane;
 use crate::device::{Arrived, Op, Wire, WireSize};
 use crate::error::Result;
 use crate::limits;
@@ -135,8 +135,9 @@ impl Wire for CudaWire {
     }
 
     fn settle(&mut self, bound: Duration) -> bool {
-        let streams = self.streams.iter().copied().chain([self.landing.stream]);
-        settled(&self.context, streams, bound)
+        let began = Instant::now();
+        let over = |stream| self.context.settle(stream, bound.saturating_sub(began.elapsed())).is_some();
+        self.streams.iter().copied().chain([self.landing.stream]).all(over)
     }
 }
 

@@ -49,6 +49,9 @@ pub const HOST_MEMORY_NOT_REGISTERED: Code = 713;
 /// `CUDA_ERROR_NOT_SUPPORTED`.
 pub const NOT_SUPPORTED: Code = 801;
 
+/// No code of the driver's: whoever gets it never comes back, as from a device that hangs.
+pub const HANGS: Code = Code::MAX;
+
 /// Whether a code is one after which a context answers nothing else.
 pub fn is_sticky(code: Code) -> bool {
     matches!(code, 46 | 214 | 220 | 226 | 700 | 702 | 710 | 714..=719)

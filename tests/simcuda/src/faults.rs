@@ -1,6 +1,8 @@
 //! Calls that fail because a test asked for it.
 
-use crate::code::{Code, INVALID_DEVICE, is_sticky};
+use std::thread;
+
+use crate::code::{Code, HANGS, INVALID_DEVICE, is_sticky};
 
 /// The faults that are still to come.
 #[derive(Default)]
@@ -25,7 +27,7 @@ pub(crate) struct Due {
 }
 
 impl Faults {
-    /// Reads `call@n=code[!]`, comma-separated; counting starts now.
+    /// Reads `call@n=code[!]`, comma-separated, with `hangs` as a code, too; counting starts now.
     pub(crate) fn parse(text: &str) -> Option<Faults> {
         let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
         parts.map(Fault::parse).collect::<Option<Vec<_>>>().map(|list| Faults { list })
@@ -44,12 +46,19 @@ impl Faults {
     }
 }
 
+/// What a call or an operation does that never comes back; the lock is open.
+pub(crate) fn hang() -> ! {
+    loop {
+        thread::park();
+    }
+}
+
 impl Fault {
     fn parse(text: &str) -> Option<Fault> {
         let (call, rest) = text.split_once('@')?;
         let (left, code) = rest.split_once('=')?;
         let (code, lost) = code.strip_suffix('!').map_or((code, false), |code| (code, true));
-        let code = code.parse().ok()?;
+        let code = if code == "hangs" { HANGS } else { code.parse().ok()? };
         // A device that has gone shows as an ordinal that is invalid.
         let sticky = lost || is_sticky(code) || code == INVALID_DEVICE;
         Some(Fault { call: call.into(), left: left.parse().ok().filter(|n| *n > 0)?, code, sticky })
@@ -77,6 +86,7 @@ mod tests {
         assert_eq!(codes("cuMemAlloc_v2"), None);
         assert_eq!(codes("cuInit"), Some((1, false)));
         assert_eq!(codes("cuInit"), None);
+        assert_eq!(Faults::parse("cuInit@1=hangs").unwrap().due("cuInit").map(|due| due.code), Some(HANGS));
         for wrong in ["cuInit", "cuInit@0=1", "cuInit@1", "cuInit@x=1", "cuInit@1=x"] {
             assert!(Faults::parse(wrong).is_none(), "{wrong}");
         }

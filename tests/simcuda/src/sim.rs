@@ -2,13 +2,13 @@
 
 use std::ops::{Deref, DerefMut};
 use std::sync::atomic::Ordering;
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::code::{Code, INVALID_CONTEXT, INVALID_HANDLE, NOT_INITIALIZED, OUT_OF_MEMORY, Result, SUCCESS};
+use crate::code::{Code, HANGS, INVALID_CONTEXT, INVALID_HANDLE, NOT_INITIALIZED, OUT_OF_MEMORY, Result, SUCCESS};
 use crate::config::{self, Config};
 use crate::context::{Context, Device, top};
 use crate::device_memory::{self, DeviceMemory, Kind as MemoryKind};
-use crate::faults::Faults;
+use crate::faults::{Faults, hang};
 use crate::handle::{Handle, Kind, Missing, Table};
 use crate::hazard::{Clock, Flights, QueueId};
 use crate::host_memory::HostMemory;
@@ -161,6 +161,8 @@ pub(crate) struct Guard {
     call: &'static str,
     number: u64,
     releasing: bool,
+    /// The thread of a stream that this call gave something to do.
+    to_wake: Option<Arc<Condvar>>,
 }
 
 impl Deref for Guard {
@@ -195,10 +197,14 @@ pub(crate) fn uncounted(name: &'static str, body: impl FnOnce(&mut Guard) -> Res
 
 fn enter(name: &'static str, releasing: bool, body: impl FnOnce(&mut Guard) -> Result) -> Code {
     let began = thread_cpu_ns();
-    let mut guard = Guard { sim: Some(lock()), call: name, number: 0, releasing };
+    let mut guard = Guard { sim: Some(lock()), call: name, number: 0, releasing, to_wake: None };
     guard.number = guard.ledger.count(name);
     let code = run(&mut guard, body);
-    drop(guard);
+    let Guard { sim, to_wake, .. } = guard;
+    drop(sim);
+    if let Some(wake) = to_wake {
+        wake.notify_all();
+    }
     // The last asking and the first one's return are outside, about one whole asking.
     CALL_CPU_NS.fetch_add(thread_cpu_ns() - began + asking_ns(), Ordering::Relaxed);
     code
@@ -207,6 +213,9 @@ fn enter(name: &'static str, releasing: bool, body: impl FnOnce(&mut Guard) -> R
 fn run(guard: &mut Guard, body: impl FnOnce(&mut Guard) -> Result) -> Code {
     let (name, releasing) = (guard.call, guard.releasing);
     let due = guard.faults.due(name);
+    if due.is_some_and(|due| due.code == HANGS) {
+        return guard.outside(|| hang());
+    }
     if let Some(due) = due.filter(|due| due.sticky) {
         guard.lose(top(), due.code);
     }
@@ -240,14 +249,28 @@ impl Guard {
         self.violate(call, what);
     }
 
+    /// Wakes the thread of a stream when the lock is open: it would have to wait for that.
+    pub(crate) fn wake_later(&mut self, wake: Arc<Condvar>) {
+        self.wake_now();
+        self.to_wake = Some(wake);
+    }
+
+    fn wake_now(&mut self) {
+        if let Some(wake) = self.to_wake.take() {
+            wake.notify_all();
+        }
+    }
+
     /// Waits until something has finished.
     pub(crate) fn wait(&mut self) {
+        self.wake_now();
         let sim = self.sim.take().expect("only absent while it waits");
         self.sim = Some(shared().done.wait(sim).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Does something that takes time, with the lock open.
     pub(crate) fn outside<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        self.wake_now();
         self.sim = None;
         let result = work();
         self.sim = Some(lock());

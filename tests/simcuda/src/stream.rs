@@ -5,9 +5,10 @@ use std::sync::{Arc, Condvar, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use crate::code::{ILLEGAL_ADDRESS, INVALID_HANDLE, Result};
+use crate::code::{HANGS, ILLEGAL_ADDRESS, INVALID_HANDLE, Result};
 use crate::crash::watched;
 use crate::device_memory::Use;
+use crate::faults::hang;
 use crate::handle::Handle;
 use crate::hazard::{Clock, FlightId, QueueId, merge};
 use crate::host_memory;
@@ -249,8 +250,8 @@ impl Guard {
             None => queue.unknown = seq,
         }
         queue.ops.push_back(Op { seq, request, due, submitted: now, span, hash, flights });
-        match &queue.wake {
-            Some(wake) => wake.notify_all(),
+        match queue.wake.clone() {
+            Some(wake) => self.wake_later(wake),
             None => {
                 let wake = Arc::new(Condvar::new());
                 queue.wake = Some(Arc::clone(&wake));
@@ -335,7 +336,12 @@ fn work(id: QueueId, wake: &Condvar) {
         let queue = sim.queues.get_mut(&id).expect("found above");
         queue.stuck = false;
         let mut op = queue.ops.pop_front().expect("looked at above");
-        let runs = !lost && sim.may_run(context, &op);
+        let fate = if lost { Fate::Fails } else { sim.fate(context, &op) };
+        if fate == Fate::Hangs {
+            drop(sim);
+            hang();
+        }
+        let runs = fate == Fate::Runs;
         let (mut begin, mut copy_ns) = (0, 0);
         if let (Work::Foreign(foreign), false) = (&op.request.work, runs) {
             let (skip, data) = (foreign.skip, foreign.data);
@@ -366,6 +372,14 @@ fn work(id: QueueId, wake: &Condvar) {
     }
 }
 
+/// What becomes of an operation.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Runs,
+    Fails,
+    Hangs,
+}
+
 impl Sim {
     /// When an operation runs in the model's time, if there is a model; its link is booked.
     fn span(&mut self, device: usize, traffic: Option<Traffic>, submitted: u64, after: u64) -> Span {
@@ -393,8 +407,8 @@ impl Sim {
         Some(span)
     }
 
-    /// Whether everything an operation touches is still there, and no test wants it to fail.
-    fn may_run(&mut self, context: Handle, op: &Op) -> bool {
+    /// It runs if everything that it touches is still there, and no test wants something else.
+    fn fate(&mut self, context: Handle, op: &Op) -> Fate {
         let call = op.request.call;
         let copies = matches!(op.request.work, Work::Copy { .. });
         let kind = match op.request.traffic {
@@ -404,9 +418,13 @@ impl Sim {
             Some(_) if copies => "run:copy",
             _ => "run:other",
         };
-        if let Some(due) = self.faults.due(kind) {
-            self.lose(context, due.code);
-            return false;
+        match self.faults.due(kind) {
+            Some(due) if due.code == HANGS => return Fate::Hangs,
+            Some(due) => {
+                self.lose(context, due.code);
+                return Fate::Fails;
+            }
+            None => {}
         }
         let device = op.request.device_uses.iter().find(|used| !self.memory.lives(**used));
         let problem = if let Some((start, _)) = device {
@@ -424,10 +442,10 @@ impl Sim {
             }
             None
         };
-        let Some(problem) = problem else { return true };
+        let Some(problem) = problem else { return Fate::Runs };
         self.violate(call, &problem);
         self.lose(context, ILLEGAL_ADDRESS);
-        false
+        Fate::Fails
     }
 
     /// Writes down what an operation did and tells who waits for it.
