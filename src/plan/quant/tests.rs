@@ -51,7 +51,7 @@ fn gptq_is_cut_along_inputs_and_outputs() {
     let error = plan(&DOWN, &rows, 4).unwrap_err();
     assert_eq!(
         (error.rule(), error.tensor(), error.expected(), error.found()),
-        (Some("not-divisible"), Some("m.bias"), Some("a divisor of 86 units: 1, 2, 43, 86"), Some("4 parts"))
+        (Some("not-divisible"), Some("m.qweight"), Some("a divisor of 86 units: 1, 2, 43, 86"), Some("4 parts"))
     );
     assert!(error.message().contains("units of 128"), "{error}");
     let columns = Rules::new().module("m", shard(0, 128)).quantization(gptq(false));

@@ -290,7 +290,7 @@ pub(crate) fn quantised() -> Vec<Case> {
         // 448 of 14,336 are three blocks and a half.
         case("blocks, 32 ranks", fp8(), "--tp 32").refused(Refusal {
             rule: "not-divisible",
-            tensor: Some(GATE_SCALE),
+            tensor: Some("model.layers.0.mlp.gate_proj.weight"),
             expected: Some("a divisor of 112 units: 1, 2, 4, 7, 8, 14, 16, 28, 56, 112"),
             found: Some("32 parts"),
             rank: None,
