@@ -8,7 +8,7 @@ mod support {
 }
 
 use serde_json::{Value, json};
-use support::acceptance::{check, dense, experts, fused, quantised, refusals, written};
+use support::acceptance::{check, dense, experts, further, fused, quantised, refusals, written};
 use support::released::{Experts, Falcon, GptOss, Kind, Llama, Model, Scheme};
 
 #[test]
@@ -75,6 +75,32 @@ fn blocks_of_fp8() {
 #[test]
 fn packed_layouts() {
     check(quantised::packed());
+}
+
+#[test]
+fn groups_of_heads_on_more_ranks() {
+    check(further::groups());
+}
+
+#[test]
+fn older_families() {
+    check(further::classics());
+}
+
+#[test]
+fn experts_and_what_is_beside_them() {
+    check(further::experts());
+    check(further::empty_parts());
+}
+
+#[test]
+fn further_layouts() {
+    check(further::quantised());
+}
+
+#[test]
+fn targets_and_stages() {
+    check(further::placed());
 }
 
 #[test]

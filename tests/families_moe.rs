@@ -468,8 +468,8 @@ fn configs_that_disagree_are_errors_with_both_numbers() {
         (text(error.rule()), text(error.tensor()), text(error.found()))
     };
     for (model, pointer, value, tensor, found) in [
-        (GptOss::TINY.model(), "/intermediate_size", 128, "down_proj_bias", "256"),
-        (GptOss::TINY.model(), "/num_local_experts", 4, "down_proj_bias", "8"),
+        (GptOss::TINY.model(), "/intermediate_size", 128, "down_proj_blocks", "256"),
+        (GptOss::TINY.model(), "/num_local_experts", 4, "down_proj_blocks", "8"),
         (Llama4::TINY.model(), "/text_config/num_local_experts", 4, "experts.down_proj", "8"),
         (Qwen3Next::TINY.model(), "/linear_num_key_heads", 4, "conv1d.weight", "256"),
         (Qwen3Next::TINY.model(), "/head_dim", 32, "k_proj.weight", "32"),

@@ -19,7 +19,7 @@ mod transform;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use shardlift::plan::Mesh;
+use shardlift::plan::{Mesh, ModelOptions};
 use shardlift::{Checkpoint, ErrorKind, Loader, Plan, Rank, Rules, Weights, World};
 
 use families::{By, Cut, Family, Map};
@@ -336,16 +336,17 @@ fn run(family: &Family, is_known: bool) -> Result<(), String> {
     let folder = tempfile::tempdir().unwrap();
     released::write_random(folder.path(), &family.model, SEED).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
-    let rules = match Rules::for_model(&checkpoint) {
-        Err(error) if !is_known && error.rule() == Some("unknown-architecture") => {
-            return Err("unknown architecture".into());
-        }
-        rules => rules.unwrap_or_else(|error| panic!("{}: {error}", family.name)),
-    };
     let modules = modules(family);
     for ranks in all_ranks(family) {
-        let mut mesh = Mesh::tp(ranks.tp as u32);
-        mesh.ep = ranks.ep as u32;
+        let mut options = ModelOptions::default();
+        options.mesh = Mesh { ep: ranks.ep as u32, ..Mesh::tp(ranks.tp as u32) };
+        let mesh = options.mesh;
+        let rules = match Rules::for_model_with(&checkpoint, &options) {
+            Err(error) if !is_known && error.rule() == Some("unknown-architecture") => {
+                return Err("unknown architecture".into());
+            }
+            rules => rules.unwrap_or_else(|error| panic!("{}: {error}", family.name)),
+        };
         let planned = Plan::new(&checkpoint, &rules, &World::host(1).with_mesh(mesh));
         let divides = family.rows.iter().all(|(_, map)| ranks.divide(map));
         let plan = match planned {
@@ -373,8 +374,7 @@ fn all_ranks(family: &Family) -> Vec<Ranks> {
     };
     let has_experts = family.rows.iter().any(has_experts);
     let groups = |tp: u64| RANKS.into_iter().filter(move |&ep| ep == 1 || (has_experts && tp.is_multiple_of(ep)));
-    let tps = RANKS.into_iter().filter(|tp| !family.open.contains(tp));
-    tps.flat_map(|tp| groups(tp).map(move |ep| Ranks { tp, ep })).collect()
+    RANKS.into_iter().flat_map(|tp| groups(tp).map(move |ep| Ranks { tp, ep })).collect()
 }
 
 /// The shard of one part of a module whose whole is a matrix of these dimensions: what belongs to the indices taken of it.

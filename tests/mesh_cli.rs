@@ -194,6 +194,13 @@ fn meshes_that_nobody_can_have_are_refused() {
     fs::write(&rules, "rule = [{ match = '**', replicate = true }]").unwrap();
     let rules = rules.to_str().unwrap();
     assert_eq!(refused(&model, &["--pp", "2", "--pp-split", "hf", "--rules", rules])["rule"], "stages");
+    assert_eq!(refused(&model, &["--pp", "2", "--pp-split", "hf", "--rules", "replicate"])["rule"], "stages");
+    // What is taken as it is takes no flag that would change it.
+    fs::remove_file(model.path().join("config.json")).unwrap();
+    plan(&model, &[]);
+    for flags in [&["--pp-split", "hf"][..], &["--ep-split", "balanced"], &["--refine-scales"], &["--target", "hf"]] {
+        assert_eq!(refused(&model, flags)["rule"], "no-config", "{flags:?}");
+    }
 }
 
 #[test]

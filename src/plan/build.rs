@@ -172,7 +172,7 @@ struct Named<'a> {
     name: String,
     what: What<'a>,
     /// The stages of an alias that has some of its own; those of others are their rules'.
-    stage: Option<Stage>,
+    stage: Option<&'a Stage>,
 }
 
 #[derive(Clone, Copy)]
@@ -282,7 +282,7 @@ impl<'a> Builder<'a> {
             let alias = |AliasRule { name, of, stage }: &'a AliasRule| Named {
                 name: name.clone(),
                 what: What::AliasOf(of),
-                stage: *stage,
+                stage: stage.as_ref(),
             };
             named.extend(aliases.iter().map(alias));
             named.sort_by(|a, b| a.name.cmp(&b.name));

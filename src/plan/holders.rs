@@ -42,11 +42,12 @@ struct Key {
 }
 
 /// Pipeline stages.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(PartialEq, Eq, Hash)]
 enum On {
     All,
     One(u32),
     Ends,
+    Listed(Vec<u32>),
 }
 
 impl Holders {
@@ -92,7 +93,7 @@ impl<'a> HolderMaker<'a> {
     pub(super) fn of_rule(&mut self, rule: u32, name: &str, subject: &str) -> Result<u32> {
         let Rule { stage, among, .. } = &self.rules.rules[rule as usize];
         let stages = match (stage, &self.rules.pipeline) {
-            (Some(stage), _) => self.on(*stage),
+            (Some(stage), _) => self.on(stage)?,
             (None, Some(pipeline)) if !self.stages.is_empty() => match pipeline.layer(name)? {
                 Some(layer) => {
                     let stage = self.stages.iter().position(|layers| layers.contains(&layer));
@@ -116,26 +117,34 @@ impl<'a> HolderMaker<'a> {
     }
 
     /// The ranks of a stage.
-    pub(super) fn of_stage(&mut self, stage: Stage) -> Result<u32> {
-        let stages = self.on(stage);
+    pub(super) fn of_stage(&mut self, stage: &Stage) -> Result<u32> {
+        let stages = self.on(stage)?;
         self.set(Key { rule: None, stages, number: None })
     }
 
     /// The ranks of an owner, whatever their stage.
     pub(super) fn of_owner(&mut self, owner: &Owner) -> Result<u32> {
         if *owner == Owner::All {
-            return self.of_stage(Stage::All);
+            return self.of_stage(&Stage::All);
         }
         self.add(|maker, rank| owner.has(maker.mesh, rank))
     }
 
-    fn on(&self, stage: Stage) -> On {
-        match stage {
+    fn on(&self, stage: &Stage) -> Result<On> {
+        Ok(match stage {
             Stage::First => On::One(0),
             Stage::Last => On::One(self.mesh.pp - 1),
             Stage::Ends => On::Ends,
             Stage::All => On::All,
-        }
+            Stage::Listed(stages) => match stages.iter().find(|&&stage| stage >= self.mesh.pp) {
+                None => On::Listed(stages.clone()),
+                Some(beyond) => {
+                    return Err(Error::new(ErrorKind::Rules, "there is no such stage")
+                        .with_rule("stages")
+                        .with_expected(format!("stages below {}", self.mesh.pp), beyond));
+                }
+            },
+        })
     }
 
     fn set(&mut self, key: Key) -> Result<u32> {
@@ -164,9 +173,10 @@ impl<'a> HolderMaker<'a> {
 
     fn holds(&self, key: &Key, rank: Rank) -> Result<bool> {
         let stage = self.mesh.coordinate(rank, Ax::Pp);
-        let here = match key.stages {
+        let here = match &key.stages {
             On::All => true,
-            On::One(one) => stage == one,
+            On::One(one) => stage == *one,
+            On::Listed(stages) => stages.contains(&stage),
             On::Ends => stage == 0 || stage == self.mesh.pp - 1,
         };
         let Some(rule) = key.rule else { return Ok(here) };

@@ -95,23 +95,23 @@ pub(crate) fn rules(checkpoint: &Checkpoint, mesh: &MeshArgs, world: &World) -> 
             return Err(Error::new(ErrorKind::Usage, format!("{flag} is for rules from config.json: --rules auto")));
         }
     }
+    // Whole on one rank only where nothing else is asked for: no flag is ignored.
+    let as_it_is = world.size() == 1 && stages.is_none() && given.iter().all(|(_, given)| !given);
+    let split = |rules| stages.clone().into_iter().fold(rules, Rules::stage_split);
     match &mesh.rules {
-        RulesChoice::Replicate => Ok(Rules::replicate_all()),
-        RulesChoice::File(path) => {
-            let rules = Rules::from_file(path)?;
-            Ok(stages.into_iter().fold(rules, Rules::stage_split))
-        }
-        RulesChoice::HfPlan(path) => Rules::from_hf_plan(path, checkpoint, world.mesh()),
-        RulesChoice::Auto => match (checkpoint.partition_of(), world.size()) {
+        RulesChoice::Replicate => Ok(split(Rules::replicate_all())),
+        RulesChoice::File(path) => Rules::from_file(path).map(split),
+        RulesChoice::HfPlan(path) => Rules::from_hf_plan(path, checkpoint, world.mesh()).map(split),
+        RulesChoice::Auto => match checkpoint.partition_of() {
             // Divided already: the configuration beside it is of the whole model.
-            (Some(_), 1) => Ok(Rules::replicate_all()),
-            (Some(rank), _) => Err(Error::new(
+            Some(_) if as_it_is => Ok(Rules::replicate_all()),
+            Some(rank) => Err(Error::new(
                 ErrorKind::Rules,
                 format!("this is the partition of rank {rank} already: load it on one rank, or divide the whole model"),
             )
             .with_file(checkpoint.path())),
-            (None, 1) if checkpoint.config().is_none() && mesh.target == Target::Plain => Ok(Rules::replicate_all()),
-            (None, _) => {
+            None if checkpoint.config().is_none() && as_it_is => Ok(Rules::replicate_all()),
+            None => {
                 let mut options = ModelOptions::default();
                 options.target = mesh.target.into();
                 options.mesh = world.mesh();

@@ -83,7 +83,7 @@ impl<'a> Config<'a> {
         let stage = if tied { Stage::Ends } else { Stage::First };
         let rules = embeddings
             .iter()
-            .fold(rules, |rules, name| rules.whole(format!("**.{}", module(name))).optional().stage(stage));
+            .fold(rules, |rules, name| rules.whole(format!("**.{}", module(name))).optional().stage(stage.clone()));
         Ok(rules.whole(format!("{ADAPTED}{}", module(head))).optional().stage(Stage::Last))
     }
 

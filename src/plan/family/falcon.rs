@@ -25,7 +25,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         rules.fused_heads(QUERY_KEY_VALUE, Heads { heads, key_value: 1, size })
     } else {
         let key_value = config.find(&["num_kv_heads", "n_head_kv"])?.filter(|_| is_grouped).unwrap_or(heads);
-        rules.grouped_heads(QUERY_KEY_VALUE, Heads { heads, key_value, size })?
+        rules.grouped_heads(QUERY_KEY_VALUE, Heads { heads, key_value, size }, config)?
     };
     rules
         .row("**.self_attention.dense", heads, size)

@@ -18,7 +18,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         // The causal mask and the rotations, which are computed.
         .skip("**.attention.{bias,masked_bias,rotary_emb.inv_freq}")
         .optional()
-        .grouped_heads("**.attention.query_key_value", heads)?
+        .grouped_heads("**.attention.query_key_value", heads, config)?
         .row("**.attention.dense", heads.heads, heads.size)
         .plain_mlp(config.count(&["intermediate_size"])?)
         .norms("{input_layernorm,post_attention_layernorm}")

@@ -16,7 +16,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     let embeddings = ["model.tok_embeddings.weight", "tok_embeddings.weight"];
     config
         .vocabulary(Rules::new(), "output.weight", &embeddings, false)?
-        .grouped_heads("**.attention.wqkv", heads)?
+        .grouped_heads("**.attention.wqkv", heads, config)?
         .row("**.attention.wo", heads.heads, heads.size)
         .column("**.feed_forward.{w1,w3}", intermediate, 1)
         .row("**.feed_forward.w2", intermediate, 1)

@@ -39,7 +39,8 @@ use crate::error::{Error, ErrorKind, Result};
 pub struct ModelOptions {
     /// Whose names and layouts the destinations have.
     pub target: Target,
-    /// The ranks: some targets place experts in another way with expert parallelism than without, or have none.
+    /// The ranks: some targets place experts in another way with expert parallelism than without, or have none, and heads
+    /// that lie in groups are cut in another way on more ranks than groups.
     pub mesh: Mesh,
     /// Which layers each pipeline stage has; `None` is what the target does.
     pub stages: Option<StageSplit>,

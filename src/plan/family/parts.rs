@@ -128,9 +128,31 @@ impl Rules {
     }
 
     /// Fused query, key and value heads that are interleaved: each key head follows the query heads that share it, its
-    /// value head follows it. Cut between such groups, so more ranks than key heads are an error.
-    pub(super) fn grouped_heads(self, pattern: &str, heads: Heads) -> Result<Rules> {
-        Ok(self.column(pattern, heads.key_value, heads.group()?.saturating_add(2).saturating_mul(heads.size)))
+    /// value head follows it. Ranks have such groups, whole; where there are more ranks than groups, neighbours divide the
+    /// query heads of one and share its key and its value head.
+    pub(super) fn grouped_heads(self, pattern: &str, heads: Heads, config: &Config<'_>) -> Result<Rules> {
+        let (groups, queries) = (heads.key_value, heads.group()?);
+        let rows = queries.saturating_add(2).saturating_mul(heads.size);
+        let ranks = u64::from(config.options.mesh.tp);
+        if queries == 1 || ranks <= groups || !ranks.is_multiple_of(groups) {
+            return Ok(self.column(pattern, groups, rows));
+        }
+        let neighbours = config.options.mesh.tp / groups as u32;
+        let tp = || Box::new(Coord::Axis(Ax::Tp));
+        let all = all_of(Expr::Source, 0, groups.saturating_mul(rows));
+        let rows_of = |group: u64, from: u64, heads_of: u64| {
+            let start = group.saturating_mul(rows).saturating_add(from.saturating_mul(heads.size));
+            let len = heads_of.saturating_mul(heads.size);
+            Box::new(Expr::Slice { x: Box::new(all.clone()), dim: 0, start, len, step: 1 })
+        };
+        let group = |at: u64| {
+            let cut = Cut { by: Coord::Mod(tp(), neighbours), ..Block::new(queries, heads.size).cut(Ax::Tp) };
+            let mine = Expr::Shard { x: rows_of(at, 0, queries), dim: 0, cut };
+            Expr::Concat { dim: 0, parts: vec![mine, *rows_of(at, queries, 2)] }
+        };
+        let by = Cut { by: Coord::Div(tp(), neighbours), units: Some(groups), ..Cut::default() };
+        let of = (0..groups).map(group).collect();
+        Ok(self.module(pattern, Expr::Concat { dim: 0, parts: vec![Expr::Select { by, of }] }))
     }
 
     /// Separate `q_proj`, `k_proj`, `v_proj` and `o_proj` below `self_attn`.

@@ -49,20 +49,49 @@ pub(in crate::plan) fn refined(expr: &Expr, parts: &Parts<'_>) -> Result<Option<
     let inner =
         expr.inner().iter().try_fold(None, |block, inner| Ok::<_, Error>(below(block, refined(inner, parts)?)))?;
     let Expr::Shard { x, dim, cut } = expr else { return Ok(inner) };
-    let linear = match **x {
-        Expr::Source => parts.matched.clone(),
-        Expr::Tensor(ref name) => (parts.named)(name)?,
-        _ => return Ok(inner),
-    };
-    let (Some(block), Some(&size)) = (linear.block, linear.sizes.get(*dim)) else { return Ok(inner) };
+    let Some(Taken { linear, sizes, ends }) = taken(x, parts)? else { return Ok(inner) };
+    let (Some(block), Some(&size)) = (linear.block, sizes.get(*dim)) else { return Ok(inner) };
     let count = cut.part(size, parts.mesh, Rank(0))?.1;
     let unit = lcm(cut.unit, lcm(linear.align(*dim), linear.one(*dim)));
-    if count <= 1 || !size.is_multiple_of(count) || (size / count).is_multiple_of(unit) {
+    if count <= 1 || !size.is_multiple_of(count) || gcd(size / count, ends).is_multiple_of(unit) {
         return Ok(inner);
     }
-    let sides = linear.sizes.iter().rev().take(2).copied().chain([size / count]);
+    let sides = sizes.iter().rev().take(2).copied().chain([size / count, ends]);
     let refined = sides.fold(gcd(block[0], block[1]), gcd);
     Ok(below(inner, (refined >= REFINED_BLOCK_MIN).then_some(refined)))
+}
+
+/// What all ranks have of a module before it is divided: all of it, or one of the blocks of a fused one.
+struct Taken {
+    linear: Linear,
+    sizes: SmallVec<[u64; 3]>,
+    /// What divides the indices at which slices begin and end.
+    ends: u64,
+}
+
+fn taken(expr: &Expr, parts: &Parts<'_>) -> Result<Option<Taken>> {
+    let whole = |linear: Linear| Taken { sizes: linear.sizes.clone(), linear, ends: 0 };
+    match expr {
+        Expr::Source => Ok(Some(whole(parts.matched.clone()))),
+        Expr::Tensor(name) => (parts.named)(name).map(whole).map(Some),
+        Expr::Slice { x, dim, start, len, step: 1 } => {
+            let Some(mut all) = taken(x, parts)? else { return Ok(None) };
+            if let Some(size) = all.sizes.get_mut(*dim) {
+                (*size, all.ends) = (*len, gcd(all.ends, gcd(*start, *len)));
+            }
+            Ok(Some(all))
+        }
+        Expr::Shard { x, dim, cut } => {
+            let Some(all) = taken(x, parts)? else { return Ok(None) };
+            // What other dimensions are divided into is none of this one's.
+            let count = match all.sizes.get(*dim) {
+                Some(&size) => cut.part(size, parts.mesh, Rank(0))?.1,
+                None => return Ok(None),
+            };
+            Ok(Some(all).filter(|all| count == 1 || *dim + 2 < all.sizes.len()))
+        }
+        _ => Ok(None),
+    }
 }
 
 struct Deriver<'a> {

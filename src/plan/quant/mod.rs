@@ -12,7 +12,7 @@ use super::cut::lcm;
 use crate::error::{Error, ErrorKind, Result};
 
 pub(super) use derive::{Parts, check_derivable, derive, refined};
-pub(super) use recognise::{Known, SUFFIXES, recognise};
+pub(super) use recognise::{Known, SUFFIXES, WEIGHTS, recognise};
 
 /// What a model's `quantization_config` says that its headers do not.
 #[derive(Debug, Clone, PartialEq, Eq)]

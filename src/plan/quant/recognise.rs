@@ -50,6 +50,9 @@ pub(in crate::plan) const SUFFIXES: &[&str] = &[
     "_bias",
 ];
 
+/// Those of the weight itself, whatever a quantiser made of it.
+pub(in crate::plan) const WEIGHTS: &[&str] = &["", ".weight", ".qweight", ".weight_packed", "_blocks"];
+
 /// Tensors of several elements that are of all of a weight.
 const OF_ALL: &[&str] = &[
     ".weight.quant_map",

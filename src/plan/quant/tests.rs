@@ -51,7 +51,7 @@ fn gptq_is_cut_along_inputs_and_outputs() {
     let error = plan(&DOWN, &rows, 4).unwrap_err();
     assert_eq!(
         (error.rule(), error.tensor(), error.expected(), error.found()),
-        (Some("not-divisible"), Some("m.bias"), Some("a divisor of 86 units: 1, 2, 43, 86"), Some("4 parts"))
+        (Some("not-divisible"), Some("m.qweight"), Some("a divisor of 86 units: 1, 2, 43, 86"), Some("4 parts"))
     );
     assert!(error.message().contains("units of 128"), "{error}");
     let columns = Rules::new().module("m", shard(0, 128)).quantization(gptq(false));
@@ -169,6 +169,46 @@ fn blocks_are_cut_whole_or_refined() {
     assert_eq!(same.digest(), before.digest());
     // 16 rows: smaller than any block that kernels know.
     assert_eq!(plan(&GATE, &refined, 128).unwrap_err().rule(), Some("not-divisible"));
+}
+
+/// Gate and up of 1536 outputs each in one tensor: 192 of 8 ranks are a block of 128 and a half.
+#[test]
+fn blocks_of_fused_modules_are_refined() {
+    let fused = [("m.weight", F8E4M3, &[3072, 4096][..]), ("m.weight_scale_inv", F32, &[24, 32])];
+    let half = |start| Expr::Slice { x: Box::new(Expr::Source), dim: 0, start, len: 1536, step: 1 };
+    let parts = |x: &dyn Fn(Expr) -> Expr| Expr::Concat {
+        dim: 0,
+        parts: [0, 1536].map(|at| Expr::Shard { x: Box::new(x(half(at))), dim: 0, cut: Cut::default() }).into(),
+    };
+    let refining = Quantization { refine: true, ..Quantization::default() };
+    let strict = Rules::new().module("m", parts(&|x| x));
+    assert_eq!(plan(&fused, &strict, 8).unwrap_err().rule(), Some("not-divisible"));
+    let refined = plan(&fused, &strict.clone().quantization(refining.clone()), 8).unwrap();
+    assert_eq!(shapes(&refined, 5), [("m.weight", vec![384, 4096]), ("m.weight_scale_inv", vec![6, 64])]);
+    // Each scale of 64 x 64 is the one of the block of 128 x 128 that these lie in.
+    let rank = refined.rank(Rank(5));
+    let mut scales = [[u64::MAX; 64]; 6];
+    for piece in &rank.pieces[rank.dests[1].pieces.start as usize..rank.dests[1].pieces.end as usize] {
+        let mut places = vec![(piece.src - refined.tensor(piece.tensor).start, piece.dst)];
+        for inner in &piece.loops {
+            let steps = |(src, dst): (u64, u64)| {
+                (0..inner.count).map(move |at| (src + at * inner.src_stride, dst + at * inner.dst_stride))
+            };
+            places = places.into_iter().flat_map(steps).collect();
+        }
+        for (src, dst) in places {
+            (0..piece.run / 4)
+                .for_each(|at| scales[dst as usize / 256][dst as usize % 256 / 4 + at as usize] = src / 4 + at);
+        }
+    }
+    for (row, scales) in scales.iter().enumerate() {
+        let first = row as u64 / 3 * 1536 + 5 * 192 + row as u64 % 3 * 64;
+        assert!((0..64).all(|column| scales[column as usize] == first / 128 * 32 + column / 2), "{row}: {scales:?}");
+    }
+    // What fits as it is stays as it is.
+    let (same, before) =
+        (plan(&fused, &strict.clone().quantization(refining), 4).unwrap(), plan(&fused, &strict, 4).unwrap());
+    assert_eq!(same.digest(), before.digest());
 }
 
 #[test]

@@ -70,7 +70,7 @@ pub struct ShardRule {
 }
 
 /// Which pipeline stages hold what no layer's number says it of.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Stage {
     /// The first: embeddings.
@@ -81,6 +81,8 @@ pub enum Stage {
     Ends,
     /// All of them.
     All,
+    /// These, the first being 0: a norm that the stage before its layer's keeps, too (TensorRT-LLM).
+    Listed(Vec<u32>),
 }
 
 impl Rules {

@@ -96,7 +96,7 @@ impl<'a> Modules<'a> {
         }
         let (expr, casts) = self.derive(expr, how, suffix, &filler).map_err(|error| {
             let error = error.in_context(format_args!("rule `{}`", pattern.text()));
-            if error.tensor().is_some() { error } else { error.with_tensor(name.as_str()) }
+            if error.tensor().is_some() { error } else { error.with_tensor(self.weight(module).unwrap_or(name)) }
         })?;
         let at = placed.len() as u32;
         let casts = casts && !self.rules.rules[rule as usize].keep_dtype;
@@ -160,6 +160,13 @@ impl<'a> Modules<'a> {
             _ => derived,
         };
         Ok((expr, matched.casts(suffix)))
+    }
+
+    /// The tensor that a module is known by: its first in the file may be a bias or a scale.
+    fn weight(&self, module: &str) -> Option<&str> {
+        let tensors = self.tensors.get(module)?;
+        let (_, at) = tensors.iter().find(|(suffix, _)| quant::WEIGHTS.contains(suffix))?;
+        Some(&self.checkpoint.tensors()[*at as usize].name)
     }
 
     /// How a module is stored.

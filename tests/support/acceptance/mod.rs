@@ -2,6 +2,7 @@
 
 pub(crate) mod dense;
 pub(crate) mod experts;
+pub(crate) mod further;
 pub(crate) mod fused;
 pub(crate) mod quantised;
 pub(crate) mod refusals;

@@ -70,7 +70,7 @@ pub(crate) fn fp8_blocks() -> Vec<Case> {
             )
             .refused(Refusal {
                 rule: "unit",
-                tensor: Some("model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"),
+                tensor: Some("model.layers.0.self_attn.kv_a_proj_with_mqa.weight"),
                 expected: Some("a multiple of 128"),
                 found: Some("576 indices"),
                 rank: None,

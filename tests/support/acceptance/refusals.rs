@@ -9,9 +9,8 @@ fn refusal(rule: &'static str, tensor: &'static str, expected: &'static str, fou
 
 pub(crate) fn cases() -> Vec<Case> {
     const FALCON: &str = "transformer.h.0.self_attention.query_key_value.weight";
-    // The first of its module.
-    const DOWN: &str = "model.layers.0.mlp.down_proj.g_idx";
-    const EXPERT: &str = "model.layers.0.mlp.experts.0.down_proj.weight_scale_inv";
+    const DOWN: &str = "model.layers.0.mlp.down_proj.qweight";
+    const EXPERT: &str = "model.layers.0.mlp.experts.0.down_proj.weight";
     const GATE: &str = "model.layers.0.mlp.experts.0.gate_proj.weight";
     const DENSE: &str = "transformer.h.0.self_attention.dense.weight";
     let falcon = || Falcon { layers: 1, ..Falcon::FALCON_7B }.model();
@@ -126,14 +125,14 @@ pub(crate) fn cases() -> Vec<Case> {
         // Rows of bitsandbytes lie one after the other in a column of bytes.
         case("flat", Llama { scheme: Scheme::Nf4, ..Llama::TINY }.model(), "--tp 2").refused(refusal(
             "quantization",
-            "model.layers.0.mlp.down_proj.weight.nested_absmax",
+            "model.layers.0.mlp.down_proj.weight",
             "1 part",
             "2 parts",
         )),
         // 90 blocks, of which 4 ranks have different numbers: only targets know what to do with them.
         case("34, plain", GptOss { layers: 1, ..GptOss::GPT_OSS_20B }.model(), "--tp 4").refused(refusal(
             "not-divisible",
-            "model.layers.0.mlp.experts.down_proj_bias",
+            "model.layers.0.mlp.experts.down_proj_blocks",
             "a divisor of 90 units: 1, 2, 3, 5, 6, 9, 10, 15, 18, 30, 45, 90",
             "4 parts",
         )),

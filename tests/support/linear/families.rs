@@ -1,7 +1,7 @@
 //! How each family's linear maps are divided for target plain: a table from the models' public definitions (their classes
 //! in transformers 4.57.6, for InternLM2 the class beside the model), not from the planner's families.
 
-use super::features::Features::{self, Blocks, Heads, Shared, Whole};
+use super::features::Features::{self, Blocks, Grouped, Heads, Shared, Whole};
 use crate::released::{
     Bert, Bloom, Dbrx, DeepSeek, Experts, Falcon, Gemma, Gpt2, GptNeox, GptOss, InternLm2, Kind, Llama, Llama4, Model,
     Mpt, Phi3, Qwen3Next, Scheme,
@@ -18,8 +18,6 @@ pub(crate) struct Family {
     pub(crate) rows: Vec<(&'static str, Map)>,
     /// Destinations that are no tensors of the model, which share the memory of one (tied embeddings).
     pub(crate) tied: Vec<(&'static str, &'static str)>,
-    /// Numbers of ranks for which engines differ.
-    pub(crate) open: &'static [u64],
 }
 
 /// What becomes of a module.
@@ -126,9 +124,9 @@ fn replicated(names: &[&'static str]) -> Rows {
 const MLP: [&str; 3] = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"];
 const EXPERTS: [&str; 3] = ["mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", "mlp.experts.*.down_proj"];
 
-/// The table for models without anything tied or open.
+/// The table for models without anything tied.
 fn family(name: &'static str, model: Model, lists: impl IntoIterator<Item = Rows>) -> Family {
-    Family { name, model, scheme: Scheme::None, rows: rows(lists), tied: Vec::new(), open: &[] }
+    Family { name, model, scheme: Scheme::None, rows: rows(lists), tied: Vec::new() }
 }
 
 fn llama(llama: Llama) -> Family {
@@ -235,7 +233,7 @@ fn bloom(bloom: Bloom) -> Family {
 fn falcon(falcon: Falcon) -> Family {
     let size = falcon.hidden / falcon.heads;
     let qkv = match falcon.new {
-        true => Heads(falcon.kv_heads, (falcon.heads / falcon.kv_heads + 2) * size),
+        true => Grouped(falcon.kv_heads, falcon.heads / falcon.kv_heads, size),
         false => Blocks(vec![Heads(falcon.heads, size), Whole(size), Whole(size)]),
     };
     let cut = vec![
@@ -248,7 +246,7 @@ fn falcon(falcon: Falcon) -> Family {
     let head = vec![("lm_head", Map::Skipped)];
     let lists = [cut, head, replicated(&["+norm", "ln_attn", "ln_mlp", "ln_f", "word_embeddings"])];
     let tied = vec![("lm_head.weight", "transformer.word_embeddings.weight")];
-    Family { open: if falcon.new { &[8] } else { &[] }, tied, ..family("falcon", falcon.model(), lists) }
+    Family { tied, ..family("falcon", falcon.model(), lists) }
 }
 
 fn mpt(mpt: Mpt) -> Family {
@@ -283,11 +281,11 @@ fn dbrx(dbrx: Dbrx) -> Family {
 
 fn internlm2(model: InternLm2) -> Family {
     let size = model.hidden / model.heads;
-    let groups = Heads(model.kv_heads, (model.heads / model.kv_heads + 2) * size);
+    let groups = Grouped(model.kv_heads, model.heads / model.kv_heads, size);
     let cut = vec![("attention.wqkv", column(groups)), ("attention.wo", row(Heads(model.heads, size)))];
     let names = ["feed_forward.w1", "feed_forward.w3", "feed_forward.w2"];
     let rest = replicated(&["+norm", "tok_embeddings", "output"]);
-    Family { open: &[8], ..family("internlm2", model.model(), [cut, mlp(names, model.intermediate), rest]) }
+    family("internlm2", model.model(), [cut, mlp(names, model.intermediate), rest])
 }
 
 /// Latent attention: what is shared by all heads is replicated.

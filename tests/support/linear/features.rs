@@ -13,9 +13,12 @@ pub(crate) enum Features {
     Shared(u64, u64),
     /// Blocks behind each other, each divided on its own.
     Blocks(Vec<Features>),
+    /// So many groups of so many query heads with a key and a value head behind them, of so many features each: whole
+    /// groups, and with more ranks than groups a part of one's queries with its key and its value head.
+    Grouped(u64, u64, u64),
 }
 
-use Features::{Blocks, Heads, Shared, Whole};
+use Features::{Blocks, Grouped, Heads, Shared, Whole};
 
 impl Features {
     /// So many features, divided evenly.
@@ -28,6 +31,7 @@ impl Features {
             Whole(count) => *count,
             Heads(count, size) | Shared(count, size) => count * size,
             Blocks(blocks) => blocks.iter().map(Features::count).sum(),
+            Grouped(groups, queries, size) => groups * (queries + 2) * size,
         }
     }
 
@@ -44,6 +48,17 @@ impl Features {
                 heads(head..head + 1, *size)
             }
             Heads(..) | Shared(..) => None,
+            Grouped(groups, queries, size) => {
+                let all = queries + 2; // heads of a group
+                if groups.is_multiple_of(ranks) {
+                    return Heads(*groups, all * size).of(rank, ranks);
+                }
+                let neighbours = ranks.checked_div(*groups).filter(|_| ranks.is_multiple_of(*groups))?;
+                let mine = queries.is_multiple_of(neighbours).then_some(queries / neighbours)?;
+                let (first, at) = (rank / neighbours * all, rank % neighbours * mine);
+                let of_group = heads(first + at..first + at + mine, *size)?;
+                Some([of_group, heads(first + queries..first + all, *size)?].concat())
+            }
             Blocks(blocks) => {
                 let (mut all, mut start) = (Vec::new(), 0);
                 for block in blocks {

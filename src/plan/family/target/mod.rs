@@ -58,8 +58,10 @@ impl Target {
             (Target::MistralRs, Some(kind)) => mistralrs::rules(kind, config),
             (_, None) => {
                 let known: Vec<&str> = Kind::ALL.iter().flat_map(|kind| kind.family().model_types).copied().collect();
-                Err(broken("target", format!("target {self} is not known for this model"))
-                    .with_expected(format!("target plain, or one of {}", known.join(", ")), family.model_types[0]))
+                Err(broken("target", format!("target {self} is not known for this model")).with_expected(
+                    format!("target plain, or vllm, hf or mistralrs for one of {}", known.join(", ")),
+                    family.model_types[0],
+                ))
             }
         }
     }

@@ -241,9 +241,9 @@ pub(super) struct Part(pub(super) Coord);
 #[serde(try_from = "toml::Value")]
 pub(super) struct How(Split);
 
-/// Pipeline stages.
-#[derive(Clone, Copy, Deserialize)]
-#[serde(try_from = "String")]
+/// Pipeline stages: a name, or a list of numbers.
+#[derive(Deserialize)]
+#[serde(try_from = "toml::Value")]
 pub(super) struct On(pub(super) Stage);
 
 /// Which layers each pipeline stage has: a name, or a list of numbers of layers.
@@ -349,12 +349,21 @@ impl TryFrom<String> for Value {
     }
 }
 
-impl TryFrom<String> for On {
+impl TryFrom<toml::Value> for On {
     type Error = String;
 
-    fn try_from(name: String) -> Result<On, String> {
-        let stages = [("first", Stage::First), ("last", Stage::Last), ("ends", Stage::Ends), ("all", Stage::All)];
-        one_of("no such stages", &name, &stages).map(On)
+    fn try_from(value: toml::Value) -> Result<On, String> {
+        let named = [("first", Stage::First), ("last", Stage::Last), ("ends", Stage::Ends), ("all", Stage::All)];
+        let stage = |stage: &toml::Value| stage.as_integer().and_then(|stage| u32::try_from(stage).ok());
+        let found = match &value {
+            toml::Value::String(name) => named.into_iter().find(|(known, _)| known == name).map(|(_, stages)| stages),
+            toml::Value::Array(list) if !list.is_empty() => {
+                list.iter().map(stage).collect::<Option<_>>().map(Stage::Listed)
+            }
+            _ => None,
+        };
+        let expected = "one of first, last, ends, all, or a list of stages from 0 on";
+        found.map(On).ok_or_else(|| unlike("no such stages", kind(&value), expected))
     }
 }
 

@@ -252,6 +252,8 @@ fn modules_are_said_as_in_rust() {
     assert_eq!(said("pipeline = { layers = 'h.*.**', split = 'vllm' }"), format!("{rust:?}"));
     let aliased = Rules::new().alias_on(crate::plan::Stage::Ends, "a", "b");
     assert_eq!(said("alias = [{ name = 'a', of = 'b', stage = 'ends' }]"), format!("{aliased:?}"));
+    let listed = Rules::new().replicate("a").stage(crate::plan::Stage::Listed(vec![0, 2]));
+    assert_eq!(said("rule = [{ match = 'a', replicate = true, stage = [0, 2] }]"), format!("{listed:?}"));
 }
 
 #[test]
@@ -356,7 +358,14 @@ fn a_mistake_is_named_with_its_rule_and_its_keys() {
         ("part = true\nstage = 'last'", "rule `*.w`: stage of a part of other destinations"),
         ("skip = true\namong = { wildcard = 1, count = 2 }", "rule `*.w`: among of a tensor that is skipped"),
         ("only = 0\nstage = 'last'", "rule `*.w`: has both only and stage"),
-        ("steps = []\nstage = 'none'", "stage: no such stages: expected one of first, last, ends, all, found `none`"),
+        (
+            "steps = []\nstage = 'none'",
+            "stage: no such stages: expected one of first, last, ends, all, or a list of stages from 0 on, found `none`",
+        ),
+        (
+            "steps = []\nstage = []",
+            "stage: no such stages: expected one of first, last, ends, all, or a list of stages from 0 on, found array",
+        ),
         (
             "steps = []\namong = { wildcard = 0, count = 2 }",
             "among.wildcard: out of range: expected 1 or more, found 0",
