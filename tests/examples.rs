@@ -26,7 +26,7 @@ fn tensor_parallel() {
 
 #[test]
 fn fused_buffers() {
-    let text = run("04_fused_buffers");
+    let text = run("08_fused_buffers");
     assert!(text.contains("16 buffers are as they should be"), "{text}");
     assert!(text.contains("19 tensors that no request names were not loaded: "), "{text}");
 }

@@ -21,9 +21,9 @@ const TABLE: &[(&str, &[&str])] = &[
     ("copy", &["plan", "stage", "device"]),
     ("collective", &["plan", "device"]),
     ("place", &["plan", "device"]),
-    ("pipeline", &["source", "plan", "device", "stage", "read", "copy", "collective", "place"]),
+    ("pipeline", &["source", "plan", "device", "stage", "read", "copy", "collective", "place", "launch"]),
     ("launch", &["plan"]),
-    ("loader", &["source", "checkpoint", "plan", "read", "place", "pipeline"]),
+    ("loader", &["source", "checkpoint", "plan", "read", "collective", "place", "pipeline", "launch"]),
 ];
 
 /// Parts of the standard library that a module must not know: bytes go in, a `Header` comes out.

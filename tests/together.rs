@@ -6,10 +6,14 @@ mod loading;
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
+#[path = "support/released/mod.rs"]
+#[allow(dead_code, reason = "each test uses its own part")]
+mod released;
 #[path = "support/twin.rs"]
 mod twin;
 
 use loading::{Model, Ranks};
+use released::{Experts, Llama};
 use serde_json::Value;
 
 fn sum(objects: &[Value], field: &str) -> u64 {
@@ -53,4 +57,31 @@ fn ranks_that_read_alone_need_nobody() {
     let objects = ranks.loaded();
     assert_eq!(objects.iter().map(|object| object["ranks"][0]["digest"].clone()).collect::<Vec<_>>(), host);
     assert_eq!(sum(&objects, "received_bytes"), 0);
+}
+
+#[test]
+fn stages_and_experts_are_exchanged_within_those_who_have_them() {
+    let experts = Experts { count: 4, per_token: 2, intermediate: 256 };
+    let sizes = Llama { layers: 4, hidden: 256, heads: 8, kv_heads: 4, head_dim: 32, ..Llama::MIXTRAL_8X7B };
+    let mixtral = Llama { intermediate: 256, experts: Some(experts), vocab: 512, files: 2, ..sizes };
+    let model = Model::of_family(|folder| released::write_random(folder, &mixtral.model(), 1).unwrap());
+    for (mesh, count) in [
+        (&["--tp", "2", "--pp", "2"][..], 4),
+        (&["--tp", "4", "--ep", "4"], 4),
+        (&["--tp", "4", "--ep", "2", "--dp", "2"], 8),
+    ] {
+        let host = model.host_digests(mesh);
+        let ranks = Ranks::start(&model, count, |_, command| {
+            command.args(mesh).args(["--cooperate", "always", "--check", "--engine", "pread"]);
+        });
+        let objects = ranks.loaded();
+        assert_eq!(
+            objects.iter().map(|object| object["ranks"][0]["digest"].clone()).collect::<Vec<_>>(),
+            host,
+            "{mesh:?}"
+        );
+        let (read, checkpoint) =
+            (sum(&objects, "storage_bytes_read"), objects[0]["checkpoint_bytes"].as_u64().unwrap());
+        assert!(read <= checkpoint * 101 / 100, "{mesh:?}: {read} of {checkpoint}");
+    }
 }

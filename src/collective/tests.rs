@@ -14,7 +14,8 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 use std::{env, thread};
 
-use super::{Aborter, Comm, Nccl, UniqueId, Wait};
+use super::comm::Aborter;
+use super::{Comm, Nccl, UniqueId, Wait};
 use crate::device::{Allocation, Cuda, CudaStream, Device, Feed, Op, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -34,7 +35,7 @@ struct Seat {
 
 impl Seat {
     fn new(rank: u32, size: u32) -> Seat {
-        let device = Cuda::open(rank).unwrap();
+        let device = Cuda::open(rank, limits::STALL_ERROR).unwrap();
         Seat { stream: device.stream().unwrap(), device, rank, size }
     }
 
@@ -50,7 +51,7 @@ impl Seat {
     /// Memory of the GPU that holds these bytes.
     fn memory(&self, bytes: &[u8]) -> Allocation {
         let memory = self.device.block(bytes.len()).unwrap();
-        let feed = Feed { slot_bytes: bytes.len(), cuts: false };
+        let feed = Feed { slot_bytes: bytes.len(), cuts: false, wire: None };
         let mut queue = self.device.queue(feed).unwrap().unwrap();
         let copy = RawCopy {
             src: bytes.as_ptr(),
@@ -288,7 +289,11 @@ fn on_one_gpu() {
         return;
     }
     ranks(2, |seat, id| {
-        let shared = Seat { stream: Cuda::open(0).unwrap().stream().unwrap(), device: Cuda::open(0).unwrap(), ..seat };
+        let shared = Seat {
+            stream: Cuda::open(0, limits::STALL_ERROR).unwrap().stream().unwrap(),
+            device: Cuda::open(0, limits::STALL_ERROR).unwrap(),
+            ..seat
+        };
         let error = shared.meet(id).unwrap_err();
         let text = error.to_string();
         assert!(text.starts_with("ncclCommInitRankConfig failed: status 5: invalid usage"), "{text}");

@@ -79,7 +79,8 @@ fn ends_with(when_asked: bool) {
     let bound = Duration::from_millis(100);
     let loader = Loader::new().stall(bound / 2, bound);
     let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Gone { when_asked })];
-    let destinations = Destinations::in_blocks(&plan, &devices, limits::SLOT, &Default::default()).unwrap();
+    let destinations =
+        Destinations::in_blocks(&plan, &devices, feed(&plan, limits::SLOT, None), &Default::default()).unwrap();
     let mut running = Running::start(loader.setup(&plan, destinations, devices)).unwrap();
     let began = Instant::now();
     let monitor = Monitor::new(running.job());

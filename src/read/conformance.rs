@@ -373,6 +373,7 @@ impl Script {
             slot,
             permit: None,
             pending: Box::new(Pending {
+                exchanged: None,
                 op,
                 base: read.offset,
                 pieces: Vec::new(),

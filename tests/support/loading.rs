@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test uses its own part")]
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -14,14 +15,24 @@ use crate::{model, twin};
 /// A model of 13 MB and rules for it.
 pub(crate) struct Model {
     folder: tempfile::TempDir,
+    /// A file, or what `--rules` takes besides.
+    rules: OsString,
 }
 
 impl Model {
     pub(crate) fn new() -> Model {
         let folder = tempfile::tempdir().unwrap();
         model::write(folder.path(), 1);
-        fs::write(folder.path().join("rules.toml"), model::RULES).unwrap();
-        Model { folder }
+        let rules = folder.path().join("rules.toml");
+        fs::write(&rules, model::RULES).unwrap();
+        Model { folder, rules: rules.into() }
+    }
+
+    /// A model of random bytes, which is divided as its family is; `write` writes it into a folder.
+    pub(crate) fn of_family(write: impl FnOnce(&Path)) -> Model {
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path());
+        Model { folder, rules: "auto".into() }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -31,7 +42,7 @@ impl Model {
     /// A command that loads it.
     pub(crate) fn load(&self) -> Command {
         let mut command = twin::command(env!("CARGO_BIN_EXE_shardlift"));
-        command.arg("load").arg(self.path()).arg("--rules").arg(self.path().join("rules.toml")).arg("--json");
+        command.arg("load").arg(self.path()).arg("--rules").arg(&self.rules).arg("--json");
         command
     }
 

@@ -191,8 +191,10 @@ pub(crate) fn release(name: &'static str, body: impl FnOnce(&mut Guard) -> Resul
 
 /// A call of another library's twin: that one counts it and makes it fail.
 pub(crate) fn uncounted(name: &'static str, body: impl FnOnce(&mut Guard) -> Result) -> Code {
-    let mut guard = Guard { sim: Some(lock()), call: name, number: 0, releasing: false };
-    body(&mut guard).err().unwrap_or(SUCCESS)
+    let mut guard = Guard { sim: Some(lock()), call: name, number: 0, releasing: false, to_wake: None };
+    let code = body(&mut guard).err().unwrap_or(SUCCESS);
+    guard.end();
+    code
 }
 
 fn enter(name: &'static str, releasing: bool, body: impl FnOnce(&mut Guard) -> Result) -> Code {
@@ -200,11 +202,7 @@ fn enter(name: &'static str, releasing: bool, body: impl FnOnce(&mut Guard) -> R
     let mut guard = Guard { sim: Some(lock()), call: name, number: 0, releasing, to_wake: None };
     guard.number = guard.ledger.count(name);
     let code = run(&mut guard, body);
-    let Guard { sim, to_wake, .. } = guard;
-    drop(sim);
-    if let Some(wake) = to_wake {
-        wake.notify_all();
-    }
+    guard.end();
     // The last asking and the first one's return are outside, about one whole asking.
     CALL_CPU_NS.fetch_add(thread_cpu_ns() - began + asking_ns(), Ordering::Relaxed);
     code
@@ -253,6 +251,15 @@ impl Guard {
     pub(crate) fn wake_later(&mut self, wake: Arc<Condvar>) {
         self.wake_now();
         self.to_wake = Some(wake);
+    }
+
+    /// Opens the lock, and wakes whom that makes wait no longer.
+    fn end(self) {
+        let Guard { sim, to_wake, .. } = self;
+        drop(sim);
+        if let Some(wake) = to_wake {
+            wake.notify_all();
+        }
     }
 
     fn wake_now(&mut self) {

@@ -1,7 +1,7 @@
 //! Loads a Llama into buffers of an engine's own: the rows of q, k and v in one, those of gate and up in another, with no
 //! second copy; then compares them with the tensors of the checkpoint.
 //!
-//! `cargo run --release --example 04_fused_buffers -- MODEL`
+//! `cargo run --release --example 08_fused_buffers -- MODEL`
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -19,7 +19,7 @@ struct Buffer {
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let model = std::env::args_os().nth(1).ok_or("usage: 04_fused_buffers MODEL")?;
+    let model = std::env::args_os().nth(1).ok_or("usage: 08_fused_buffers MODEL")?;
     let checkpoint = Checkpoint::open(model)?;
     let world = World::host(RANKS);
 
