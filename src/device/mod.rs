@@ -25,7 +25,7 @@ pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurem
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::{Cuda, stay};
 pub(crate) use file::FileDevice;
-pub(crate) use host::{Host, HostStaged, Pages, copy_now};
+pub(crate) use host::{Host, HostStaged, Pages, copy_now, copy_to_look_at};
 
 /// One strided copy from host memory to an address of a device.
 #[derive(Debug)]
