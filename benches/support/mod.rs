@@ -30,7 +30,8 @@ pub(crate) fn write_model(folder: &Path, tensors: &[(String, u64, u64)]) -> io::
         end += rows * columns * 2;
         header.insert(name.clone(), json!({"dtype": "BF16", "shape": [rows, columns], "data_offsets": [start, end]}));
     }
-    let header = Value::Object(header).to_string();
+    let mut header = Value::Object(header).to_string();
+    header.extend(std::iter::repeat_n(' ', header.len().wrapping_neg() % 8)); // as safetensors' own writer does
     let partial = folder.join("model.partial");
     let mut out = io::BufWriter::with_capacity(1 << 20, File::create(&partial)?);
     out.write_all(&(header.len() as u64).to_le_bytes())?;

@@ -208,7 +208,7 @@ impl Copies {
             let sleep = match half {
                 Some(half) if fed => {
                     let sleep = half.min(at_the_end).clamp(limits::EVENT_POLL, limits::COPY_POLL_MAX);
-                    at_the_end *= 2;
+                    at_the_end = twice(at_the_end);
                     sleep
                 }
                 Some(half) if starved => half.max(limits::COPY_POLL),
@@ -332,6 +332,11 @@ fn report(device: usize, done: Result<Vec<Filled>, CopyError>, landed: &dyn Land
     !filled.is_empty()
 }
 
+/// How long to sleep next where nothing was done, however often that is.
+fn twice(sleep: Duration) -> Duration {
+    (sleep * 2).min(limits::COPY_POLL_MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -445,6 +450,13 @@ mod tests {
                 thread::sleep(Duration::from_millis(1));
             }
         }
+    }
+
+    #[test]
+    fn a_device_that_is_slow_at_the_end_is_waited_for_in_bounded_steps() {
+        let mut sleep = limits::EVENT_POLL;
+        (0..1000).for_each(|_| sleep = twice(sleep));
+        assert_eq!(sleep, limits::COPY_POLL_MAX);
     }
 
     const LONG: Duration = Duration::from_secs(60);

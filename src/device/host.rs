@@ -104,13 +104,31 @@ pub(super) fn advise_huge_pages(address: *mut u8, bytes: usize) {
 /// - every source byte that `copy` names is readable, every destination byte writable host memory;
 /// - nobody else writes either or reads the destination meanwhile, and the two do not overlap.
 pub(crate) unsafe fn copy_now(copy: &RawCopy) {
+    let streams = copy.run >= limits::STREAM_RUN && bytes_moved(&copy.loops, copy.run) >= limits::STREAM_MIN;
+    // SAFETY: the same duties.
+    unsafe { copy_by(copy, streams) }
+}
+
+/// The same for what is looked at next: it stays in the processor's cache.
+///
+/// # Safety
+/// As for [`copy_now`].
+pub(crate) unsafe fn copy_to_look_at(copy: &RawCopy) {
+    // SAFETY: the same duties.
+    unsafe { copy_by(copy, false) }
+}
+
+/// Makes a copy; if it `streams`, past the processor's caches.
+///
+/// # Safety
+/// As for [`copy_now`].
+unsafe fn copy_by(copy: &RawCopy, streams: bool) {
     if let Some(bytes) = element(copy) {
         // SAFETY: the same duties.
         return unsafe { copy_elements(copy, bytes) };
     }
     let dst = std::ptr::with_exposed_provenance_mut::<u8>(copy.dst as usize);
     let run = copy.run as usize;
-    let streams = copy.run >= limits::STREAM_RUN && bytes_moved(&copy.loops, copy.run) >= limits::STREAM_MIN;
     for_each_run(&copy.loops, 0, 0, &mut |src_offset, dst_offset| {
         // SAFETY: the caller answers for every run of the copy.
         unsafe {

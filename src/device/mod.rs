@@ -28,7 +28,7 @@ pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurem
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::{Cuda, stay};
 pub(crate) use file::FileDevice;
-pub(crate) use host::{Host, HostStaged, Pages, copy_now};
+pub(crate) use host::{Host, HostStaged, Pages, copy_now, copy_to_look_at};
 pub(crate) use wire::{Arrived, Wire, WireSize};
 
 /// One strided copy from host memory to an address of a device.

@@ -1,4 +1,5 @@
-//! `--check`: holds what landed against what is on disk, by another way than the one the bytes came.
+//! Holds what landed against what is on disk, by another way than the one the bytes came; and for `--check` against what
+//! was read of it, where the load digested that on its way.
 
 use std::borrow::Cow;
 use std::fmt::Write;
@@ -9,7 +10,7 @@ use crate::cast::Cast;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{FileId, Rank};
 use crate::limits;
-use crate::place::{Digest, Tensor, Weights};
+use crate::place::{Digest, Moved, Tensor, Weights};
 use crate::plan::{BoxOf, Boxes, Factor, Leaf, Plan};
 use crate::source::SourceFile;
 
@@ -22,13 +23,28 @@ impl Weights {
     /// # Errors
     /// [`ErrorKind::Mismatch`] naming tensor and rank; errors of the files.
     pub fn check(&self) -> Result<Vec<(Rank, u64)>> {
+        self.check_by(|_| None)
+    }
+
+    /// Compares what the load digested on its way ([`Loader::digests`](crate::Loader::digests)): of each tensor the bytes as
+    /// they were read, from where index arithmetic over the declared cut finds them, with those that lie in its memory (on a
+    /// GPU, where they are digested now). What could not be digested so is read once more, as by [`check`](Weights::check):
+    /// what is converted, permuted, made of several parts, lent, or cut within eight bytes.
+    ///
+    /// # Errors
+    /// As [`check`](Weights::check).
+    pub fn check_moved(&self) -> Result<Vec<(Rank, u64)>> {
+        self.check_by(|tensor| self.moved(tensor))
+    }
+
+    fn check_by(&self, moved: impl Fn(&Tensor) -> Option<Moved> + Sync) -> Result<Vec<(Rank, u64)>> {
         let plan = self.plan();
         let original = |tensor: &&Tensor| plan.params()[tensor.param_position()].alias_of.is_none();
         let mut tensors: Vec<&Tensor> = self.iter().filter(original).collect();
         tensors.sort_by_key(|tensor| (tensor.param_position(), tensor.rank()));
         // All ranks of a tensor together: its file is opened once, and read from the page cache but for the first time.
         let params: Vec<_> = tensors.chunk_by(|a, b| a.param_position() == b.param_position()).collect();
-        let digests = params.par_iter().map(|ranks| check_ranks(plan, ranks)).collect::<Result<Vec<_>>>()?;
+        let digests = params.par_iter().map(|ranks| check_ranks(plan, ranks, &moved)).collect::<Result<Vec<_>>>()?;
 
         let mut lines = vec![String::new(); plan.world().size() as usize];
         for (tensor, digest) in tensors.iter().zip(digests.into_iter().flatten()) {
@@ -41,18 +57,16 @@ impl Weights {
 }
 
 /// The digests of what landed of one destination on several ranks, all as the files say.
-fn check_ranks(plan: &Plan, ranks: &[&Tensor]) -> Result<Vec<u64>> {
+fn check_ranks(plan: &Plan, ranks: &[&Tensor], moved: &impl Fn(&Tensor) -> Option<Moved>) -> Result<Vec<u64>> {
     let mut files = Files { plan, open: None };
     let mut digests = Vec::with_capacity(ranks.len());
     for tensor in ranks {
-        let boxes = plan.boxes(tensor.rank(), tensor.position())?;
-        let expected = match boxes.only_leaf() {
-            _ if tensor.nbytes() == 0 => Ok(Digest::default().value()),
-            Some(leaf) => expected(leaf, &mut files),
-            None => expected_of_boxes(boxes, &mut files),
+        let moved = moved(tensor);
+        let expected = match moved {
+            Some(moved) => moved.read,
+            None => expected_of(plan, tensor, &mut files).map_err(|error| at(error, tensor))?,
         };
-        let expected = expected.map_err(|error| at(error, tensor))?;
-        let landed = tensor.digest()?;
+        let landed = moved.and_then(|moved| moved.landed).map_or_else(|| tensor.digest(), Ok)?;
         if landed != expected {
             let error = Error::new(ErrorKind::Mismatch, "what landed is not what is on disk");
             return Err(at(error.with_expected(hex(expected), hex(landed)), tensor));
@@ -60,6 +74,18 @@ fn check_ranks(plan: &Plan, ranks: &[&Tensor]) -> Result<Vec<u64>> {
         digests.push(landed);
     }
     Ok(digests)
+}
+
+/// The digest of what should have landed, read from the files.
+fn expected_of(plan: &Plan, tensor: &Tensor, files: &mut Files<'_>) -> Result<u64> {
+    if tensor.nbytes() == 0 {
+        return Ok(Digest::default().value());
+    }
+    let boxes = plan.boxes(tensor.rank(), tensor.position())?;
+    match boxes.only_leaf() {
+        Some(leaf) => expected(leaf, files),
+        None => expected_of_boxes(boxes, files),
+    }
 }
 
 fn at(error: Error, tensor: &Tensor) -> Error {

@@ -39,6 +39,7 @@ pub struct Loader {
     drop_page_cache: bool,
     stall_warning: Duration,
     stall_error: Duration,
+    digests: bool,
     trace: Option<Trace>,
     /// Those who load the other ranks.
     group: Option<Arc<Group>>,
@@ -98,6 +99,7 @@ impl Loader {
             drop_page_cache: false,
             stall_warning: limits::STALL_WARNING,
             stall_error: limits::STALL_ERROR,
+            digests: false,
             trace: None,
             group: None,
             ring: Ring::new(limits::STAGING, limits::SLOT),
@@ -161,6 +163,13 @@ impl Loader {
     /// its GPU ([`Tensor::to_bytes`], [`Tensor::digest`]).
     pub fn stall(mut self, warning: Duration, error: Duration) -> Loader {
         (self.stall_warning, self.stall_error) = (warning, error);
+        self
+    }
+
+    /// Whether its loads digest every byte while it is in a processor's cache, once as it was read and once as it landed:
+    /// then [`Weights::check_moved`] has little left to do.
+    pub fn digests(mut self, take: bool) -> Loader {
+        self.digests = take;
         self
     }
 
@@ -293,6 +302,7 @@ impl Loader {
             stall_error: self.stall_error,
             drop_page_cache: self.drop_page_cache,
             mapped: Vec::new(),
+            digests: self.digests,
             started: Instant::now(),
             trace,
             peers: None,
@@ -378,7 +388,8 @@ impl Load {
         let mut report = self.running.finish()?;
         report.consumed(self.consume);
         report.needed_bytes = self.plan.needed_bytes(self.plan.world().driven());
-        let weights = Weights::new(&self.plan, &self.running.job().setup().destinations);
+        let job = self.running.job();
+        let weights = Weights::new(&self.plan, &job.setup().destinations, job.moved());
         Ok((weights, report))
     }
 

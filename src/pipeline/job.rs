@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::ThreadId;
 use std::time::Instant;
 
+use super::digests::Digests;
 #[cfg(feature = "cuda")]
 use super::exchange::Exchanging;
 use super::files::Files;
@@ -19,6 +20,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
 use crate::limits;
 use crate::observe::{Counters, Event, Kind, Totals};
+use crate::place::Moved;
 use crate::plan::{Consumer, Cursor, Cutting, Reads};
 use crate::read::{Pending, Request};
 use crate::stage::{Hold, Lend};
@@ -41,6 +43,8 @@ pub(crate) struct Job {
     pub(super) spare: Mutex<Vec<Box<Pending>>>,
     /// After `setup`, whose engine may have them mapped: pages in use would not be forgotten.
     pub(super) files: Files,
+    /// If they are taken.
+    pub(super) digests: Option<Digests>,
     /// The devices, each once, with the first rank on it.
     pub(super) devices: Vec<(Arc<dyn Device>, Rank)>,
     /// What pins slots for the devices that copy only from pinned ones.
@@ -162,6 +166,7 @@ impl Job {
         let job = Job {
             copies,
             files: Files::new(&plan, &setup.mapped, setup.drop_page_cache),
+            digests: setup.digests.then(|| Digests::new(&plan)),
             setup,
             alignment,
             reads,
@@ -395,6 +400,11 @@ impl Job {
     /// The counters and where they end, for those who watch the load and must not keep its memory.
     pub(crate) fn watch(&self) -> (Arc<Counters>, Totals) {
         (Arc::clone(&self.counters), self.totals)
+    }
+
+    /// What was digested on the way, if anything: complete when the load has ended.
+    pub(crate) fn moved(&self) -> Vec<Vec<Option<Moved>>> {
+        self.digests.as_ref().map_or_else(Vec::new, |digests| digests.taken(&self.setup.plan))
     }
 
     /// When the last destination became complete.

@@ -1,5 +1,6 @@
 //! Runs a plan: threads, back-pressure, first error, cancel, drain. Knows no rules and no command line.
 
+mod digests;
 #[cfg(feature = "cuda")]
 mod exchange;
 mod files;
@@ -54,6 +55,8 @@ pub(crate) struct Setup {
     pub(crate) drop_page_cache: bool,
     /// Files that destinations are lent from.
     pub(crate) mapped: Vec<FileId>,
+    /// Whether digests are taken while bytes move.
+    pub(crate) digests: bool,
     pub(crate) started: std::time::Instant,
     pub(crate) trace: Option<Arc<Recording>>,
     /// Those who load the other ranks, where this process knows them.

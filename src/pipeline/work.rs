@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 
+use super::digests::Last;
 use super::windows::Permit;
 use super::{Job, traced};
 use crate::copy::{Filled, Landed, Landing, Part, Traced, lower};
-use crate::device::{Op, RawCopy, copy_now};
+use crate::device::{Op, RawCopy, copy_now, copy_to_look_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
 use crate::limits;
@@ -224,7 +225,7 @@ impl Job {
     fn arrived(&self, request: Request) {
         let Request { id, slot, mut pending, .. } = request;
         match slot {
-            None => self.fan_out(&pending.pieces),
+            None => self.fan_out(pending.op.extent, &pending.pieces),
             Some(slot) => self.land(id, pending.base, &mut pending, slot.stage(), true),
         }
         self.keep_spare(pending);
@@ -290,14 +291,16 @@ impl Job {
     }
 
     /// The bytes lie in the first piece's destination: copies them to the other ones.
-    fn fan_out(&self, pieces: &[Piece]) {
+    fn fan_out(&self, extent: Extent, pieces: &[Piece]) {
         let (first, others) = pieces.split_first().expect("bug in shardlift: a direct read without destination");
         let began = Instant::now();
         let src: *const u8 = std::ptr::with_exposed_provenance(self.address(first) as usize);
-        for piece in others {
-            // SAFETY: the source was just written by this read and nobody writes it again; the audit proved that no
-            // other copy names the destination bytes; the job keeps both alive.
-            unsafe { copy_now(&self.raw_copy(piece, src)) };
+        // SAFETY: the source was just written by this read and nobody writes it again; the audit proved that no other copy
+        // names the destination bytes; the job keeps both alive.
+        unsafe {
+            let mut last = self.digest_read(extent, src, pieces);
+            self.digest_landed(first, &mut last);
+            others.iter().for_each(|piece| self.copy_here(piece, src, &mut last));
         }
         let ended = Instant::now();
         self.counters.copy_busy(ended - began);
@@ -305,6 +308,46 @@ impl Job {
             trace.span(traced::copied(Kind::Copy, others.iter().map(Piece::landed_bytes).sum()), began, ended);
         }
         pieces.iter().for_each(|piece| self.landed(landing(piece)));
+    }
+
+    /// Makes a piece's copy on this thread, of what a read brought to `src`.
+    ///
+    /// # Safety
+    /// - the read's needed bytes lie at `src` and nobody writes them; `last` is of this read;
+    /// - nobody else uses the piece's bytes of the destination.
+    unsafe fn copy_here(&self, piece: &Piece, src: *const u8, last: &mut Last) {
+        let copy = self.raw_copy(piece, src);
+        // SAFETY: the same duties.
+        unsafe {
+            match self.digests {
+                None => copy_now(&copy),
+                Some(_) => {
+                    copy_to_look_at(&copy);
+                    self.digest_landed(piece, last);
+                }
+            }
+        }
+    }
+
+    /// Digests what a read brought to `src`, if digests are taken.
+    ///
+    /// # Safety
+    /// The bytes of `extent` lie at `src`, and nobody writes them meanwhile.
+    unsafe fn digest_read(&self, extent: Extent, src: *const u8, pieces: &[Piece]) -> Last {
+        let digests = self.digests.as_ref()?;
+        // SAFETY: the same duties.
+        unsafe { digests.read(&self.setup.plan, extent, src, pieces) }
+    }
+
+    /// Digests what lies where a piece is, if digests are taken.
+    ///
+    /// # Safety
+    /// The piece has landed in memory of the host, and nobody writes it again; `last` is of the same read.
+    unsafe fn digest_landed(&self, piece: &Piece, last: &mut Last) {
+        if let Some(digests) = &self.digests {
+            // SAFETY: the same duties.
+            unsafe { digests.landed(&self.setup.plan, piece, self.place(piece).address, last) };
+        }
     }
 
     /// The bytes of a file from `base` on are staged, in memory that may be written if they are `ours`: copies them at
@@ -326,6 +369,9 @@ impl Job {
         order.clear();
         order.extend((0..).zip(pieces.iter()).map(|(at, piece): (u64, &Piece)| (device(piece) as u64) << 32 | at));
         order.sort_unstable();
+        // Before a device may pack the slot in place. What is lent from a mapping may change.
+        // SAFETY: the slot is staged, and nobody else writes it.
+        let mut digested = if ours { unsafe { self.digest_read(op.extent, first, pieces) } } else { None };
         let device = |order: &u64| (order >> 32) as usize;
         let piece = |order: &u64| &pieces[*order as u32 as usize];
         let mut of_devices: SmallVec<[&[u64]; 8]> = order.chunk_by(|a, b| device(a) == device(b)).collect();
@@ -351,7 +397,7 @@ impl Job {
             for piece in of_device.iter().map(piece) {
                 // SAFETY: the slot is staged, so nobody writes it; the audit proved that no other copy names the
                 // destination bytes; the job keeps them alive.
-                unsafe { copy_now(&self.raw_copy(piece, first)) };
+                unsafe { self.copy_here(piece, first, &mut digested) };
                 self.landed(landing(piece));
             }
             if let Some((trace, began)) = began {

@@ -36,6 +36,15 @@ impl Digest {
     }
 }
 
+/// What a load has digested of a destination, all of it, while its bytes moved.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moved {
+    /// Of what was read, where the declared cut has it.
+    pub(crate) read: u64,
+    /// Of the memory where it landed; not known if that is behind a queue.
+    pub(crate) landed: Option<u64>,
+}
+
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// The sum over words of a tensor, the first of which has this index: with the widest multiplications that the processor

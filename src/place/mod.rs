@@ -6,4 +6,5 @@ mod tensor;
 
 pub(crate) use destinations::{Destinations, Place};
 pub use digest::Digest;
+pub(crate) use digest::Moved;
 pub use tensor::{Element, Tensor, Weights};

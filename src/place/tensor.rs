@@ -4,8 +4,8 @@ use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
-use super::Digest;
 use super::destinations::{Destinations, Place};
+use super::{Digest, Moved};
 use crate::device::Allocation;
 use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
@@ -228,17 +228,19 @@ pub struct Weights {
     plan: Plan,
     /// One list for each rank of the world, parallel to the rank's destinations; `None` where taken.
     tensors: Vec<Vec<Option<Tensor>>>,
+    /// The same for what the load digested; nothing if it was not to.
+    moved: Vec<Vec<Option<Moved>>>,
 }
 
 impl Weights {
-    pub(crate) fn new(plan: &Plan, destinations: &Destinations) -> Weights {
+    pub(crate) fn new(plan: &Plan, destinations: &Destinations, moved: Vec<Vec<Option<Moved>>>) -> Weights {
         let mut tensors = vec![Vec::new(); plan.world().size() as usize];
         for &rank in plan.world().driven() {
             tensors[rank.index()] = (0..plan.rank(rank).dests.len() as u32)
                 .map(|dest| Tensor::new(plan, destinations, rank, dest))
                 .collect();
         }
-        Weights { plan: plan.clone(), tensors }
+        Weights { plan: plan.clone(), tensors, moved }
     }
 
     /// A tensor of a rank.
@@ -272,6 +274,11 @@ impl Weights {
     /// The plan that was carried out.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// What the load digested of a tensor.
+    pub(crate) fn moved(&self, tensor: &Tensor) -> Option<Moved> {
+        *self.moved.get(tensor.rank.index())?.get(tensor.position())?
     }
 
     fn position(&self, rank: Rank, name: &str) -> Result<usize> {

@@ -65,7 +65,7 @@ fn load(
     interrupt.check()?;
 
     let trace = trace.as_deref().map(TraceFile::create).transpose()?;
-    let loader = loader.trace(trace.as_ref().map(|file| &file.trace));
+    let loader = loader.digests(*check).trace(trace.as_ref().map(|file| &file.trace));
     let times = repeat.map_or(1, |times| times as usize);
     let mut runs = Vec::new();
     for _ in 0..times {
@@ -147,7 +147,7 @@ fn run_once(
     if args.check {
         // Nothing of the load is left to drain.
         interrupt.exits("load", args.json)?;
-        digests.extend(weights.check().map_err(failed)?);
+        digests.extend(weights.check_moved().map_err(failed)?);
     }
     Ok(Run { report, tensors, digests })
 }
