@@ -107,8 +107,8 @@ class Bench:
             for contender, malloc in order if number % 2 == 0 else reversed(order):
                 if (contender, malloc) in absent:
                     continue
-                files = self.weights.files(row, contender.files)
-                self.prepare(state, files)
+                pagecache.stir(self.weights.landing(row))
+                self.prepare(state, self.weights.files(row, contender.files))
                 try:
                     result = self.load(name, row, contender, malloc, verify=number == 0 and malloc == PLAIN)
                 except (Failed, Wrong) as error:

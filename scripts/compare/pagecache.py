@@ -1,4 +1,4 @@
-"""Files in the page cache and out of it: what benches need to know and to bring about before a load."""
+"""What benches bring about before a load: files in the page cache or out of it, and memory that is there."""
 
 import ctypes
 import mmap
@@ -67,9 +67,26 @@ def resident(paths):
     return present / pages
 
 
+def stir(size):
+    """Has so much memory for a moment, in huge pages where there are some. A machine below this one may have taken away
+    what was free for a while, most of all where it is free in large pieces; whoever came first would pay for that."""
+    address = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    if address == FAILED:
+        return
+    LIBC.madvise(address, size, mmap.MADV_HUGEPAGE)
+    pieces = [(at, min(STIR_BYTES, size - at)) for at in range(0, size, STIR_BYTES)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(lambda piece: LIBC.memset(address + piece[0], 1, piece[1]), pieces))
+    LIBC.munmap(address, size)
+
+
+STIR_BYTES = 64 << 20
 LOWEST_BIT = bytes(value & 1 for value in range(256))
 LIBC = ctypes.CDLL(None)
 LIBC.mmap.restype = ctypes.c_void_p
 LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+LIBC.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+FAILED = ctypes.c_void_p(-1).value
 LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
