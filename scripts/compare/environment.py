@@ -25,7 +25,7 @@ class Environment:
     """Ready to measure: the programs' paths, versions, and why some contenders are left out."""
 
     def __init__(self, wanted):
-        self.left_out, self.versions = {}, {"python": platform.python_version(), "kernel": platform.release()}
+        self.left_out, self.versions = {}, {"python": platform.python_version(), "kernel": platform.release().split("-")[0]}
         self.python = self.virtual_environment()
         self.programs, self.touch = {}, None
         self.rust("shardlift", wanted)
