@@ -14,8 +14,9 @@ HERE = Path(__file__).resolve().parent
 LOAD_SECONDS = 300
 # How often the memory of a load is looked at: that costs some 30 microseconds.
 WATCH_SECONDS = 0.01
-# What may be missing of a warm file, or left of a cold one.
-STRAY = 0.001
+# What may be missing of a warm file, or left of a cold one; and what may be missing where the system takes pages away
+# while they are read.
+STRAY, MISSING, FETCHES = 0.001, 0.005, 4
 
 
 class Failed(Exception):
@@ -87,20 +88,13 @@ class Bench:
 
     # Rows.
 
-    def measure(self, name, row, who, columns):
-        """All rounds of a row, a line for each contender and column; everybody has a turn in each round."""
-        lines = {}
-        # The huge pages of the heap make no difference to the page cache: they are measured in turn with plain ones.
-        for state in sorted({state for state, _ in columns}, reverse=True):
-            entries = [
-                (CONTENDERS[contender], malloc) for malloc in (PLAIN, HUGE) if (state, malloc) in columns for contender in who
-            ]
-            if entries and (state != COLD[0] or self.can_be_cold(name, row, who)):
-                self.rounds_of(name, row, state, entries, lines)
-        return list(lines.values())
-
-    def rounds_of(self, name, row, state, entries, lines):
-        absent = set()
+    def measure(self, name, row, state, who, mallocs):
+        """All rounds of a row in a state: a line for each contender and malloc. Everybody has a turn in each round, with
+        huge pages and without: they make no difference to the page cache."""
+        if state == COLD[0] and not self.can_be_cold(row, who):
+            return []
+        entries = [(CONTENDERS[contender], malloc) for malloc in mallocs for contender in who]
+        lines, absent = {}, set()
         for number in range(self.rounds):
             turn = number * len(entries) // self.rounds
             order = entries[turn:] + entries[:turn]
@@ -113,18 +107,19 @@ class Bench:
                     result = self.load(name, row, contender, malloc, verify=number == 0 and malloc == PLAIN)
                 except (Failed, Wrong) as error:
                     absent.add((contender, malloc))
-                    lines.pop((contender.name, state, malloc), None)
+                    lines.pop((contender.name, malloc), None)
                     self.leave_out(contender.name, f"{row.title}, {state}, {malloc}: {error}")
                     if isinstance(error, Wrong):
                         self.wrong.append(str(error))
                     continue
                 line = lines.setdefault(
-                    (contender.name, state, malloc),
+                    (contender.name, malloc),
                     {"row": name, "who": contender.name, "state": state, "malloc": malloc, "loads": []},
                 )
                 line["bytes"], line["tensors"] = result.pop("bytes"), result.pop("tensors")
                 line["loads"].append(result)
-            print(f"  {row.title}, {state}: round {number + 1} of {self.rounds}", flush=True)
+            print(f"  round {number + 1} of {self.rounds}", flush=True)
+        return list(lines.values())
 
     def prepare(self, state, files):
         """Brings the page cache into the state, and looks whether it is."""
@@ -133,13 +128,15 @@ class Bench:
             held = pagecache.resident(files)
             if held > STRAY:
                 sys.exit(f"the page cache keeps {held:.1%} of {files[0]}: somebody else has it open")
-        elif pagecache.resident(files) < 1 - STRAY:
+            return
+        for _ in range(FETCHES):
+            if pagecache.resident(files) >= 1 - STRAY:
+                return
             pagecache.fetch(files)
-            held = pagecache.resident(files)
-            if held < 1 - STRAY:
-                sys.exit(f"the page cache holds {held:.1%} of {files[0]}: there is too little memory for --size")
+        if (held := pagecache.resident(files)) < 1 - MISSING:
+            sys.exit(f"the page cache holds {held:.1%} of {files[0]}: there is too little memory for --size")
 
-    def can_be_cold(self, name, row, who):
+    def can_be_cold(self, row, who):
         """Whether files leave the page cache at all. All are read once, so that a host below has all of them alike."""
         for form in sorted({CONTENDERS[contender].files for contender in who}):
             files = self.weights.files(row, form)

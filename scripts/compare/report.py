@@ -141,7 +141,8 @@ HOW = """\
   else, and every other one runs backwards. *of ours* is the median over the rounds of its seconds by ours, so above 1 is
   slower than shardlift.
 - *warm*: all of the files is in the page cache. *cold*: none of it, asked of the kernel (mincore) before each load; what a
-  host below a virtual machine keeps is out of reach, so all files are read once before. Both are checked to 0.1%.
+  host below a virtual machine keeps is out of reach, so all files are read once before. Both are checked, to 0.5% and
+  0.1%.
 - *huge pages*: `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` and `THP_MEM_ALLOC_ENABLE=1`, for everybody. shardlift asks for huge
   pages by itself.
 - *tensors*: whether they are in memory of their own, or lent by a mapping of the file, which must then stay as it is.
