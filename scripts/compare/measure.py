@@ -46,6 +46,8 @@ class Bench:
             process = Waiting([self.environment.programs[contender.program], json.dumps(task)], with_malloc(malloc))
         try:
             ready = said(process)
+            # At the last moment: what is free may be taken away every few seconds.
+            pagecache.stir(self.weights.landing(row))
             before = own_memory(ready["pid"])
             process.tell()
             result, peak = watched(process, ready["pid"])
@@ -101,7 +103,6 @@ class Bench:
             for contender, malloc in order if number % 2 == 0 else reversed(order):
                 if (contender, malloc) in absent:
                     continue
-                pagecache.stir(self.weights.landing(row))
                 self.prepare(state, self.weights.files(row, contender.files))
                 try:
                     result = self.load(name, row, contender, malloc, verify=number == 0 and malloc == PLAIN)
