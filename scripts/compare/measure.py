@@ -28,7 +28,7 @@ class Bench:
 
     def __init__(self, environment, weights, rounds, leave_out):
         self.environment, self.weights, self.rounds, self.leave_out = environment, weights, rounds, leave_out
-        self.servers, self.sums, self.wrong = {}, {}, []
+        self.servers, self.sums, self.wrong, self.reserve = {}, {}, [], pagecache.Reserve()
 
     # One load.
 
@@ -46,8 +46,7 @@ class Bench:
             process = Waiting([self.environment.programs[contender.program], json.dumps(task)], with_malloc(malloc))
         try:
             ready = said(process)
-            # At the last moment: what is free may be taken away every few seconds.
-            pagecache.stir(self.weights.landing(row))
+            self.reserve.give_back()
             before = own_memory(ready["pid"])
             process.tell()
             result, peak = watched(process, ready["pid"])
@@ -75,6 +74,7 @@ class Bench:
         process.end()
 
     def close(self):
+        self.reserve.give_back()
         for server in list(self.servers.values()):
             self.end(server)
 
@@ -103,6 +103,7 @@ class Bench:
             for contender, malloc in order if number % 2 == 0 else reversed(order):
                 if (contender, malloc) in absent:
                     continue
+                self.reserve.take(self.weights.landing(row))
                 self.prepare(state, self.weights.files(row, contender.files))
                 try:
                     result = self.load(name, row, contender, malloc, verify=number == 0 and malloc == PLAIN)

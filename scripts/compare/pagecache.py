@@ -67,20 +67,35 @@ def resident(paths):
     return present / pages
 
 
-def stir(size):
-    """Has so much memory for a moment, in huge pages where there are some. A machine below this one may have taken away
-    what was free for a while, most of all where it is free in large pieces; whoever came first would pay for that."""
-    address = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-    if address == FAILED:
-        return
-    LIBC.madvise(address, size, mmap.MADV_HUGEPAGE)
-    pieces = [(at, min(STIR_BYTES, size - at)) for at in range(0, size, STIR_BYTES)]
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(lambda piece: LIBC.memset(address + piece[0], 1, piece[1]), pieces))
-    LIBC.munmap(address, size)
+class Reserve:
+    """Memory that is given back right before a load and taken again right after it, in huge pages where there are some.
+    A machine below this one may take away what is free for a while, most of all in large pieces, and whoever came next
+    would pay for that; what is free only while somebody loads stays."""
+
+    def __init__(self):
+        self.address, self.size = None, 0
+
+    def take(self, size):
+        if self.size != size:
+            self.give_back()
+        if self.address is not None:
+            return
+        address = LIBC.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if address == FAILED:
+            return
+        self.address, self.size = address, size
+        LIBC.madvise(address, size, mmap.MADV_HUGEPAGE)
+        pieces = [(at, min(PIECE_BYTES, size - at)) for at in range(0, size, PIECE_BYTES)]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(lambda piece: LIBC.memset(address + piece[0], 1, piece[1]), pieces))
+
+    def give_back(self):
+        if self.address is not None:
+            LIBC.munmap(self.address, self.size)
+            self.address = None
 
 
-STIR_BYTES = 64 << 20
+PIECE_BYTES = 64 << 20
 LOWEST_BIT = bytes(value & 1 for value in range(256))
 LIBC = ctypes.CDLL(None)
 LIBC.mmap.restype = ctypes.c_void_p

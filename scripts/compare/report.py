@@ -135,8 +135,8 @@ HOW = """\
   reading are in them, imports and the end of the process are not. All read in the same way (sums of 64-bit words on all
   cores, the same compiled function for Python and Rust), so what a lazy loader has put off is in its seconds.
 - Each load is the first of a process of its own, into memory that the process has never touched. Python's are forked from
-  one that has imported everything. Right before, as much memory was in use elsewhere, in huge pages, and given back: a
-  virtual machine may lose what is free for a while, and whoever came first would pay for it.
+  one that has imported everything. As much memory as it takes is held between loads, in huge pages, and given back right
+  before each: a virtual machine may lose what is free for a while, and whoever came next would pay for that.
 - Medians, with the fastest and the slowest in brackets. Everybody has a turn in each round; every round starts with somebody
   else, and every other one runs backwards. *of ours* is the median over the rounds of its seconds by ours, so above 1 is
   slower than shardlift.
