@@ -1,15 +1,18 @@
-"""Writes checkpoints for scripts/gpu-check, with nothing but the standard library.
+"""Writes checkpoints for scripts/gpu-check and scripts/compare/run, with nothing but the standard library. For the former:
 
 `checkpoint.py every-dtype FOLDER`      a small one: every dtype, whole and cut, cast and transposed; with rules files
 `checkpoint.py llama FOLDER BYTES SECONDS`  a Llama-shaped bf16 one of at most BYTES, as much as is written in SECONDS
 """
 
+import hashlib
 import json
+import math
 import os
 import struct
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -107,49 +110,184 @@ def rules_file(rules):
     return "rule = [\n" + "".join(lines) + "]\n"
 
 
+class Llama(NamedTuple):
+    """The shapes of a model of the Llama family."""
+
+    hidden: int
+    kv: int
+    intermediate: int
+    vocabulary: int
+    head: int = 128
+    tied: bool = False
+
+    def ends(self):
+        """What belongs to no layer."""
+        tensors = [("model.embed_tokens.weight", [self.vocabulary, self.hidden]), ("model.norm.weight", [self.hidden])]
+        return tensors if self.tied else [*tensors, ("lm_head.weight", [self.vocabulary, self.hidden])]
+
+    def layer(self, number):
+        hidden, kv, intermediate = self.hidden, self.kv, self.intermediate
+        shapes = {
+            "input_layernorm": [hidden], "self_attn.q_proj": [hidden, hidden], "self_attn.k_proj": [kv, hidden],
+            "self_attn.v_proj": [kv, hidden], "self_attn.o_proj": [hidden, hidden], "post_attention_layernorm": [hidden],
+            "mlp.gate_proj": [intermediate, hidden], "mlp.up_proj": [intermediate, hidden],
+            "mlp.down_proj": [hidden, intermediate],
+        }
+        return [(f"model.layers.{number}.{name}.weight", shape) for name, shape in shapes.items()]
+
+    def config(self, layers):
+        return {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden,
+            "head_dim": self.head, "intermediate_size": self.intermediate,
+            "num_attention_heads": self.hidden // self.head, "num_key_value_heads": self.kv // self.head,
+            "num_hidden_layers": layers, "tie_word_embeddings": self.tied, "torch_dtype": "bfloat16",
+            "vocab_size": self.vocabulary,
+        }
+
+
+LLAMA_3_1_8B = Llama(4096, 1024, 14336, 128256)
+LLAMA_3_2_1B = Llama(2048, 512, 8192, 128256, head=64, tied=True)
+SMALL_LLAMA = Llama(512, 128, 1792, 4096)
+# Enough heads for 8 ranks.
+SMALL_LLAMA_OF_8 = Llama(1024, 512, 3072, 16384, head=64, tied=True)
+# As engines cut its layers over tensor-parallel ranks: these dimensions, and nothing else.
+LLAMA_CUTS = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0, "o_proj": 1, "down_proj": 1}
+
+
+class Writer:
+    """Writes the files of a model, then what belongs beside them."""
+
+    def __init__(self, folder, block):
+        self.folder, self.noise, self.files, self.total = folder, Noise(block), {}, 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, tensors, dtype="BF16"):
+        """One more file, of tensors (name, shape)."""
+        name = f"model-{len(set(self.files.values())):05}.safetensors"
+        self.files.update({tensor: name for tensor, _ in tensors})
+        written = [(tensor, dtype, shape) for tensor, shape in tensors]
+        size = write_file(self.folder / name, written, self.noise)
+        self.total += size
+        return size
+
+    def finish(self, config):
+        index = {"metadata": {"total_size": self.total}, "weight_map": self.files}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (self.folder / "config.json").write_text(json.dumps(config))
+
+
 def llama(folder, most, seconds):
     """Files of whole layers until the next one would be too much of either bytes or time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # The shapes of Llama 3.1 8B; a small checkpoint gets small ones.
-    hidden, kv, intermediate, vocabulary = (4096, 1024, 14336, 128256) if most >= 4 << 30 else (512, 128, 1792, 4096)
-    layer_shapes = {
-        "input_layernorm": [hidden], "self_attn.q_proj": [hidden, hidden], "self_attn.k_proj": [kv, hidden],
-        "self_attn.v_proj": [kv, hidden], "self_attn.o_proj": [hidden, hidden], "post_attention_layernorm": [hidden],
-        "mlp.gate_proj": [intermediate, hidden], "mlp.up_proj": [intermediate, hidden],
-        "mlp.down_proj": [hidden, intermediate],
-    }
-    head = [("model.embed_tokens.weight", "BF16", [vocabulary, hidden]), ("model.norm.weight", "BF16", [hidden])]
-    head.append(("lm_head.weight", "BF16", [vocabulary, hidden]))
-    noise, start, files, total, layers = Noise(min(BLOCK, most // 4)), time.monotonic(), {}, 0, 0
-
-    def add(tensors):
-        name = f"model-{len(set(files.values())):05}.safetensors"
-        files.update({tensor: name for tensor, _, _ in tensors})
-        return write_file(folder / name, tensors, noise)
-
-    total += add(head)
+    shapes = LLAMA_3_1_8B if most >= 4 << 30 else SMALL_LLAMA
+    writer, start, layers = Writer(folder, min(BLOCK, most // 4)), time.monotonic(), 0
+    writer.add(shapes.ends())
     while True:
-        tensors = [
-            (f"model.layers.{layer}.{name}.weight", "BF16", shape)
-            for layer in range(layers, layers + 4)
-            for name, shape in layer_shapes.items()
-        ]
-        size = add(tensors)
-        total, layers = total + size, layers + 4
+        size = writer.add([tensor for layer in range(layers, layers + 4) for tensor in shapes.layer(layer)])
+        layers += 4
         elapsed = time.monotonic() - start
-        if total + size > most or elapsed * (total + size) / total > seconds:
+        if writer.total + size > most or elapsed * (writer.total + size) / writer.total > seconds:
             break
-    index = {"metadata": {"total_size": total}, "weight_map": files}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    heads = hidden // 128
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "head_dim": 128,
-        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv // 128,
-        "num_hidden_layers": layers, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": vocabulary,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    writer.finish(shapes.config(layers))
     seconds = time.monotonic() - start
-    print(json.dumps({"bytes": total, "tensors": len(files), "layers": layers, "write_seconds": seconds}))
+    print(json.dumps(
+        {"bytes": writer.total, "tensors": len(writer.files), "layers": layers, "write_seconds": seconds}
+    ))
+
+
+def llama_of_size(folder, most, shapes, shards):
+    """So many files with as many layers as there is room for, one at least. What was written, and how it is cut."""
+    bytes_of = lambda tensors: sum(2 * math.prod(shape) for _, shape in tensors)
+    layers = max(1, (most - bytes_of(shapes.ends())) // bytes_of(shapes.layer(0)))
+    writer = Writer(folder, min(BLOCK, most // 4))
+    for shard in range(shards):
+        first, end = shard * layers // shards, (shard + 1) * layers // shards
+        tensors = [tensor for layer in range(first, end) for tensor in shapes.layer(layer)]
+        tensors = shapes.ends() + tensors if shard == 0 else tensors
+        if tensors:
+            writer.add(tensors)
+    writer.finish(shapes.config(layers))
+    cuts = {name: LLAMA_CUTS[part] for name in writer.files if (part := name.split(".")[-2]) in LLAMA_CUTS}
+    return {"bytes": writer.total, "tensors": len(writer.files), "layers": layers, "cuts": cuts}
+
+
+def gpt2(path, layers):
+    """The tensors of GPT-2 as they were published, float32, with the masks that are stored beside the weights."""
+    hidden, positions = 768, 1024
+    tensors = [("wte.weight", [50257, hidden]), ("wpe.weight", [positions, hidden])]
+    norms = {"ln_1": [hidden], "ln_2": [hidden]}
+    linear = {
+        "attn.c_attn": [hidden, 3 * hidden], "attn.c_proj": [hidden, hidden], "mlp.c_fc": [hidden, 4 * hidden],
+        "mlp.c_proj": [4 * hidden, hidden],
+    }
+    for layer in range(layers):
+        tensors.append((f"h.{layer}.attn.bias", [1, 1, positions, positions]))
+        for name, shape in {**norms, **linear}.items():
+            tensors += [(f"h.{layer}.{name}.weight", shape), (f"h.{layer}.{name}.bias", shape[-1:])]
+    tensors += [("ln_f.weight", [hidden]), ("ln_f.bias", [hidden])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = [(name, "F32", shape) for name, shape in tensors]
+    return {"bytes": write_file(path, written, Noise()), "tensors": len(tensors)}
+
+
+def read_header(path):
+    """The tensors of a file by name, as its header has them, and where the first one starts."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def join(paths, joined):
+    """Copies the tensors of several files into one."""
+    header, end, parts = {}, 0, []
+    for path in paths:
+        tensors, start = read_header(path)
+        for name, tensor in tensors.items():
+            header[name] = {**tensor, "data_offsets": [end + offset for offset in tensor["data_offsets"]]}
+        parts.append((path, start))
+        end += os.path.getsize(path) - start
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(joined, "wb", buffering=0) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for path, start in parts:
+            with open(path, "rb", buffering=0) as part:
+                part.seek(start)
+                while block := part.read(BLOCK):
+                    file.write(block)
+        os.fsync(file.fileno())
+
+
+def digests(paths, cuts, world, ranks):
+    """What a rank must hold, taken from the files in the plainest way: for each rank the SHA-256 of the lines
+    `name [shape] digest` of its tensors, sorted; digests are SHA-256 too."""
+    lines = {rank: [] for rank in ranks}
+    for path in paths:
+        tensors, start = read_header(path)
+        with open(path, "rb") as file:
+            for name, tensor in tensors.items():
+                shape, (begin, end) = tensor["shape"], tensor["data_offsets"]
+                file.seek(start + begin)
+                data = memoryview(file.read(end - begin))
+                for rank in ranks:
+                    cut, part = part_of(data, shape, cuts.get(name), world, rank)
+                    digest = hashlib.sha256()
+                    for piece in part:
+                        digest.update(piece)
+                    lines[rank].append(f"{name} [{','.join(map(str, cut))}] {digest.hexdigest()}\n")
+    return {rank: hashlib.sha256("".join(sorted(those)).encode()).hexdigest() for rank, those in lines.items()}
+
+
+def part_of(data, shape, dim, world, rank):
+    """The shape and the bytes, in pieces, of a rank's part of a tensor; rows are equally long pieces."""
+    if dim is None or world == 1:
+        return shape, [data]
+    cut = [size // world if axis == dim else size for axis, size in enumerate(shape)]
+    rows = shape[0] if dim else 1
+    length = len(data) // rows
+    begin, end = length * rank // world, length * (rank + 1) // world
+    return cut, (data[row * length + begin : row * length + end] for row in range(rows))
 
 
 if __name__ == "__main__":

@@ -6,19 +6,17 @@ imported and have the device's context before their clock starts; shardlift's se
 A load has ended when all of it is on the device.
 """
 
-import ctypes
 import importlib.util
-import mmap
 import os
 import shutil
 import statistics
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loaders import RIVALS
+from pagecache import drop, read, resident
 from processes import Ran, Waiting
 
 HERE = Path(__file__).resolve().parent
@@ -30,7 +28,6 @@ RESERVE = 4_000_000_000
 OF_H2D, CPUS = 0.9, 16
 # For writing the checkpoint, while the checks run.
 WRITE_SECONDS = 45
-READ_THREADS, READ_BYTES, READ_MOST = 16, 8 << 20, 4 << 30
 
 
 class Bench:
@@ -141,7 +138,7 @@ class Bench:
         """GB/s of pinned memory to the device, as torch copies it."""
         if self.device == "cpu":
             return None
-        process = Waiting("h2d", self.device, [], self.environment)
+        process = self.waiting("h2d", [])
         try:
             process.next(self.check.deadline.left(60))
             return process.go(self.check.deadline.left(30))["gb_per_s"]
@@ -182,7 +179,10 @@ class Bench:
             self.check.note(f"{done} of {ROUNDS[state]} {state} rounds: no time for more")
 
     def prepared(self, who):
-        return Waiting(who, self.device, self.files_of(who), self.environment)
+        return self.waiting(who, self.files_of(who))
+
+    def waiting(self, who, files):
+        return Waiting([sys.executable, HERE / "loaders.py", who, self.device, *files], self.environment)
 
     def ready(self, who, process):
         """Whether it can load at all."""
@@ -257,53 +257,6 @@ def doctor_h2d(doctor):
     return devices[0].get("h2d_gb_per_s")
 
 
-def read(paths, flags):
-    """Reads files with many threads, at most READ_MOST bytes of them with O_DIRECT. GB/s."""
-    chunks, most = [], READ_MOST if flags else float("inf")
-    for path in paths:
-        file = os.open(path, os.O_RDONLY | flags)
-        whole = os.fstat(file).st_size // READ_BYTES * READ_BYTES
-        chunks += [(file, offset) for offset in range(0, whole, READ_BYTES)]
-    chunks = chunks[: int(min(len(chunks), most // READ_BYTES))]
-    local = threading.local()
-
-    def one(chunk):
-        # A mapping, for O_DIRECT wants its memory aligned.
-        if not hasattr(local, "buffer"):
-            local.buffer = mmap.mmap(-1, READ_BYTES)
-        return os.preadv(chunk[0], [local.buffer], chunk[1])
-
-    start = time.monotonic()
-    with ThreadPoolExecutor(max_workers=READ_THREADS) as pool:
-        total = sum(pool.map(one, chunks))
-    seconds = time.monotonic() - start
-    for file in {file for file, _ in chunks}:
-        os.close(file)
-    return total / seconds / 1e9
-
-
-def drop(paths):
-    """Drops files, which have been synced, from the page cache."""
-    for path in paths:
-        with open(path, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def resident(paths):
-    """Which part of the files' pages is in the page cache."""
-    pages = present = 0
-    for path in paths:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            address = LIBC.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
-            held = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-            LIBC.mincore(address, size, held)
-            LIBC.munmap(address, size)
-            pages += len(held)
-            present += sum(bytes(held).count(value) for value in range(1, 256, 2))
-    return present / pages
-
-
 def show(rows, ceilings, written):
     print(f"\n{written['bytes'] / 1e9:.2f} GB of bf16 in {written['tensors']} tensors")
     for name, rate in ceilings.items():
@@ -313,10 +266,3 @@ def show(rows, ceilings, written):
         seconds = f"{row['median_seconds']:10.3f}{row['least_seconds']:9.3f}{row['most_seconds']:9.3f}"
         share = f"{row['of_h2d']:8.0%}" if row["of_h2d"] else f"{'-':>8}"
         print(f"{row['who']:28}{row['state']:6}{len(row['seconds']):6}{seconds}{row['gb_per_s']:8.2f}{share}")
-
-
-LIBC = ctypes.CDLL(None)
-LIBC.mmap.restype = ctypes.c_void_p
-LIBC.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]

@@ -97,6 +97,21 @@ def pickle(files, _):
     return save
 
 
+def tensors(files, _):
+    """And this one as tensorizer does."""
+    from tensorizer import TensorSerializer
+
+    def save():
+        serializer = TensorSerializer(files[0])
+        serializer.write_state_dict(safetensors_torch(files[1:], "cpu")())
+        serializer.close()
+        with open(files[0], "rb") as file:
+            os.fsync(file.fileno())
+        return {}
+
+    return save
+
+
 class Kept(dict):
     """Tensors with what they are views of."""
 
@@ -109,7 +124,7 @@ RIVALS = {
     loader.__name__: loader
     for loader in (torch_load, safetensors_torch, fastsafetensors, instanttensor, runai_model_streamer)
 }
-OTHERS = {"h2d": h2d, "pickle": pickle}
+OTHERS = {"h2d": h2d, "pickle": pickle, "tensors": tensors}
 
 
 def main():

@@ -1,4 +1,5 @@
-"""The processes that scripts/gpu-check starts: none outlives it, and none is waited for without bound."""
+"""The processes that scripts/gpu-check and scripts/compare/run start: none outlives them, and none is waited for without
+bound."""
 
 import json
 import os
@@ -9,9 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 RUNNING = set()
 STOPPING = threading.Event()
 
@@ -70,13 +69,15 @@ class Ran:
 
 
 class Waiting:
-    """A process of `loaders.py` that prepares itself and then waits to be told to load."""
+    """A process that prepares itself and then waits for lines, and says what it did in lines that are objects."""
 
-    def __init__(self, name, device, files, environment):
+    def __init__(self, command, environment):
+        if STOPPING.is_set():
+            sys.exit("interrupted")
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [sys.executable, HERE / "loaders.py", name, device, *files], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self.errors, text=True, env=environment, start_new_session=True,
+            list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
+            env=environment, start_new_session=True,
         )
         RUNNING.add(self.process)
         self.lines = queue.Queue()
@@ -99,12 +100,15 @@ class Waiting:
             raise ValueError((self.errors.read().strip().splitlines() or ["ended without a word"])[-1])
         return said
 
-    def go(self, seconds):
+    def tell(self, line=""):
         try:
-            self.process.stdin.write("\n")
+            self.process.stdin.write(f"{line}\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             pass
+
+    def go(self, seconds):
+        self.tell()
         return self.next(seconds)
 
     def end(self):
