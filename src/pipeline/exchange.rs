@@ -9,6 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
+
 use super::Job;
 use super::peers::Meeting;
 use super::run::{keep_for_ever, spawn};
@@ -327,23 +329,27 @@ struct Messages<'a> {
 }
 
 impl Messages<'_> {
+    /// Queues them: what everybody gets as broadcasts, which all ranks have to queue in the same order.
     fn queue(&self, group: &mut crate::collective::Group<'_>) -> Result<()> {
+        let (members, at) = (self.members, |rank| position(self.members, rank));
+        let mut broadcasts = SmallVec::<[(Rank, u64, u64); 8]>::new();
         for (parcel, from) in self.sent.iter().zip(places(self.sent, self.sending)) {
-            let bytes = parcel.bytes as usize;
-            if parcel.to.len() + 1 == self.members.len() {
-                group.broadcast(position(self.members, self.rank), [from, from], bytes)?;
-                continue;
-            }
-            parcel.to.iter().try_for_each(|&to| group.send(position(self.members, to), from, bytes))?;
-        }
-        for (received, to) in self.received.iter().zip(self.places()) {
-            let (from, bytes) = (position(self.members, received.from), received.bytes as usize);
-            match received.by_all {
-                true => group.broadcast(from, [to, to], bytes)?,
-                false => group.recv(from, to, bytes)?,
+            if parcel.to.len() + 1 == members.len() {
+                broadcasts.push((self.rank, from, parcel.bytes));
+            } else {
+                parcel.to.iter().try_for_each(|&to| group.send(at(to), from, parcel.bytes as usize))?;
             }
         }
-        Ok(())
+        for (&Received { from, by_all, bytes, .. }, to) in self.received.iter().zip(self.places()) {
+            if by_all {
+                broadcasts.push((from, to, bytes));
+            } else {
+                group.recv(at(from), to, bytes as usize)?;
+            }
+        }
+        broadcasts.sort_unstable();
+        // In place: the root sends from where the others receive.
+        broadcasts.iter().try_for_each(|&(root, place, bytes)| group.broadcast(at(root), [place; 2], bytes as usize))
     }
 
     /// Where each parcel that is received lies.
