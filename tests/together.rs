@@ -7,7 +7,6 @@ mod loading;
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
 #[path = "support/released/mod.rs"]
-#[allow(dead_code, reason = "each test uses its own part")]
 mod released;
 #[path = "support/twin.rs"]
 mod twin;
