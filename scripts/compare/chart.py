@@ -49,10 +49,11 @@ def draw(record):
 
 def legend(record, top):
     llama, machine = record["weights"]["llama"], record["machine"]
-    about = f"{llama['bytes'] / 1e9:.1f} GB of bfloat16 into host memory, {machine['cpus']} cores of {machine['cpu']}; median of {record['rounds']} rounds"
+    about = f"{llama['bytes'] / 1e9:.1f} GB of bfloat16 into host memory, {machine['cpus']} cores of {machine['cpu']}"
+    about += f"; medians of {record['rounds']} rounds"
     row = top + 42
     return [
-        words("GB/s from a path to tensors whose every byte was read; longer is better", MARGIN, top + 12, size=15, bold=True),
+        words("GB/s from a path to tensors whose every byte was read; longer is better", MARGIN, top + 12, None, 15, True),
         words(about, MARGIN, top + 31, style="dim", size=12),
         bar("ours", MARGIN, row + 5, 22, BAR - 2),
         words("shardlift", MARGIN + 29, row + 15, style="dim", size=12),
@@ -91,7 +92,8 @@ def panel(title, lines, shown, column, thin, top):
             parts.append(bar("huge", x, y + BAR + 1, max(1.0, second * scale), THIN))
             end = max(end, second)
         value = f"{rate(who, column):.1f}" + (f" / {second:.1f}" if second else "")
-        parts.append(words(f"{value}  ·  {line['median_seconds']:.2f} s", x + end * scale + 8, middle, style=None if ours else "dim", size=12, bold=ours))
+        value += f"  ·  {line['median_seconds']:.2f} s"
+        parts.append(words(value, x + end * scale + 8, middle, None if ours else "dim", 12, ours))
         y += height + GAP
     axis = MARGIN + LABEL - 0.5
     parts.append(f'<line class="line" x1="{axis}" x2="{axis}" y1="{top + HEAD - 12}" y2="{y - GAP + 4}"/>')

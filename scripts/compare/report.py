@@ -19,6 +19,7 @@ def write(record, folder):
 def page(record):
     """The page of docs/compare.md."""
     machine, versions, llama = record["machine"], record["versions"], record["weights"]["llama"]
+    commits = sorted({line["commit"] for line in record["rows"]} or {versions["commit"]})
     others = ", ".join(f"{name} {version}" for name, version in versions.items() if name not in NOT_LOADERS)
     lines = [
         "# Beside other ways to load weights",
@@ -28,8 +29,9 @@ def page(record):
         *(["**A run with little data and one round: the figures mean nothing.**", ""] if record["quick"] else []),
         "![Throughput of each loader](compare.svg)",
         "",
-        f"{record['date'][:10]}, {machine['cpus']} cores of {machine['cpu']}, {machine['memory_bytes'] / 1e9:.0f} GB of memory, "
-        f"{machine['file_system']}, Linux {versions['kernel']}. shardlift {versions['shardlift']} ({versions['commit']}), {others}.",
+        f"{record['date'][:10]}, {machine['cpus']} cores of {machine['cpu']}, {machine['memory_bytes'] / 1e9:.0f} GB of "
+        f"memory, {machine['file_system']}, Linux {versions['kernel']}. "
+        f"shardlift {versions['shardlift']} ({', '.join(commits)}), {others}.",
         "",
         f"Weights: {llama['bytes'] / 1e9:.2f} GB of random bfloat16 in {llama['tensors']} tensors of the shapes of a Llama, "
         f"{llama['shards']} files of safetensors, one pickle, one file of tensorizer's.",

@@ -29,7 +29,8 @@ class Weights:
         self.needed = COPIES * size + 2 * GPT2_BYTES * gpt2_layers // GPT2_LAYERS
         folder.mkdir(parents=True, exist_ok=True)
         if not self.made and (free := shutil.disk_usage(folder).free) < self.needed * 1.05:
-            sys.exit(f"{folder} has room for {free / 1e9:.1f} GB, and the weights need {self.needed / 1e9:.1f}: see --dir, --size")
+            room = f"has room for {free / 1e9:.1f} GB, and the weights need {self.needed / 1e9:.1f}"
+            sys.exit(f"{folder} {room}: see --dir, --size")
 
     def make(self, environment):
         """Writes what is not there yet."""
@@ -56,7 +57,8 @@ class Weights:
 
     def about(self):
         """What a record tells of them."""
-        return {model: {key: self.made[model][key] for key in self.made[model] if key != "cuts"} for model in ("llama", "gpt2")}
+        llama = {key: value for key, value in self.made["llama"].items() if key != "cuts"}
+        return {"llama": llama, "gpt2": self.made["gpt2"]}
 
     def remove(self):
         """Only what is of its making: whatever else lies in a folder that was named stays."""
