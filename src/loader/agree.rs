@@ -45,16 +45,12 @@ struct FileClaim {
 /// [`ErrorKind::Usage`] if the plan is not for a process of this group.
 pub(super) fn agree(group: Option<&Arc<Group>>, plan: &Plan, slot_bytes: usize) -> Result<Option<Peers>> {
     let Some(group) = group else {
-        return match Exchange::new(plan, u64::MAX) {
-            None => Ok(None),
-            Some(_) => Err(Error::new(ErrorKind::Usage, "ranks that read together load as a group")),
+        return match plan.exchanges() {
+            false => Ok(None),
+            true => Err(Error::new(ErrorKind::Usage, "ranks that read together load as a group")),
         };
     };
-    let agreed = peers(group, plan, slot_bytes);
-    if let Err(error) = &agreed {
-        group.fail(error);
-    }
-    agreed.map(Some)
+    peers(group, plan, slot_bytes).map(Some)
 }
 
 fn peers(group: &Arc<Group>, plan: &Plan, slot_bytes: usize) -> Result<Peers> {
@@ -64,6 +60,9 @@ fn peers(group: &Arc<Group>, plan: &Plan, slot_bytes: usize) -> Result<Peers> {
         let found = format!("rank {} of {}", driven.join(","), world.size());
         return Err(Error::new(ErrorKind::Usage, "the plan is for another process than this one of the group")
             .with_expected(format!("rank {rank} of {}", group.size()), found));
+    }
+    if cfg!(not(feature = "cuda")) && plan.exchanges() {
+        return Err(Error::new(ErrorKind::Unsupported, "not in this build: reading together needs the feature cuda"));
     }
     let members = world.group_of(rank).len();
     let mine = Claim {
@@ -93,10 +92,7 @@ fn meeting(group: &Group, plan: &Plan, chunk: u64) -> Result<Option<Meeting>> {
         return Ok(None);
     }
     let members = plan.world().group_of(group.rank());
-    let nccl = match Exchange::new(plan, chunk) {
-        Some(_) => Some(Nccl::open()?),
-        None => None,
-    };
+    let nccl = if plan.exchanges() { Some(Nccl::open()?) } else { None };
     let id = match nccl {
         Some(nccl) if members[0] == group.rank() => nccl.unique_id()?.as_bytes().to_vec(),
         _ => Vec::new(),

@@ -180,8 +180,8 @@ impl Loader {
     }
 
     /// Loads together with the processes of the other ranks: before anything moves all make sure that they load the same, a
-    /// failure of one is the error of all, and no load is over before all are. Each of them calls
-    /// [`start`](Loader::start) as often, in the same order.
+    /// failure of one is the error of all, and no load is over before all are. Each of them loads as often, one load after
+    /// the other, in the same order.
     pub fn group(mut self, group: Option<&Arc<Group>>) -> Loader {
         self.group = group.cloned();
         self
@@ -218,6 +218,20 @@ impl Loader {
     /// - it is memory of the rank's device: for a GPU an address there;
     /// - nobody else reads or writes it before its tensor is complete, nor writes it after.
     pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
+        // SAFETY: the same duties.
+        unsafe { self.begin(plan, memory) }.inspect_err(|error| self.tell(error))
+    }
+
+    /// Tells the other ranks, if there are any, of an error before they can see that a load has failed.
+    fn tell(&self, error: &Error) {
+        if let Some(group) = &self.group {
+            group.fail(error);
+        }
+    }
+
+    /// # Safety
+    /// That of [`start_into`](Loader::start_into).
+    unsafe fn begin(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
         let started = Instant::now();
         if self.residency == Residency::Mapped {
             lend::check_mappable(plan)?;

@@ -45,6 +45,10 @@ impl Loader {
     /// The group's failure; [`ErrorKind::Peer`] if ranks want to share differently; with [`Sharing::Node`] and
     /// [`Sharing::Cluster`] also where there is no NCCL.
     pub fn sharing(&self, sharing: Sharing, checkpoint: &Checkpoint, world: World) -> Result<World> {
+        self.share(sharing, checkpoint, world).inspect_err(|error| self.tell(error))
+    }
+
+    fn share(&self, sharing: Sharing, checkpoint: &Checkpoint, world: World) -> Result<World> {
         let (Some(group), Processes::PerRank, &[rank]) = (&self.group, world.processes(), world.driven()) else {
             return Ok(world);
         };
@@ -72,6 +76,10 @@ impl Loader {
             Sharing::Node | Sharing::Cluster if !on_gpu => return Ok(world),
             Sharing::Node | Sharing::Cluster => {
                 nccl?;
+                if let Some((other, _)) = (0..).zip(&all).find(|(_, other)| !other.able) {
+                    let error = Error::new(ErrorKind::Peer, "a rank has no NCCL, or is not on a GPU");
+                    return Err(error.with_rank(crate::extent::Rank(other)));
+                }
                 Cooperate::Always
             }
         };

@@ -18,7 +18,7 @@ use crate::collective::{Comm, Wait};
 use crate::copy::{CopyError, Landed, Landing, Part, lower};
 use crate::device::{Arrived, RawCopy, Wire, WireSize, stay};
 use crate::error::{Error, ErrorKind, Result};
-use crate::extent::Rank;
+use crate::extent::{Extent, Rank};
 use crate::limits;
 use crate::plan::{Exchange, Parcel, Plan, Received, Round};
 use crate::stage::Staged;
@@ -46,6 +46,7 @@ struct Waiting {
 #[derive(Debug)]
 struct Chunk {
     staged: Staged,
+    extent: Extent,
     /// Where in it the bytes begin that the round is about.
     offset: usize,
 }
@@ -69,10 +70,10 @@ impl Exchanging {
     }
 
     /// What read `number` brought, from `offset` of it on.
-    pub(super) fn arrived(&self, number: u64, staged: Staged, offset: usize) {
+    pub(super) fn arrived(&self, number: u64, staged: Staged, extent: Extent, offset: usize) {
         let mut waiting = lock(&self.waiting);
         if !waiting.over {
-            waiting.chunks.insert(number, Chunk { staged, offset });
+            waiting.chunks.insert(number, Chunk { staged, extent, offset });
             self.arrived.notify_all();
         }
     }
@@ -131,8 +132,9 @@ fn exchange(job: &Arc<Job>) -> Result<()> {
         }
         return Err(peers.cause_of(error));
     }
+    let stopped = || stop(job);
     let Traffic { comm, .. } = traffic;
-    comm.finish(&wait(&|| stop(job), job.setup.stall_error)).map_err(|error| peers.cause_of(error))
+    comm.finish(&wait(&stopped, job.setup.stall_error * PATIENCE)).map_err(|error| peers.cause_of(error))
 }
 
 /// The rounds that are under way.
@@ -186,10 +188,31 @@ impl<'a> Traffic<'a> {
             }
             self.begin_round(&round)?;
         }
+        self.begin_parting()?;
         while !self.under_way.is_empty() {
             self.end_oldest()?;
         }
         Ok(())
+    }
+
+    /// Queues a round in which all members meet once more: ending a communicator may wait for those who still need it, and has
+    /// no business to do so for as long as they load.
+    fn begin_parting(&mut self) -> Result<()> {
+        while self.under_way.len() == limits::EXCHANGE_ROUNDS {
+            self.end_oldest()?;
+        }
+        let at = self.begun % limits::EXCHANGE_ROUNDS;
+        let (sending, receiving) = self.wire.buffers(at);
+        self.under_way.push_back(UnderWay { at, staged: None, landings: Vec::new() });
+        let (job, comm) = (self.job, &mut self.comm);
+        let stopped = || stop(job);
+        let until = wait(&stopped, job.setup.stall_error * PATIENCE);
+        self.wire.travel(at, &mut |stream| {
+            // SAFETY: the buffers are this round's, and large enough for a few bytes of everybody.
+            unsafe { comm.all_gather([sending, receiving], PARTING, stream, &until) }
+        })?;
+        // SAFETY: nothing is put in place.
+        unsafe { self.wire.place(at, Vec::new()) }.map_err(|error| self.at_landing(error))
     }
 
     /// Queues the steps of a round.
@@ -203,7 +226,8 @@ impl<'a> Traffic<'a> {
         };
         self.under_way.push_back(UnderWay { at, staged: None, landings: Vec::new() });
         let under_way = self.under_way.back_mut().expect("bug in shardlift: pushed above");
-        if let (Some(own), Some(Chunk { staged, offset }), false) = (own, chunk, sent.is_empty()) {
+        if let (Some(own), Some(Chunk { staged, extent, offset }), false) = (own, chunk, sent.is_empty()) {
+            assert_eq!(extent, own.extent, "bug in shardlift: a round is about other bytes than were read");
             let first = staged.address().wrapping_add(offset);
             under_way.staged = Some(staged);
             // SAFETY: what was staged is kept until it has landed, or for ever.
@@ -414,5 +438,8 @@ fn wait(stop: &dyn Fn() -> Result<()>, bound: Duration) -> Wait<'_> {
     Wait { deadline: Instant::now() + bound, stop }
 }
 
+/// Bytes that members give each other when they part.
+const PARTING: usize = 16;
+
 /// How many times the bound on a rank's own reads others are waited for: they may wait for theirs, and tell.
-const PATIENCE: u32 = 3;
+pub(super) const PATIENCE: u32 = 3;

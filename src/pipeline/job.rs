@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::ThreadId;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::digests::Digests;
 #[cfg(feature = "cuda")]
@@ -316,11 +316,25 @@ impl Job {
 
     /// Makes this the load's error unless it has one, and stops everything that has not begun.
     pub(crate) fn fail(&self, error: Error) {
-        if let Some(peers) = &self.setup.peers {
-            peers.tell(&error);
+        {
+            let mut failure = lock(&self.failure);
+            // First here, with all that is known of it here, then to the others, whose copy comes back.
+            let failure = failure.get_or_insert(error);
+            if let Some(peers) = &self.setup.peers {
+                peers.tell(failure);
+            }
         }
-        lock(&self.failure).get_or_insert(error);
         self.stop();
+    }
+
+    /// How long a load waits for a slot, or for its devices, whose own bound is `bound`: what is exchanged waits for others too,
+    /// and the exchange has bounds of its own.
+    pub(super) fn patience(&self, bound: Duration) -> Duration {
+        #[cfg(feature = "cuda")]
+        if self.exchanging.is_some() {
+            return bound * (super::exchange::PATIENCE + 1);
+        }
+        bound
     }
 
     /// Fails if another rank has.

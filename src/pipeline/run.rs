@@ -154,7 +154,7 @@ fn await_peers(job: &Job) -> Result<()> {
 /// Waits until the threads that call drivers have ended; false if one of them does not come back from its driver: copies
 /// fail when they make no progress for the stall bound, and are given as long again to end.
 fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
-    let bound = job.setup.stall_error * 3;
+    let bound = job.patience(job.setup.stall_error * 3);
     let mut progress = (job.counters.bytes_landed.load(Ordering::Relaxed), Instant::now());
     while alive.recv_timeout(limits::SUPERVISE_EVERY) == Err(RecvTimeoutError::Timeout) {
         job.watch_peers();

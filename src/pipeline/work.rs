@@ -44,8 +44,8 @@ impl Work for Job {
                 Ok(Taken::Nothing) => return Next::Finished,
                 Ok(Taken::Skipped) => {}
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
-                Ok(Taken::NoSlot) if asked.elapsed() > self.setup.stall_error => {
-                    let message = format!("no staging slot became free for {:?}", self.setup.stall_error);
+                Ok(Taken::NoSlot) if asked.elapsed() > self.patience(self.setup.stall_error) => {
+                    let message = format!("no staging slot became free for {:?}", asked.elapsed());
                     self.fail(self.locate_next(Error::new(ErrorKind::Stalled, message)));
                     return Next::Finished;
                 }
@@ -359,7 +359,7 @@ impl Job {
         // Others read from it, too, until it has travelled.
         let ours = ours && exchanged.is_none();
         if let Some(number) = *exchanged {
-            self.exchange(number, staged.clone(), offset);
+            self.exchange(number, staged.clone(), op.extent, offset);
         }
         self.reads.pieces(op, pieces);
         pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
@@ -462,13 +462,13 @@ impl Job {
     }
 
     /// Hands what such a read brought to the exchange.
-    fn exchange(&self, number: u64, staged: Staged, offset: usize) {
+    fn exchange(&self, number: u64, staged: Staged, extent: Extent, offset: usize) {
         #[cfg(feature = "cuda")]
         if let Some(exchanging) = &self.exchanging {
-            exchanging.arrived(number, staged, offset);
+            exchanging.arrived(number, staged, extent, offset);
         }
         #[cfg(not(feature = "cuda"))]
-        let _ = (number, staged, offset);
+        let _ = (number, staged, extent, offset);
     }
 
     pub(super) fn raw_copy(&self, piece: &Piece, src: *const u8) -> RawCopy {

@@ -46,11 +46,13 @@ pub(super) fn digest(checkpoint: &Checkpoint, world: &World, params: &[Param], r
     out.finish()
 }
 
-/// The same over who reads what, which is no part of the other: for each extent tensor, reader, first byte, loops (count,
+/// The same over who reads what, which is no part of the other: the ranks' groups, and for each extent tensor, reader, first byte, loops (count,
 /// stride), run.
-pub(super) fn reading(extents: &[ReadExtent]) -> u64 {
+pub(super) fn reading(groups: &[u32], extents: &[ReadExtent]) -> u64 {
     let mut out = Encoder::new();
     out.number(VERSION);
+    out.number(groups.len() as u64);
+    groups.iter().for_each(|&group| out.number(group.into()));
     out.number(extents.len() as u64);
     for extent in extents {
         for number in [u64::from(extent.tensor), extent.reader.0.into(), extent.start, extent.outer.len() as u64] {

@@ -270,7 +270,14 @@ impl Plan {
 
     /// A fingerprint of who reads what, of all ranks.
     pub(crate) fn reading_digest(&self) -> u64 {
-        digest::reading(&self.inner.extents)
+        digest::reading(self.world().groups(), &self.inner.extents)
+    }
+
+    /// Whether the rank that this process drives, or one that it reads together with, reads anything for others.
+    pub(crate) fn exchanges(&self) -> bool {
+        let (&[rank], Processes::PerRank) = (self.world().driven(), self.world().processes()) else { return false };
+        let members = self.world().group_of(rank);
+        self.extents().iter().any(|extent| members.contains(&extent.reader) && self.is_shared(extent))
     }
 
     /// Whether ranks of other processes than the reader's want some of an extent: then it is read for all of them, and

@@ -172,6 +172,14 @@ impl Reads {
         (inside && until - from >= limits::DIRECT_MIN, until)
     }
 
+    /// Whether the reader of these two has anything else to read between them, whoever asks: what is exchanged is cut alike
+    /// where all that it reads is listed and where that is all that is.
+    fn reads_between(&self, first: usize, last: usize) -> bool {
+        let (first, last) = (self.extents[first] as usize, self.extents[last] as usize);
+        let between = self.plan.extents().get(first + 1..last).unwrap_or_default();
+        between.iter().any(|extent| extent.reader == self.plan.extents()[last].reader)
+    }
+
     /// How an extent is cut.
     fn cutting(&self, extent: &ReadExtent) -> Cutting {
         if self.plan.is_shared(extent) { Cutting::of_exchange(self.cutting.exchanged) } else { self.cutting }
@@ -260,7 +268,7 @@ impl Cursor {
             }
         }
 
-        let limit = start - start % alignment + cut_chunk;
+        let limit = (start - start % alignment).saturating_add(cut_chunk);
         let mut end = start;
         let mut last = first;
         while let Some(extent) = reads.extent(self.at) {
@@ -269,7 +277,8 @@ impl Cursor {
             let adjacent = extent.file == file
                 && (end..limit).contains(&position)
                 && !limits::is_skipped(position - end, range_end - position);
-            if end > start && (!adjacent || reads.plan.is_shared(extent) != shared) {
+            let apart = || reads.plan.is_shared(extent) != shared || shared && reads.reads_between(last, self.at);
+            if end > start && (!adjacent || apart()) {
                 break;
             }
             let mut until = range_end;
