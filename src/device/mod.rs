@@ -7,6 +7,7 @@ mod elements;
 mod file;
 mod host;
 mod stream;
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only GPUs exchange with others"))]
 mod wire;
 
 use std::any::Any;
@@ -29,7 +30,9 @@ pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurem
 pub(crate) use cuda::{Cuda, stay};
 pub(crate) use file::FileDevice;
 pub(crate) use host::{Host, HostStaged, Pages, copy_now, copy_to_look_at};
-pub(crate) use wire::{Arrived, Wire, WireSize};
+pub(crate) use wire::WireSize;
+#[cfg(feature = "cuda")]
+pub(crate) use wire::{Arrived, Wire};
 
 /// One strided copy from host memory to an address of a device.
 #[derive(Debug)]
@@ -92,6 +95,7 @@ pub(crate) trait Device: Debug + Send + Sync {
     fn queue(&self, feed: Feed) -> Result<Option<Box<dyn Queue>>>;
 
     /// What it exchanges bytes with devices of other processes through; `None` if it cannot.
+    #[cfg(feature = "cuda")]
     fn wire(&self, _size: WireSize) -> Result<Option<Box<dyn Wire>>> {
         Ok(None)
     }

@@ -481,13 +481,15 @@ impl Landed for Job {
 }
 
 /// Most bytes of a read that is exchanged with other ranks.
+#[cfg(feature = "cuda")]
 fn exchanged_chunk(setup: &Setup) -> u64 {
-    #[cfg(feature = "cuda")]
-    let meeting = setup.peers.as_ref().and_then(|peers| peers.meeting.as_ref());
-    #[cfg(feature = "cuda")]
-    return meeting.map_or(0, |meeting| meeting.chunk);
-    #[cfg(not(feature = "cuda"))]
-    return 0;
+    setup.peers.as_ref().and_then(|peers| peers.meeting.as_ref()).map_or(0, |meeting| meeting.chunk)
+}
+
+/// Nothing is.
+#[cfg(not(feature = "cuda"))]
+fn exchanged_chunk(_: &Setup) -> u64 {
+    0
 }
 
 /// Windows to lend from, if the engine lends and every device can copy from there.

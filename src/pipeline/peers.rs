@@ -1,6 +1,7 @@
 //! The processes of other ranks, as a load sees them.
 
 use std::sync::Arc;
+#[cfg(feature = "cuda")]
 use std::time::Instant;
 
 #[cfg(feature = "cuda")]

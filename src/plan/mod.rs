@@ -8,6 +8,7 @@ mod complete;
 mod cover;
 mod cut;
 mod digest;
+#[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "only GPUs exchange with others"))]
 mod exchange;
 mod explain;
 mod expr;
@@ -48,7 +49,9 @@ use crate::shape::Shape;
 
 pub use crate::stride::{Loop, Loops};
 pub use cut::{Cut, Split};
-pub(crate) use exchange::{Exchange, Parcel, Received, Round};
+pub(crate) use exchange::Exchange;
+#[cfg(feature = "cuda")]
+pub(crate) use exchange::{Parcel, Received, Round};
 pub use expr::{Expr, Fill};
 pub use family::{ModelOptions, Target};
 pub(crate) use form::{BoxOf, Boxes};
