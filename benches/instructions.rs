@@ -34,6 +34,9 @@ const PART: &str = "--part";
 /// Counts repeat where all of [`environment`] is equal. What is left is for unrelated changes that shift what the
 /// compiler inlines.
 const TOLERANCE: f64 = 0.03;
+/// Where a queue's thread takes what is read, who waits for whom is chance: one code gave 1122 to 1271 for each MiB, and
+/// medians of eleven were no nearer to each other.
+const TOLERANCE_QUEUED: f64 = 0.15;
 /// Elsewhere other code is counted. Seen: 4% for another `memcpy` of the libc, 0.4% for a compiler two versions newer
 /// and for a `malloc` without caches per thread.
 const TOLERANCE_ELSEWHERE: f64 = 0.10;
@@ -237,6 +240,8 @@ fn compare(counted: &BTreeMap<String, u64>, environment: &Value, record: &Value)
         let recorded = record["counts"][name].as_u64();
         let recorded = recorded.ok_or_else(|| io::Error::other(format!("{} has no {name}", record::RECORD)))?;
         let change = count as f64 / recorded as f64 - 1.0;
+        let queued = SLOTS.iter().any(|slots| slots.staged && name.contains(slots.name));
+        let tolerance = if queued { tolerance.max(TOLERANCE_QUEUED) } else { tolerance };
         // A record that is too high would let a gain be lost again unseen. It is only made again where it was made.
         let (fails, verdict) = match change {
             change if change > tolerance => (true, "more work than recorded"),
