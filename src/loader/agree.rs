@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 #[cfg(feature = "cuda")]
@@ -73,15 +74,20 @@ fn peers(group: &Arc<Group>, plan: &Plan, slot_bytes: usize) -> Result<Peers> {
         node: group.node().into(),
         chunk: Exchange::chunk(members, slot_bytes),
     };
-    let text = |error: serde_json::Error| Error::new(ErrorKind::Peer, format!("cannot tell or read a claim: {error}"));
-    let all = group.exchange("what is loaded", serde_json::to_vec(&mine).map_err(text)?)?;
-    let all = all.iter().map(|claim| serde_json::from_slice(claim)).collect::<Result<Vec<Claim>, _>>().map_err(text)?;
+    let all = told_by_all(group, "what is loaded", &mine)?;
     compare(&all, plan)?;
     Ok(Peers {
         group: Arc::clone(group),
         #[cfg(feature = "cuda")]
         meeting: meeting(group, plan, all.iter().map(|claim| claim.chunk).min().unwrap_or(mine.chunk))?,
     })
+}
+
+/// What every rank tells the others, in their order; this one tells `mine`.
+pub(super) fn told_by_all<T: Serialize + DeserializeOwned>(group: &Group, what: &str, mine: &T) -> Result<Vec<T>> {
+    let text = |error: serde_json::Error| Error::new(ErrorKind::Peer, format!("cannot tell or read {what}: {error}"));
+    let all = group.exchange(what, serde_json::to_vec(mine).map_err(text)?)?;
+    all.iter().map(|told| serde_json::from_slice(told).map_err(text)).collect()
 }
 
 /// Where the ranks that read together meet; each group has a place of its own.

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Loader;
+use super::agree::told_by_all;
 use crate::checkpoint::Checkpoint;
 #[cfg(feature = "cuda")]
 use crate::collective::nccl_version;
@@ -60,10 +61,7 @@ impl Loader {
             able: nccl.is_ok(),
             cached: sharing == Sharing::Auto && is_cached(checkpoint),
         };
-        let text = |error: serde_json::Error| Error::new(ErrorKind::Peer, format!("cannot tell or read: {error}"));
-        let all = group.exchange("how reading is shared", serde_json::to_vec(&mine).map_err(text)?)?;
-        let all = all.iter().map(|it| serde_json::from_slice(it)).collect::<Result<Vec<Circumstances>, _>>();
-        let all = all.map_err(text)?;
+        let all = told_by_all(group, "how reading is shared", &mine)?;
         if let Some(other) = (0..).zip(&all).find(|(_, other)| other.sharing != mine.sharing) {
             let error = Error::new(ErrorKind::Peer, "ranks want to share their reading differently");
             return Err(error.with_rank(crate::extent::Rank(other.0)));

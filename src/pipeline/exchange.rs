@@ -20,7 +20,7 @@ use crate::device::{Arrived, RawCopy, Wire, WireSize, stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
 use crate::limits;
-use crate::plan::{Exchange, Parcel, Plan, Received, Round};
+use crate::plan::{Exchange, Parcel, Received, Round};
 use crate::stage::Staged;
 use crate::sync::lock;
 
@@ -52,11 +52,10 @@ struct Chunk {
 }
 
 impl Exchanging {
-    /// The exchange of a plan, if it has any.
-    pub(super) fn new(plan: &Plan, meeting: &Meeting) -> Option<Exchanging> {
-        Exchange::new(plan, meeting.chunk)?;
+    /// Nothing was read yet.
+    pub(super) fn new(meeting: &Meeting) -> Exchanging {
         let (begun, waiting) = (AtomicU64::default(), Mutex::default());
-        Some(Exchanging { meeting: meeting.clone(), begun, waiting, arrived: Condvar::new() })
+        Exchanging { meeting: meeting.clone(), begun, waiting, arrived: Condvar::new() }
     }
 
     /// Most bytes of a read for several ranks.
@@ -183,13 +182,20 @@ impl<'a> Traffic<'a> {
     /// Every round.
     fn all(&mut self, rounds: Exchange) -> Result<()> {
         for round in rounds {
-            while self.under_way.len() == limits::EXCHANGE_ROUNDS {
-                self.end_oldest()?;
-            }
+            self.make_room()?;
             self.begin_round(&round)?;
         }
+        self.make_room()?;
         self.begin_parting()?;
         while !self.under_way.is_empty() {
+            self.end_oldest()?;
+        }
+        Ok(())
+    }
+
+    /// Waits until one more round can begin.
+    fn make_room(&mut self) -> Result<()> {
+        while self.under_way.len() == limits::EXCHANGE_ROUNDS {
             self.end_oldest()?;
         }
         Ok(())
@@ -198,9 +204,6 @@ impl<'a> Traffic<'a> {
     /// Queues a round in which all members meet once more: ending a communicator may wait for those who still need it, and has
     /// no business to do so for as long as they load.
     fn begin_parting(&mut self) -> Result<()> {
-        while self.under_way.len() == limits::EXCHANGE_ROUNDS {
-            self.end_oldest()?;
-        }
         let at = self.begun % limits::EXCHANGE_ROUNDS;
         let (sending, receiving) = self.wire.buffers(at);
         self.under_way.push_back(UnderWay { at, staged: None, landings: Vec::new() });

@@ -127,12 +127,18 @@ impl Job {
         let cut_chunk = if in_place { slot.min(limits::CUT_CHUNK) } else { slot };
         // What is lent from one window is one read.
         let cut_at = if windows.is_some() { slot } else { alignment };
+        #[cfg(feature = "cuda")]
+        let exchanging = setup.peers.as_ref().and_then(|peers| peers.meeting.as_ref()).map(Exchanging::new);
+        #[cfg(feature = "cuda")]
+        let exchanged = exchanging.as_ref().map_or(0, Exchanging::chunk);
+        #[cfg(not(feature = "cuda"))]
+        let exchanged = 0;
         let cutting = Cutting {
             chunk: limits::DIRECT_CHUNK,
             cut_chunk,
             alignment: cut_at,
             direct: in_place && alignment == 1,
-            exchanged: exchanged_chunk(&setup),
+            exchanged,
         };
         let driven = |rank: Rank| world.driven().binary_search(&rank).is_ok();
         let reads = Reads::new(&plan, cutting, |extent| {
@@ -161,8 +167,6 @@ impl Job {
                 remaining[rank.index()].push(AtomicU64::new(awaited));
             }
         }
-        #[cfg(feature = "cuda")]
-        let exchanging = setup.peers.as_ref().and_then(|peers| Exchanging::new(&plan, peers.meeting.as_ref()?));
         let job = Job {
             copies,
             files: Files::new(&plan, &setup.mapped, setup.drop_page_cache),
@@ -478,18 +482,6 @@ impl Landed for Job {
         self.abandon(slots);
         self.copies_abandoned.store(true, Ordering::Release);
     }
-}
-
-/// Most bytes of a read that is exchanged with other ranks.
-#[cfg(feature = "cuda")]
-fn exchanged_chunk(setup: &Setup) -> u64 {
-    setup.peers.as_ref().and_then(|peers| peers.meeting.as_ref()).map_or(0, |meeting| meeting.chunk)
-}
-
-/// Nothing is.
-#[cfg(not(feature = "cuda"))]
-fn exchanged_chunk(_: &Setup) -> u64 {
-    0
 }
 
 /// Windows to lend from, if the engine lends and every device can copy from there.

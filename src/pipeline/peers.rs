@@ -13,7 +13,7 @@ use crate::launch::Group;
 #[derive(Debug, Clone)]
 pub(crate) struct Peers {
     pub(crate) group: Arc<Group>,
-    /// Where ranks that read together meet on their devices; `None` where each reads alone.
+    /// Where ranks that read together meet on their devices; `None` where the plan has nothing to exchange.
     #[cfg(feature = "cuda")]
     pub(crate) meeting: Option<Meeting>,
 }

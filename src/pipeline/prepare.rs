@@ -14,17 +14,14 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
 use crate::observe::{Event, Kind};
-#[cfg(feature = "cuda")]
-use crate::plan::Exchange;
 use crate::plan::Plan;
 
 /// What devices will be fed with, cuts aside: slots of this size, and what ranks exchange.
 pub(crate) fn feed(plan: &Plan, slot_bytes: usize, peers: Option<&Peers>) -> Feed {
     #[cfg(feature = "cuda")]
-    let wire = peers.and_then(|peers| peers.meeting.as_ref()).and_then(|meeting| {
-        let members = Exchange::new(plan, meeting.chunk)?.members().len();
-        Some(super::exchange::size(members, meeting.chunk, slot_bytes))
-    });
+    let wire = peers
+        .and_then(|peers| Some((peers.meeting.as_ref()?, peers.group.rank())))
+        .map(|(meeting, rank)| super::exchange::size(plan.world().group_of(rank).len(), meeting.chunk, slot_bytes));
     #[cfg(not(feature = "cuda"))]
     let (wire, _) = (None, (plan, peers));
     Feed { slot_bytes, cuts: false, wire }

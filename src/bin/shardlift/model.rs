@@ -55,7 +55,7 @@ pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Re
         Devices::Cuda(gpus) => match (rank, &gpus[..]) {
             (Some(_), [gpu]) => World::local(vec![*gpu; ranks as usize]),
             // A launcher that shows each process its own GPU shows it as the first.
-            (Some(_), []) if visible_gpus() == 1 => World::local(vec![0; ranks as usize]),
+            (Some(_), []) if visible_gpus() == Some(1) => World::local(vec![0; ranks as usize]),
             (_, []) => World::local(0..ranks),
             (_, gpus) => World::local(gpus.iter().copied()),
         },
@@ -70,14 +70,15 @@ pub(crate) fn world(mesh: &MeshArgs, rank: Option<u32>, devices: &Devices) -> Re
     }
 }
 
+/// How many GPUs the driver shows, if there is one.
 #[cfg(feature = "cuda")]
-fn visible_gpus() -> usize {
-    shardlift::device::cuda_machine().map_or(0, |machine| machine.devices.len())
+pub(crate) fn visible_gpus() -> Option<u32> {
+    shardlift::device::cuda_machine().ok().map(|machine| machine.devices.len() as u32)
 }
 
 #[cfg(not(feature = "cuda"))]
-fn visible_gpus() -> usize {
-    0
+pub(crate) fn visible_gpus() -> Option<u32> {
+    None
 }
 
 /// The rules that `--rules` names.

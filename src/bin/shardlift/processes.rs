@@ -6,6 +6,7 @@ use shardlift::{Error, ErrorKind, Group, GroupOptions, Launch, LaunchOptions, Ra
 
 use crate::args::{CooperateChoice, Devices, LoadArgs, ProcessArgs};
 use crate::interrupt::Interrupt;
+use crate::model;
 use crate::output::Failure;
 
 /// Which rank this process drives, where it is not all of them.
@@ -36,20 +37,10 @@ pub(crate) fn launch(args: &LoadArgs, ranks: u32) -> Result<Option<Launch>> {
 pub(crate) fn devices(args: &LoadArgs, launch: Option<&Launch>) -> Result<Devices> {
     match (&args.devices, launch) {
         (Devices::Cuda(gpus), Some(launch)) if gpus.is_empty() && launch.local_rank().is_some() => {
-            Ok(Devices::Cuda(vec![launch.gpu(visible_gpus())?]))
+            Ok(Devices::Cuda(vec![launch.gpu(model::visible_gpus())?]))
         }
         (devices, _) => Ok(devices.clone()),
     }
-}
-
-#[cfg(feature = "cuda")]
-fn visible_gpus() -> Option<u32> {
-    shardlift::device::cuda_machine().ok().map(|machine| machine.devices.len() as u32)
-}
-
-#[cfg(not(feature = "cuda"))]
-fn visible_gpus() -> Option<u32> {
-    None
 }
 
 /// Meets the processes of the other ranks, where they load together: asked to, or on GPUs that a launcher has given out.
