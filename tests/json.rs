@@ -88,6 +88,32 @@ fn plan_tells_its_sizes_and_what_the_audit_counted() {
 }
 
 #[test]
+fn plan_tells_what_ranks_pass_on() {
+    let (model, rules) = (model(), rules());
+    let args = ["plan", path(model.path()), "--tp", "2", "--rules", path(rules.path())];
+    let with = |more: &[&str]| run(&[&args[..], more].concat(), 0);
+    let of = |rank: &Value| ["sent_bytes", "received_bytes"].map(|field| rank[field].as_u64().unwrap());
+    let together = with(&["--cooperate", "always", "--link", "1"]);
+    let ranks: Vec<_> = together["ranks"].as_array().unwrap().iter().map(of).collect();
+    assert_eq!((&ranks[..], of(&together)), (&[[8, 0], [0, 8]][..], [8, 8]));
+    assert_eq!((&together["storage_bytes"], &together["plan_digest"]), (&json!(136), &with(&[])["plan_digest"]));
+    // The first takes what both want to its device twice: to its place, and to where it is sent from.
+    assert_eq!(together["predicted_seconds"].as_f64().unwrap(), (64.0 + 8.0 + 8.0) / 1e9);
+    let one = with(&["--cooperate", "cluster", "--rank", "1"]);
+    assert_eq!((&one["ranks"][0], of(&one), &one["storage_bytes"]), (&together["ranks"][1], [0, 8], &json!(64)));
+    // So little is not worth it.
+    for (choice, more) in [("auto", &[][..]), ("never", &[]), ("never", &["--rank", "0"])] {
+        let alone = with(&[&["--cooperate", choice], more].concat());
+        let bytes = if more.is_empty() { 2 * (64 + 8) } else { 64 + 8 };
+        assert_eq!((of(&alone), &alone["storage_bytes"]), ([0, 0], &json!(bytes)), "{choice} {more:?}");
+    }
+    let text = String::from_utf8(shardlift(&[&args[..], &["--cooperate", "always"]].concat()).stdout).unwrap();
+    for words in ["136 B asked for by all processes", "sent to other processes 8 B, received 8 B", "sent    received"] {
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+#[test]
 fn plan_predicts_from_what_doctor_measured() {
     let model = model();
     let file = model.path().join("doctor.out");

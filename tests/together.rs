@@ -11,12 +11,49 @@ mod released;
 #[path = "support/twin.rs"]
 mod twin;
 
+use std::fs;
+use std::path::Path;
+
 use loading::{Model, Ranks};
 use released::{Experts, Llama};
 use serde_json::Value;
 
 fn sum(objects: &[Value], field: &str) -> u64 {
     objects.iter().map(|object| object[field].as_u64().unwrap()).sum()
+}
+
+/// Bytes that each rank sends and receives, as the plan of all of them has it.
+fn planned(model: &Model, mesh: &[&str]) -> Vec<[u64; 2]> {
+    let object = model.plan(&[mesh, &["--cooperate", "always"]].concat());
+    let of = |rank: &Value| ["sent_bytes", "received_bytes"].map(|field| rank[field].as_u64().unwrap());
+    let ranks: Vec<[u64; 2]> = object["ranks"].as_array().unwrap().iter().map(of).collect();
+    for (at, field) in ["sent_bytes", "received_bytes"].iter().enumerate() {
+        assert_eq!(object[field], ranks.iter().map(|bytes| bytes[at]).sum::<u64>());
+    }
+    assert_eq!(object["storage_bytes"], object["checkpoint_bytes"], "{mesh:?}");
+    ranks
+}
+
+/// What passed between ranks is what was planned: as each of them counts it, and as the twin does, with which they exchange a
+/// few bytes more to part.
+fn travelled_as_planned(model: &Model, mesh: &[&str], ledgers: &Path, objects: &[Value]) {
+    let planned = planned(model, mesh);
+    let loaded =
+        objects.iter().map(|object| ["sent_bytes", "received_bytes"].map(|field| object[field].as_u64().unwrap()));
+    assert_eq!(loaded.collect::<Vec<_>>(), planned, "{mesh:?}");
+    let ledgers: Vec<Value> = (0..planned.len())
+        .map(|rank| serde_json::from_slice(&fs::read(ledgers.join(format!("{rank}.json"))).unwrap()).unwrap())
+        .collect();
+    let of = |ledger: &Value, field: &str| ledger["devices"][0][field].as_u64().unwrap();
+    let mut parting = 0;
+    for (ledger, [_, received]) in ledgers.iter().zip(&planned) {
+        let more = of(ledger, "received_bytes") - received;
+        assert!(more <= 16 * (planned.len() as u64 - 1), "{mesh:?}: {more} bytes more than planned");
+        parting += more;
+    }
+    // A broadcast goes round a ring there: who sends what differs, the sum does not.
+    let sent = ledgers.iter().map(|ledger| of(ledger, "sent_bytes")).sum::<u64>();
+    assert_eq!(sent - parting, planned.iter().map(|[sent, _]| sent).sum::<u64>(), "{mesh:?}");
 }
 
 #[test]
@@ -30,9 +67,10 @@ fn every_rank_holds_what_it_holds_on_the_host_and_storage_is_read_once() {
         (&["--tp", "8"], 8, "pread"),
         (&["--tp", "2", "--dp", "2"], 4, "pread"),
     ] {
-        let host = model.host_digests(mesh);
-        let ranks = Ranks::start(&model, count, |_, command| {
+        let (host, ledgers) = (model.host_digests(mesh), tempfile::tempdir().unwrap());
+        let ranks = Ranks::start(&model, count, |rank, command| {
             command.args(mesh).args(["--cooperate", "always", "--check", "--engine", engine]);
+            command.env("SIMNCCL_LEDGER", ledgers.path().join(format!("{rank}.json")));
         });
         let objects = ranks.loaded();
         let digests: Vec<Value> = objects.iter().map(|object| object["ranks"][0]["digest"].clone()).collect();
@@ -42,7 +80,7 @@ fn every_rank_holds_what_it_holds_on_the_host_and_storage_is_read_once() {
         let direct = if engine == "uring" { 4096 * 2 * 40 } else { 0 };
         assert!(read <= checkpoint * 101 / 100 + direct, "{mesh:?} {engine}: {read} of {checkpoint}");
         assert!(sum(&objects, "received_bytes") > 0);
-        assert_eq!(sum(&objects, "sent_bytes"), sum(&objects, "received_bytes"));
+        travelled_as_planned(&model, mesh, ledgers.path(), &objects);
     }
 }
 
@@ -69,9 +107,10 @@ fn stages_and_experts_are_exchanged_within_those_who_have_them() {
         (&["--tp", "4", "--ep", "4"], 4),
         (&["--tp", "4", "--ep", "2", "--dp", "2"], 8),
     ] {
-        let host = model.host_digests(mesh);
-        let ranks = Ranks::start(&model, count, |_, command| {
+        let (host, ledgers) = (model.host_digests(mesh), tempfile::tempdir().unwrap());
+        let ranks = Ranks::start(&model, count, |rank, command| {
             command.args(mesh).args(["--cooperate", "always", "--check", "--engine", "pread"]);
+            command.env("SIMNCCL_LEDGER", ledgers.path().join(format!("{rank}.json")));
         });
         let objects = ranks.loaded();
         assert_eq!(
@@ -82,5 +121,6 @@ fn stages_and_experts_are_exchanged_within_those_who_have_them() {
         let (read, checkpoint) =
             (sum(&objects, "storage_bytes_read"), objects[0]["checkpoint_bytes"].as_u64().unwrap());
         assert!(read <= checkpoint * 101 / 100, "{mesh:?}: {read} of {checkpoint}");
+        travelled_as_planned(&model, mesh, ledgers.path(), &objects);
     }
 }

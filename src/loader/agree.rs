@@ -45,6 +45,9 @@ struct FileClaim {
 /// [`ErrorKind::Peer`] at all ranks if they disagree, saying which ones about what; the group's failure;
 /// [`ErrorKind::Usage`] if the plan is not for a process of this group.
 pub(super) fn agree(group: Option<&Arc<Group>>, plan: &Plan, slot_bytes: usize) -> Result<Option<Peers>> {
+    if plan.world().processes() == Processes::PerRank && plan.world().driven().len() != 1 {
+        return Err(Error::new(ErrorKind::Usage, "a plan of many processes is to look at: each loads one of its own"));
+    }
     let Some(group) = group else {
         return match plan.exchanges() {
             false => Ok(None),

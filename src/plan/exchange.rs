@@ -118,10 +118,7 @@ impl Iterator for Exchange {
         for Member { rank, reads, cursor } in &mut self.members {
             let Some((op, behind)) = reads.next(cursor) else { continue };
             (*cursor, any) = (behind, true);
-            pieces.clear();
-            reads.pieces(&op, &mut pieces);
-            pieces.sort_by_key(|piece| (piece.rank, piece.src, piece.dest, piece.dst));
-            let parcels = parcels(&pieces, *rank, op.extent.end - op.extent.start);
+            let parcels = parcels(reads, &op, *rank, &mut pieces);
             if *rank == self.rank {
                 (round.own, round.sent) = (Some(op), parcels);
             } else if let Some(parcel) = parcels.into_iter().find(|parcel| parcel.to.contains(&self.rank)) {
@@ -135,9 +132,13 @@ impl Iterator for Exchange {
     }
 }
 
-/// What of a read of so many bytes travels from its reader; the pieces are sorted by rank. Those who want the same share a
-/// parcel, and where all parcels together are more than what was read everybody gets that instead.
-fn parcels(pieces: &[Piece], reader: Rank, bytes: u64) -> Vec<Parcel> {
+/// What of a read travels from its reader, and the read's pieces, sorted by rank. Those who want the same share a parcel,
+/// and where all parcels together are more than what was read everybody gets that instead.
+pub(super) fn parcels(reads: &Reads, op: &ReadOp, reader: Rank, pieces: &mut Vec<Piece>) -> Vec<Parcel> {
+    pieces.clear();
+    reads.pieces(op, pieces);
+    pieces.sort_by_key(|piece| (piece.rank, piece.src, piece.dest, piece.dst));
+    let bytes = op.extent.end - op.extent.start;
     let mut parcels: Vec<Parcel> = Vec::new();
     for of_rank in pieces.chunk_by(|a, b| a.rank == b.rank).filter(|of_rank| of_rank[0].rank != reader) {
         let parcel = Parcel::of(of_rank);
@@ -198,7 +199,7 @@ mod tests {
     use super::*;
     use crate::dtype::Dtype;
     use crate::plan::tests::checkpoint;
-    use crate::plan::{Ax, Cooperate, Coord, DeviceSpec, Rules, ShardRule, World};
+    use crate::plan::{Ax, Cooperate, Coord, DeviceSpec, Rules, ShardRule, Traffic, World};
     use crate::stride::for_each_run;
 
     /// Which byte of the file each byte of a rank's destinations has: (destination, byte) to byte of the file.
@@ -229,6 +230,10 @@ mod tests {
     }
 
     fn plan(rank: u32, ranks: u32, rules: &Rules, cooperate: Option<Cooperate>) -> Plan {
+        plan_of(rules, World::member(Rank(rank), ranks, DeviceSpec::Host), ranks, cooperate)
+    }
+
+    fn plan_of(rules: &Rules, world: World, ranks: u32, cooperate: Option<Cooperate>) -> Plan {
         let tensors: &[(&str, Dtype, &[u64])] = &[
             ("whole", Dtype::U8, &[5000]),
             ("rows", Dtype::Bf16, &[48, 40]),
@@ -252,7 +257,6 @@ mod tests {
             ("own6", Dtype::U8, &[4, 100]),
             ("x6", Dtype::U8, &[1000]),
         ];
-        let world = World::member(Rank(rank), ranks, DeviceSpec::Host);
         let world = match cooperate {
             Some(cooperate) => world.reading_together(vec![3; ranks as usize], cooperate),
             None => world,
@@ -311,11 +315,16 @@ mod tests {
                 assert!(own.next().is_none());
             }
             // One round of all ranks after the other.
+            let mut traffic = vec![Traffic::default(); ranks as usize];
             for _ in 0..counts[0] {
                 let round: Vec<Round> = rounds.iter_mut().map(|rounds| rounds.remove(0)).collect();
                 for (rank, this) in (0..).map(Rank).zip(&round) {
                     let sent: u64 = this.sent.iter().map(|parcel| parcel.bytes).sum();
                     assert!(sent <= Exchange::most(chunk));
+                    let counted = &mut traffic[rank.index()];
+                    counted.packed_bytes += sent;
+                    counted.sent_bytes += this.sent.iter().map(|it| it.bytes * it.to.len() as u64).sum::<u64>();
+                    counted.received_bytes += this.received.iter().map(|received| received.bytes).sum::<u64>();
                     for received in &this.received {
                         let sender = &round[received.from.index()];
                         let parcel = sender.sent.iter().find(|parcel| parcel.to.contains(&rank)).unwrap();
@@ -328,6 +337,10 @@ mod tests {
                     assert_eq!(to_others, expected);
                 }
             }
+            // As any of the plans says, and one that looks at all of them.
+            let whole = plan_of(&rules(), World::host(ranks).per_rank(), ranks, Some(Cooperate::Always));
+            assert!(plans.iter().chain([&whole]).all(|plan| plan.traffic_in(chunk) == traffic), "{traffic:?}");
+            assert_eq!(whole.storage_bytes(), whole.checkpoint().bytes());
             // What each rank gets when it reads alone.
             for (rank, landed) in (0..).map(Rank).zip(&all) {
                 let alone = plan(rank.0, ranks, &rules(), None);
@@ -353,7 +366,9 @@ mod tests {
         assert!(Exchange::new(&plan(0, 4, &sharded, Some(Cooperate::Always)), 4096).is_none());
         // A few megabytes are not worth a communicator.
         assert!(Exchange::new(&plan(0, 4, &rules(), Some(Cooperate::Auto)), 4096).is_none());
-        assert!(Exchange::new(&plan(0, 4, &rules(), None), 4096).is_none());
+        let alone = plan(0, 4, &rules(), None);
+        assert!(Exchange::new(&alone, 4096).is_none());
+        assert_eq!(alone.traffic(), [Traffic::default(); 4]);
     }
 
     #[test]

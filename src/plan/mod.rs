@@ -29,6 +29,7 @@ mod show;
 mod stages;
 #[cfg(test)]
 mod tests;
+mod traffic;
 mod uses;
 mod who;
 mod world;
@@ -65,6 +66,7 @@ pub use report::{ClassReport, PlanReport};
 pub(crate) use rules::Buffer;
 pub use rules::{Request, Rules, ShardRule, Stage};
 pub use stages::StageSplit;
+pub use traffic::Traffic;
 pub use world::{Ax, Cooperate, Coord, DeviceSpec, Mesh, MeshOrder, Processes, World};
 
 /// What moves where, for all ranks at once. Immutable, cheap to clone, and valid: every plan has passed the audit.

@@ -102,8 +102,12 @@ pub(crate) struct Cursor {
 impl Reads {
     /// The reads of the plan's extents for which `wanted` holds.
     pub(crate) fn new(plan: &Plan, cutting: Cutting, wanted: impl Fn(&ReadExtent) -> bool) -> Reads {
-        let extents =
-            (0..plan.extents().len() as u32).filter(|&position| wanted(&plan.extents()[position as usize])).collect();
+        let extents = (0..plan.extents().len() as u32).filter(|&position| wanted(&plan.extents()[position as usize]));
+        Reads::of(plan, cutting, extents.collect())
+    }
+
+    /// The reads of the extents at these positions, ascending.
+    pub(crate) fn of(plan: &Plan, cutting: Cutting, extents: Vec<u32>) -> Reads {
         Reads { plan: plan.clone(), cutting, extents }
     }
 

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 use super::cover::{Covered, Strided, cover};
 use super::lowering::{Lowering, Reading};
 use super::uses::Uses;
-use super::{Consumer, Inner, Plan, ReadExtent};
+use super::{Consumer, Inner, Plan, ReadExtent, Traffic};
 use crate::checkpoint::TensorMeta;
 use crate::error::OneLine;
 use crate::extent::Rank;
@@ -33,6 +33,12 @@ pub struct PlanReport {
     pub peak_staging_bytes: u64,
     /// Bytes of the destinations of the rank of this process that has most.
     pub most_landed_bytes: u64,
+    /// Bytes that the ranks of this process send to others that they read together with, as [`Plan::traffic`] counts.
+    pub sent_bytes: u64,
+    /// Bytes that they receive.
+    pub received_bytes: u64,
+    /// Bytes that go from the host to the device of one of its ranks, at most.
+    most_linked_bytes: u64,
     /// Bytes of the tensors that no destination is made of, on whatever rank.
     pub skipped_bytes: u64,
     /// What the reads cost, in bytes that storage could have moved instead: a piece costs at least
@@ -94,6 +100,14 @@ impl Plan {
         report.peak_staging_bytes = slots.min(STAGING as u64);
         let landed = self.world().driven().iter().map(|&rank| self.bytes_on(rank));
         report.most_landed_bytes = landed.max().unwrap_or(0);
+        let traffic = self.traffic();
+        for &rank in self.world().driven() {
+            let Traffic { sent_bytes, received_bytes, packed_bytes } = traffic[rank.index()];
+            report.sent_bytes += sent_bytes;
+            report.received_bytes += received_bytes;
+            let linked = self.bytes_on(rank).saturating_sub(received_bytes) + packed_bytes;
+            report.most_linked_bytes = report.most_linked_bytes.max(linked);
+        }
         report.skipped_bytes = self.skipped().1;
         report
     }
@@ -187,7 +201,7 @@ impl PlanReport {
     /// time, so the slower decides. One that is not known takes no time; `None` if neither is.
     pub fn predicted_seconds(&self, storage: Option<f64>, link: Option<f64>) -> Option<f64> {
         let read = storage.map(|rate| self.cost_bytes as f64 / (rate * 1e9));
-        let copy = link.map(|rate| self.most_landed_bytes as f64 / (rate * 1e9));
+        let copy = link.map(|rate| self.most_linked_bytes as f64 / (rate * 1e9));
         read.into_iter().chain(copy).reduce(f64::max)
     }
 }
@@ -242,6 +256,9 @@ impl fmt::Display for PlanReport {
             plural(*reads, "range"),
             self.over_read(),
         )?;
+        if self.sent_bytes + self.received_bytes > 0 {
+            writeln!(f, "  sent to other processes {}, received {}", Size(self.sent_bytes), Size(self.received_bytes))?;
+        }
         writeln!(
             f,
             "  {}; on GPUs {launches} kernel launches, and at most {} of staging",

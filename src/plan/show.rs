@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::report::Size;
 use super::who::Who;
-use super::{BoxCopy, BoxFill, Inner, Plan, ReadOrder};
+use super::{BoxCopy, BoxFill, Inner, Plan, Processes, ReadOrder};
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -26,24 +26,37 @@ impl fmt::Display for Plan {
             params.len(),
         )?;
         let reads = self.own_extents().count();
+        let whose = match world.processes() {
+            Processes::PerRank if world.driven().len() > 1 => "all processes",
+            _ => "this process",
+        };
         let by = match order {
             ReadOrder::File => "file",
             ReadOrder::Layer => "layer",
         };
         writeln!(
             f,
-            "  storage     {} asked for by this process in {reads} extents, {} needed, by {by}",
+            "  storage     {} asked for by {whose} in {reads} extents, {} needed, by {by}",
             Size(self.storage_bytes()),
             Size(self.needed_bytes(world.driven())),
         )?;
         let who = Who::of(self);
         let coordinates = who.header();
-        writeln!(f, "  {:>4}  {:>10}  {:>8}  {:>8}{coordinates}", "rank", "bytes", "tensors", "pieces")?;
-        for rank in ranks {
+        let traffic = self.traffic();
+        let passes = traffic.iter().any(|of| of.sent_bytes > 0);
+        let columns = |sent: &str, received: &str| match passes {
+            true => format!("  {sent:>10}  {received:>10}"),
+            false => String::new(),
+        };
+        let (passed, head) = (columns("sent", "received"), ["rank", "bytes", "tensors", "pieces"]);
+        writeln!(f, "  {:>4}  {:>10}  {:>8}  {:>8}{passed}{coordinates}", head[0], head[1], head[2], head[3])?;
+        for (rank, traffic) in ranks.iter().zip(&traffic) {
+            let [sent, received] = [traffic.sent_bytes, traffic.received_bytes].map(|bytes| Size(bytes).to_string());
+            let passed = columns(&sent, &received);
             let here = if world.drives(rank.rank) { "" } else { "  elsewhere" };
             let bytes = Size(self.bytes_on(rank.rank)).to_string();
             let (tensors, pieces, who) = (rank.dests.len(), rank.pieces.len(), who.row(rank.rank));
-            writeln!(f, "  {:>4}  {bytes:>10}  {tensors:>8}  {pieces:>8}{who}{here}", rank.rank)?;
+            writeln!(f, "  {:>4}  {bytes:>10}  {tensors:>8}  {pieces:>8}{passed}{who}{here}", rank.rank)?;
         }
         Ok(())
     }

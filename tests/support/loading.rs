@@ -41,9 +41,21 @@ impl Model {
 
     /// A command that loads it.
     pub(crate) fn load(&self) -> Command {
+        self.command("load")
+    }
+
+    fn command(&self, name: &str) -> Command {
         let mut command = twin::command(env!("CARGO_BIN_EXE_shardlift"));
-        command.arg("load").arg(self.path()).arg("--rules").arg(&self.rules).arg("--json");
+        command.arg(name).arg(self.path()).arg("--rules").arg(&self.rules).arg("--json");
         command
+    }
+
+    /// What `plan` prints.
+    pub(crate) fn plan(&self, args: &[&str]) -> Value {
+        let output = self.command("plan").args(args).output().unwrap();
+        let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert!(output.status.success(), "{object:#}");
+        object
     }
 
     /// Digests of all ranks, loaded by one process into host memory.

@@ -184,6 +184,10 @@ pub(crate) struct PlanArgs {
     /// Plan for the process that drives this rank only
     #[arg(long, value_name = "R")]
     pub(crate) rank: Option<u32>,
+    /// Plan for ranks with a process each, on GPUs of one node, that read together what several want: auto (where passing it on
+    /// costs less), always, cluster (the same as always here), or never; of all processes, or of that of --rank
+    #[arg(long, value_enum)]
+    pub(crate) cooperate: Option<CooperateChoice>,
     /// Tell the whole story of this tensor instead: rule, source, who gets which part, how it is read
     #[arg(long, value_name = "TENSOR")]
     pub(crate) explain: Option<String>,

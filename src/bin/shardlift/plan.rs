@@ -2,10 +2,10 @@
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
-use shardlift::plan::{Ax, BoxCopy, BoxFill, ClassReport, Dest, Mesh, Multiplicity, RankPlan};
-use shardlift::{Cast, Plan, Rank};
+use shardlift::plan::{Ax, BoxCopy, BoxFill, ClassReport, Cooperate, Dest, Mesh, Multiplicity, RankPlan, Traffic};
+use shardlift::{Cast, Plan, Rank, World};
 
-use crate::args::{Devices, PlanArgs};
+use crate::args::{CooperateChoice, Devices, PlanArgs};
 use crate::output::{Answer, Array, Failure, Output, count, fields, hex};
 use crate::{model, rates};
 
@@ -19,11 +19,11 @@ pub(crate) struct Planned {
 }
 
 pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failure> {
-    let PlanArgs { model, mesh, rank, explain, audit, storage, link, doctor, json: _ } = args;
+    let PlanArgs { model, mesh, rank, cooperate, explain, audit, storage, link, doctor, json: _ } = args;
     let measured = doctor.as_deref().map(rates::measured).transpose()?.unwrap_or_default();
     let checkpoint = model::open_adapted(model, mesh)?;
     output.warn(checkpoint.warnings());
-    let world = model::world(mesh, *rank, &Devices::Host)?;
+    let world = processes(model::world(mesh, *rank, &Devices::Host)?, *rank, *cooperate);
     let rules = model::rules(&checkpoint, mesh, &world)?;
     let plan = Plan::new(&checkpoint, &rules, &world)?;
 
@@ -53,11 +53,25 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failur
         "pieces": report.pieces,
         "kernel_launches": report.launches,
         "peak_staging_bytes": report.peak_staging_bytes,
+        "sent_bytes": report.sent_bytes,
+        "received_bytes": report.received_bytes,
         "classes": classes,
         "explain": explanation,
         "audit": audited,
     }));
     Ok(Answer::Planned(Box::new(Planned { fields, plan })))
+}
+
+/// The world of ranks with a process each, where `--cooperate` asks for them: all on one node, nothing in the page cache.
+fn processes(world: World, rank: Option<u32>, cooperate: Option<CooperateChoice>) -> World {
+    let Some(choice) = cooperate else { return world };
+    let world = if rank.is_none() { world.per_rank() } else { world };
+    let groups = vec![0; world.size() as usize];
+    match choice {
+        CooperateChoice::Auto => world.reading_together(groups, Cooperate::Auto),
+        CooperateChoice::Always | CooperateChoice::Cluster => world.reading_together(groups, Cooperate::Always),
+        CooperateChoice::Never => world,
+    }
 }
 
 fn class_object(of: &ClassReport) -> Value {
@@ -111,12 +125,15 @@ pub(crate) fn mesh_object(mesh: Mesh) -> Value {
 
 /// One object for each destination of each rank, which is most of the output: none is kept.
 fn ranks<S: Serializer>(plan: &Plan, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(plan.world().driven().iter().map(|&rank| RankObject { plan, rank }))
+    let traffic = plan.traffic();
+    let object = |&rank: &Rank| RankObject { plan, rank, traffic: traffic[rank.index()] };
+    serializer.collect_seq(plan.world().driven().iter().map(object))
 }
 
 struct RankObject<'a> {
     plan: &'a Plan,
     rank: Rank,
+    traffic: Traffic,
 }
 
 impl Serialize for RankObject<'_> {
@@ -126,9 +143,11 @@ impl Serialize for RankObject<'_> {
             rank: u32,
             coord: Value,
             bytes: u64,
+            sent_bytes: u64,
+            received_bytes: u64,
             destinations: D,
         }
-        let RankObject { plan, rank } = *self;
+        let RankObject { plan, rank, traffic: Traffic { sent_bytes, received_bytes, .. } } = *self;
         let mesh = plan.world().mesh();
         let at = |ax| mesh.coordinate(rank, ax);
         let RankPlan { rank: _, dests, pieces, fills } = plan.rank(rank);
@@ -136,6 +155,8 @@ impl Serialize for RankObject<'_> {
             rank: rank.0,
             coord: json!({ "dp": at(Ax::Dp), "pp": at(Ax::Pp), "cp": at(Ax::Cp), "tp": at(Ax::Tp), "ep": at(Ax::Ep) }),
             bytes: plan.bytes_on(rank),
+            sent_bytes,
+            received_bytes,
             destinations: Array(|| dests.iter().map(|dest| DestObject { plan, dest, pieces, fills })),
         };
         fields.serialize(serializer)

@@ -1,6 +1,6 @@
 //! Ranks of several processes that read together: each byte once, by one of them, which passes it on to the others.
 
-use super::World;
+use super::{Processes, World};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 
@@ -40,6 +40,12 @@ impl World {
     /// and memory of a GPU.
     pub fn reading_together(self, groups: Vec<u32>, cooperate: Cooperate) -> World {
         World { together: Together { groups, cooperate }, ..self }
+    }
+
+    /// The same world with a process for each rank, looked at as a whole: a plan for it tells of all of them, and none of
+    /// them can load it.
+    pub fn per_rank(self) -> World {
+        World { processes: Processes::PerRank, driven: self.mesh.ranks(), ..self }
     }
 
     /// The group of each rank that reads together with others; empty where each reads alone.
