@@ -38,7 +38,7 @@ mod sync;
 pub use cast::Cast;
 pub use checkpoint::{Checkpoint, HubCache, Partial};
 #[cfg(feature = "cuda")]
-pub use collective::{NcclVersion, nccl_version};
+pub use collective::{NcclVersion, nccl_alone, nccl_version};
 pub use dtype::Dtype;
 pub use error::{At, Error, ErrorKind, OneLine, Result};
 pub use extent::{Extent, FileId, Rank};

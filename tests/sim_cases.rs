@@ -3,11 +3,15 @@
 
 #[path = "support/gpu_cases.rs"]
 mod gpu_cases;
+#[path = "support/nccl_twin.rs"]
+#[allow(dead_code, reason = "it is only loaded")]
+mod nccl_twin;
 #[path = "support/twin.rs"]
 mod twin;
 
 fn the_twin_is_loaded() -> bool {
     twin::load();
+    nccl_twin::load();
     gpu_cases::driver::init().unwrap();
     true
 }

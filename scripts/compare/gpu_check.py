@@ -33,6 +33,10 @@ RANKS = [1, 2, 4, 8]
 CLOSING = 10
 # The first tensor of a load is there so soon after `start`.
 FIRST_TENSOR_MS = 150
+# The first NCCL that lets several ranks have one GPU, with NCCL_MULTI_RANK_GPU_ENABLE=1.
+SHARED_GPU = (2, 30)
+# Seconds for one load of ranks that read together.
+TOGETHER = 60
 # `CU_DEVICE_ATTRIBUTE_COMPUTE_MODE`
 COMPUTE_MODE = 20
 
@@ -239,6 +243,51 @@ class Check:
         found = ran.json() if ran.status == 0 else None
         return ran, [rank["digest"] for rank in found["ranks"]] if found and found["checked"] else None
 
+    def together(self):
+        """Ranks with a process each that read together over NCCL: bit for bit, and as on the host."""
+        nccl, gpus = self.record["doctor"]["nccl"], (self.record["doctor"].get("cuda") or {}).get("devices") or []
+        if self.devices != "cuda" or not nccl["usable"]:
+            return self.check("together", None, "no GPU" if self.devices != "cuda" else f"no NCCL: {nccl['why']}")
+        shares = tuple(map(int, nccl["version"].split("."))) >= SHARED_GPU
+        for ranks in (1, 2, 4):
+            name = f"together: {ranks} ranks, NCCL {nccl['version']}"
+            if ranks > max(1, len(gpus)) and not shares:
+                self.check(name, None, f"on one GPU only from NCCL {'.'.join(map(str, SHARED_GPU))} on")
+                continue
+            with tempfile.TemporaryDirectory(dir=self.work) as folder, ThreadPoolExecutor(max_workers=ranks) as pool:
+                _, expected = self.load("cuts", ranks, (), "auto", "host")
+                loads = [pool.submit(self.load_one, rank, ranks, len(gpus), Path(folder)) for rank in range(ranks)]
+                self.compare(name, expected, [load.result() for load in loads])
+
+    def load_one(self, rank, ranks, gpus, folder):
+        """What ran for one of several ranks, on a GPU of its own where there are so many."""
+        gpu = rank if ranks <= gpus else 0
+        environment = {**self.environment, **({} if ranks <= gpus else {"NCCL_MULTI_RANK_GPU_ENABLE": "1"})}
+        arguments = [
+            "load", self.model, "--rules", self.model / "cuts.toml", "--tp", ranks, "--rank", rank, "--devices",
+            f"cuda:{gpu}", "--cooperate", "always", "--rendezvous", f"file://{folder / 'meeting'}", "--check", "--json",
+        ]
+        # Whoever fails tells the others; a rank that is killed here is told of by them.
+        return Ran([self.shardlift, *arguments], self.deadline.left(TOGETHER), environment)
+
+    def compare(self, name, expected, ran):
+        """Holds what each rank has, and what they read and passed on, against what must be."""
+        loads = [one.json() if one.status == 0 else None for one in ran]
+        if expected is None or None in loads:
+            failed = next((one for one, load in zip(ran, loads) if load is None), None)
+            late = failed is not None and failed.late and self.deadline.left() < 1
+            return self.check(name, None if late else False, failed.why() if failed else "no load on the host")
+        found = [load["ranks"][0]["digest"] for load in loads]
+        read, sent, received = (
+            sum(load[field] for load in loads) for field in ("storage_bytes_read", "sent_bytes", "received_bytes")
+        )
+        if found != expected:
+            self.check(name, False, "other digests than on the host")
+        elif sent != received or (sent > 0) != (len(ran) > 1):
+            self.check(name, False, f"sent {sent} bytes, received {received}")
+        else:
+            self.check(name, True, f"read {read} bytes, passed on {sent}")
+
     def sanitizer(self):
         """A load under compute-sanitizer, with each of its tools."""
         tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -301,7 +350,7 @@ def main():
         check.look_around()
         try:
             with Bench(check) as bench:
-                for phase in (check.hardware_tests, check.loads, check.sanitizer, bench.measure):
+                for phase in (check.hardware_tests, check.loads, check.together, check.sanitizer, bench.measure):
                     check.guard(phase)
         finally:
             path = check.write()

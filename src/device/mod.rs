@@ -22,12 +22,10 @@ use crate::stride::Loops;
 pub(crate) use allocation::Allocation;
 #[cfg(feature = "cuda")]
 pub(crate) use allocation::DeviceMemory;
-#[cfg(all(test, feature = "cuda"))]
-pub(crate) use cuda::CudaStream;
 #[cfg(feature = "cuda")]
 pub use cuda::{CopyMeasurements, CudaFacts, CudaMachine, PcieLink, copy_measurements, cuda_machine, pinned_gb_per_s};
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::{Cuda, stay};
+pub(crate) use cuda::{Cuda, CudaStream, stay};
 pub(crate) use file::FileDevice;
 pub(crate) use host::{Host, HostStaged, Pages, copy_now, copy_to_look_at};
 pub(crate) use wire::WireSize;

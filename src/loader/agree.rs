@@ -68,7 +68,7 @@ fn peers(group: &Arc<Group>, plan: &Plan, slot_bytes: usize) -> Result<Peers> {
     if cfg!(not(feature = "cuda")) && plan.exchanges() {
         return Err(Error::new(ErrorKind::Unsupported, "not in this build: reading together needs the feature cuda"));
     }
-    let members = world.group_of(rank).len();
+    let members = plan.partners(rank).len();
     let mine = Claim {
         version: env!("CARGO_PKG_VERSION").into(),
         files: plan.checkpoint().files().iter().map(FileClaim::of).collect(),
@@ -93,15 +93,15 @@ pub(super) fn told_by_all<T: Serialize + DeserializeOwned>(group: &Group, what: 
     all.iter().map(|told| serde_json::from_slice(told).map_err(text)).collect()
 }
 
-/// Where the ranks that read together meet; each group has a place of its own.
+/// Where the ranks that read together meet; those who exchange nothing with each other have different places.
 #[cfg(feature = "cuda")]
 fn meeting(group: &Group, plan: &Plan, chunk: u64) -> Result<Option<Meeting>> {
     // Of other groups, which only need to know that all are equal in this.
     if plan.world().groups().is_empty() {
         return Ok(None);
     }
-    let members = plan.world().group_of(group.rank());
-    let nccl = if plan.exchanges() { Some(Nccl::open()?) } else { None };
+    let members = plan.partners(group.rank());
+    let nccl = if members.is_empty() { None } else { Some(Nccl::open()?) };
     let id = match nccl {
         Some(nccl) if members[0] == group.rank() => nccl.unique_id()?.as_bytes().to_vec(),
         _ => Vec::new(),

@@ -181,7 +181,7 @@ impl<'a> Traffic<'a> {
 
     /// Every round.
     fn all(&mut self, rounds: Exchange) -> Result<()> {
-        for round in rounds {
+        for round in rounds.filter(|round| !round.is_idle()) {
             self.make_room()?;
             self.begin_round(&round)?;
         }

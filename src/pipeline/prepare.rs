@@ -21,7 +21,7 @@ pub(crate) fn feed(plan: &Plan, slot_bytes: usize, peers: Option<&Peers>) -> Fee
     #[cfg(feature = "cuda")]
     let wire = peers
         .and_then(|peers| Some((peers.meeting.as_ref()?, peers.group.rank())))
-        .map(|(meeting, rank)| super::exchange::size(plan.world().group_of(rank).len(), meeting.chunk, slot_bytes));
+        .map(|(meeting, rank)| super::exchange::size(plan.partners(rank).len(), meeting.chunk, slot_bytes));
     #[cfg(not(feature = "cuda"))]
     let (wire, _) = (None, (plan, peers));
     Feed { slot_bytes, cuts: false, wire }

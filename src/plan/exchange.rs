@@ -1,26 +1,39 @@
-//! What the ranks of a group pass on to each other, in rounds that all of them derive from the plan alone: in each round
-//! every member reads one chunk of what it reads for several, and sends each of the others its part of it.
+//! What ranks that read together pass on to each other, in rounds that all of them derive from the plan alone: in each round
+//! those whose turn it is read one chunk of what they read for several, and send each of the others its part of it.
 
 use smallvec::SmallVec;
 
-use super::{Cursor, Cutting, Loops, Piece, Plan, Processes, ReadExtent, ReadOp, Reads};
+use super::{Cursor, Cutting, Loops, Piece, Plan, Processes, ReadOp, Reads};
 use crate::extent::Rank;
 use crate::limits;
 use crate::stride::{Loop, bytes_moved};
 
-/// The exchange of one rank with its group: an iterator over rounds, in which every member has a part, if an empty one.
+/// The exchange of one rank with its [partners](Plan::partners): an iterator over rounds, all of them, also those in which it
+/// has no part.
 #[derive(Debug)]
 pub(crate) struct Exchange {
     rank: Rank,
     members: Vec<Member>,
+    chunk: u64,
 }
 
-/// A rank of the group, what it reads for several, and how far it is.
+/// A rank of the exchange, what it reads for several, and how far it is.
 #[derive(Debug)]
 struct Member {
     rank: Rank,
     reads: Reads,
     cursor: Cursor,
+    /// For each extent of `reads` the bytes that the rank reads before it, whomever for.
+    before: Vec<u64>,
+    next: Option<Turn>,
+}
+
+/// A rank's next read for several.
+#[derive(Debug)]
+struct Turn {
+    op: ReadOp,
+    /// How many bytes the rank has read then.
+    at: u64,
 }
 
 /// What one rank does in a round.
@@ -65,7 +78,7 @@ pub(crate) struct Part {
 pub(crate) struct Received {
     /// Who sends it.
     pub(crate) from: Rank,
-    /// Everybody else in the group receives the same.
+    /// Everybody else in the exchange receives the same.
     pub(crate) by_all: bool,
     /// Its bytes.
     pub(crate) bytes: u64,
@@ -78,16 +91,9 @@ impl Exchange {
     /// any.
     pub(crate) fn new(plan: &Plan, chunk: u64) -> Option<Exchange> {
         let (&[rank], Processes::PerRank) = (plan.world().driven(), plan.world().processes()) else { return None };
-        let member = |member: Rank| {
-            let own = |extent: &ReadExtent| extent.reader == member && plan.is_shared(extent);
-            Member {
-                rank: member,
-                reads: Reads::new(plan, Cutting::of_exchange(chunk), own),
-                cursor: Cursor::default(),
-            }
-        };
-        let members: Vec<Member> = plan.world().group_of(rank).into_iter().map(member).collect();
-        plan.exchanges().then_some(Exchange { rank, members })
+        let members: Vec<Member> =
+            plan.partners(rank).into_iter().map(|member| Member::new(plan, member, chunk)).collect();
+        (!members.is_empty()).then_some(Exchange { rank, members, chunk })
     }
 
     /// Bytes of the chunks in which so many ranks exchange, with staging slots of this size: few enough for the device
@@ -103,7 +109,7 @@ impl Exchange {
         chunk + limits::DIRECT_ALIGNMENT
     }
 
-    /// The group, ascending.
+    /// Those who take part, ascending.
     pub(crate) fn members(&self) -> impl ExactSizeIterator<Item = Rank> {
         self.members.iter().map(|member| member.rank)
     }
@@ -113,11 +119,14 @@ impl Iterator for Exchange {
     type Item = Round;
 
     fn next(&mut self) -> Option<Round> {
-        let mut round = Round::default();
-        let (mut any, mut pieces, count) = (false, Vec::new(), self.members.len());
-        for Member { rank, reads, cursor } in &mut self.members {
-            let Some((op, behind)) = reads.next(cursor) else { continue };
-            (*cursor, any) = (behind, true);
+        let (mut round, mut pieces, count) = (Round::default(), Vec::new(), self.members.len());
+        // Who is as far as the one that comes first, if all read equally fast, or a chunk further: nobody waits for more.
+        let first = self.members.iter().filter_map(|member| member.next.as_ref()).map(|turn| turn.at).min()?;
+        let until = first + self.chunk;
+        for member in &mut self.members {
+            let Some(Turn { op, .. }) = member.next.take_if(|turn| turn.at <= until) else { continue };
+            member.advance();
+            let Member { rank, reads, .. } = member;
             let parcels = parcels(reads, &op, *rank, &mut pieces);
             if *rank == self.rank {
                 (round.own, round.sent) = (Some(op), parcels);
@@ -128,7 +137,39 @@ impl Iterator for Exchange {
                 round.received.push(Received { from: *rank, by_all, bytes: parcel.bytes, pieces });
             }
         }
-        any.then_some(round)
+        Some(round)
+    }
+}
+
+impl Member {
+    fn new(plan: &Plan, rank: Rank, chunk: u64) -> Member {
+        let (mut extents, mut before, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for (position, extent) in (0..).zip(plan.extents()).filter(|(_, extent)| extent.reader == rank) {
+            if plan.is_shared(extent) {
+                extents.push(position);
+                before.push(bytes);
+            }
+            bytes += extent.bytes();
+        }
+        let reads = Reads::of(plan, Cutting::of_exchange(chunk), extents);
+        let mut member = Member { rank, reads, cursor: Cursor::default(), before, next: None };
+        member.advance();
+        member
+    }
+
+    fn advance(&mut self) {
+        let Some((op, behind)) = self.reads.next(&self.cursor) else { return };
+        let (extent, done) = self.cursor.place(&self.reads);
+        let at = self.before[extent] + done + op.extent.end - op.extent.start;
+        self.cursor = behind;
+        self.next = Some(Turn { op, at });
+    }
+}
+
+impl Round {
+    /// Whether the rank has no part in it.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.own.is_none() && self.received.is_empty()
     }
 }
 
@@ -199,7 +240,7 @@ mod tests {
     use super::*;
     use crate::dtype::Dtype;
     use crate::plan::tests::checkpoint;
-    use crate::plan::{Ax, Cooperate, Coord, DeviceSpec, Rules, ShardRule, Traffic, World};
+    use crate::plan::{Ax, Cooperate, Coord, DeviceSpec, Mesh, Rules, ShardRule, Traffic, World};
     use crate::stride::for_each_run;
 
     /// Which byte of the file each byte of a rank's destinations has: (destination, byte) to byte of the file.
@@ -369,6 +410,45 @@ mod tests {
         let alone = plan(0, 4, &rules(), None);
         assert!(Exchange::new(&alone, 4096).is_none());
         assert_eq!(alone.traffic(), [Traffic::default(); 4]);
+    }
+
+    /// Two stages of two ranks, the first of which begins with what both of its ranks want, and the last ends so; and what
+    /// is wanted by all of them, if anything.
+    fn stages(rank: u32, tied: bool) -> Plan {
+        let large: (Dtype, &[u64]) = (Dtype::U8, &[4, 1 << 20]);
+        let tensors = ["a", "b", "c", "d"].map(|name| (name, large.0, large.1));
+        let tied = if tied { vec![("t", Dtype::U8, &[100][..])] } else { Vec::new() };
+        let rules = "rule = [
+            { match = 'a', stage = 'first', replicate = true },
+            { match = 'b', stage = 'first', shard = { dim = 0 } },
+            { match = 'c', stage = 'last', shard = { dim = 0 } },
+            { match = 'd', stage = 'last', replicate = true },
+            { match = 't', replicate = true, optional = true },
+        ]";
+        let world = World::member(Rank(rank), 4, DeviceSpec::Host).with_mesh(Mesh { pp: 2, ..Mesh::tp(2) });
+        let world = world.reading_together(vec![0; 4], Cooperate::Always);
+        let checkpoint = checkpoint(&[&tensors[..], &tied].concat(), None);
+        Plan::new(&checkpoint, &Rules::from_toml(rules).unwrap(), &world).unwrap()
+    }
+
+    #[test]
+    fn ranks_wait_for_nobody_who_reads_for_others() {
+        for rank in 0..4 {
+            assert_eq!(stages(rank, false).partners(Rank(2)), [2, 3].map(Rank));
+            assert_eq!(stages(rank, true).partners(Rank(2)), [0, 1, 2, 3].map(Rank));
+            let mut rounds = Exchange::new(&stages(rank, false), 1 << 16).unwrap();
+            assert!(rounds.all(|round| round.own.is_some() && round.received.len() == 1), "two ranks, equal parts");
+        }
+        let rounds = |rank| Exchange::new(&stages(rank, true), 1 << 16).unwrap().collect::<Vec<_>>();
+        let (first, last) = (rounds(0), rounds(2));
+        assert_eq!(first.len(), last.len());
+        // What the last stage reads second comes when the first has sent what it reads first, but for a chunk.
+        let sends = |rounds: &[Round]| rounds.iter().map(|round| round.own.is_some()).collect::<Vec<_>>();
+        let (first, last) = (sends(&first), sends(&last));
+        let ends = first.iter().take_while(|sends| **sends).count();
+        assert!((32..=33).contains(&ends), "2 MiB: {first:?}");
+        assert!(last[..ends - 2].iter().all(|sends| !sends), "{last:?}");
+        assert!(last[ends - 2..].iter().filter(|sends| **sends).count() >= 32, "{last:?}");
     }
 
     #[test]

@@ -278,13 +278,6 @@ impl Plan {
         digest::reading(self.world().groups(), &self.inner.extents)
     }
 
-    /// Whether the rank that this process drives, or one that it reads together with, reads anything for others.
-    pub(crate) fn exchanges(&self) -> bool {
-        let (&[rank], Processes::PerRank) = (self.world().driven(), self.world().processes()) else { return false };
-        let members = self.world().group_of(rank);
-        self.extents().iter().any(|extent| members.contains(&extent.reader) && self.is_shared(extent))
-    }
-
     /// Whether ranks of other processes than the reader's want some of an extent: then it is read for all of them, and
     /// passed on.
     pub(crate) fn is_shared(&self, extent: &ReadExtent) -> bool {

@@ -228,6 +228,12 @@ impl Plan {
 }
 
 impl Cursor {
+    /// The position of its extent, and how many bytes of that were given out.
+    pub(super) fn place(&self, reads: &Reads) -> (usize, u64) {
+        let run = reads.extent(self.at).map_or(0, |extent| extent.run);
+        (self.at, self.range * run + self.done)
+    }
+
     /// The file range that the cursor is in.
     fn range(&self, extent: &ReadExtent) -> (u64, u64) {
         let mut start = extent.start;

@@ -1,9 +1,8 @@
 //! How many bytes pass between ranks that read together: what the exchange will send, counted without moving it.
 
-use std::collections::BTreeMap;
-
 use super::exchange::{Exchange, parcels};
 use super::{Cursor, Cutting, Plan, Processes, Reads};
+use crate::extent::Rank;
 use crate::limits::DEVICE_SLOT;
 
 /// What passes between a rank and those of other processes.
@@ -23,10 +22,10 @@ impl Plan {
     /// process drives it. Exact for loads with the default staging memory: with less of it they read in smaller chunks, and
     /// where ranks want different parts of the same bytes that may change what is sent.
     pub fn traffic(&self) -> Vec<Traffic> {
-        let mut sizes = BTreeMap::<u32, usize>::new();
-        self.world().groups().iter().for_each(|&group| *sizes.entry(group).or_default() += 1);
-        // All groups have the chunk of the largest.
-        let members = sizes.into_values().max().unwrap_or(0);
+        let mut sizes = vec![0; self.ranks().len()];
+        self.circles().into_iter().for_each(|first| sizes[first.index()] += 1);
+        // All have the chunk of those who are most.
+        let members = sizes.into_iter().max().unwrap_or(0);
         self.traffic_in(Exchange::chunk(members, DEVICE_SLOT))
     }
 
@@ -54,6 +53,43 @@ impl Plan {
             }
         }
         traffic
+    }
+
+    /// Those with whom a rank passes on what they read, directly or because both do so with a third, itself among them,
+    /// ascending; none if it neither reads for others nor they for it.
+    pub(crate) fn partners(&self, rank: Rank) -> Vec<Rank> {
+        let circles = self.circles();
+        let Some(&first) = circles.get(rank.index()) else { return Vec::new() };
+        let partners = (0..).zip(&circles).filter(|(_, of)| **of == first).map(|(rank, _)| Rank(rank));
+        Some(partners.collect::<Vec<_>>()).filter(|partners| partners.len() > 1).unwrap_or_default()
+    }
+
+    /// Whether the rank that this process drives passes anything on, or is passed something.
+    pub(crate) fn exchanges(&self) -> bool {
+        let driven = self.world().driven();
+        driven.len() == 1 && !self.partners(driven[0]).is_empty()
+    }
+
+    /// For each rank the first of its partners, or itself if it has none.
+    fn circles(&self) -> Vec<Rank> {
+        let mut first: Vec<Rank> = self.ranks().iter().map(|partition| partition.rank).collect();
+        if !self.shares() {
+            return first;
+        }
+        fn find(first: &mut [Rank], mut rank: Rank) -> Rank {
+            while first[rank.index()] != rank {
+                first[rank.index()] = first[first[rank.index()].index()];
+                rank = first[rank.index()];
+            }
+            rank
+        }
+        for extent in self.extents() {
+            for consumer in self.consumers(extent) {
+                let (one, other) = (find(&mut first, extent.reader), find(&mut first, consumer.rank));
+                first[one.max(other).index()] = one.min(other);
+            }
+        }
+        (0..first.len() as u32).map(|rank| find(&mut first, Rank(rank))).collect()
     }
 
     /// Whether ranks could pass on to each other what they read.

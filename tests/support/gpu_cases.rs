@@ -66,6 +66,7 @@ macro_rules! test_every_case {
             gpu_loads: the_first_tensor_comes_before_the_load_is_over;
             gpu_loads: contexts_are_made_where_the_plan_needs_them_and_kept_until_released;
             gpu_loads: loads_of_one_loader_run_at_the_same_time;
+            gpu_loads: nccl_passes_bytes_to_itself;
             gpu_loads: mappings_are_lent_in_windows_where_devices_can_copy_from_them;
         }
     };

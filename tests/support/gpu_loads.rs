@@ -10,7 +10,7 @@ use shardlift::device::{cuda_machine, pinned_gb_per_s};
 use shardlift::read::EngineChoice;
 use shardlift::{
     CallerMemory, Checkpoint, Digest, Dtype, ErrorKind, Load, Loader, Memory, Plan, Rank, Report, Result, Rules,
-    Weights, World,
+    Weights, World, nccl_alone, nccl_version,
 };
 
 use super::driver::{self, Context, Stream, ok};
@@ -367,6 +367,15 @@ pub(crate) fn the_facts_are_the_drivers() {
     assert_eq!(first.host_page_tables, driver::attribute(driver::HOST_PAGE_TABLES) != 0);
     let rates = pinned_gb_per_s(&[0]).unwrap();
     assert!(rates.len() == 1 && rates[0] > 0.0, "{rates:?}");
+}
+
+pub(crate) fn nccl_passes_bytes_to_itself() {
+    if let Err(why) = nccl_version() {
+        return super::skip(&format!("nothing through NCCL: {why}"));
+    }
+    let version = nccl_alone(0).unwrap();
+    assert_eq!(version, nccl_version().unwrap());
+    assert_eq!(nccl_alone(99).unwrap_err().kind(), ErrorKind::Device);
 }
 
 pub(crate) fn a_load_that_is_dropped_leaves_nothing_behind() {

@@ -9,7 +9,6 @@ mod memory;
 mod pinned;
 mod queue;
 mod service;
-#[cfg(test)]
 mod stream;
 mod wire;
 
@@ -26,7 +25,6 @@ use crate::limits;
 pub(crate) use context::stay;
 pub use facts::{CudaFacts, CudaMachine, PcieLink, cuda_machine};
 pub use measure::{CopyMeasurements, copy_measurements, pinned_gb_per_s};
-#[cfg(test)]
 pub(crate) use stream::CudaStream;
 
 /// One GPU, whose primary context is kept while this or any memory of it lives.
@@ -50,7 +48,6 @@ impl Cuda {
     }
 
     /// A stream of its own, for operations of other libraries.
-    #[cfg(test)]
     pub(crate) fn stream(&self) -> Result<CudaStream> {
         CudaStream::new(&self.context)
     }
