@@ -4,7 +4,6 @@
 #[path = "support/gpu_cases.rs"]
 mod gpu_cases;
 #[path = "support/nccl_twin.rs"]
-#[allow(dead_code, reason = "it is only loaded")]
 mod nccl_twin;
 #[path = "support/twin.rs"]
 mod twin;
