@@ -181,7 +181,8 @@ impl Loader {
 
     /// Loads together with the processes of the other ranks: before anything moves all make sure that they load the same, a
     /// failure of one is the error of all, and no load is over before all are. Each of them loads as often, one load after
-    /// the other, in the same order.
+    /// the other, in the same order. [`Group::fail`] with a [cancel](ErrorKind::Cancelled) ends all of that at any moment, also
+    /// a wait for ranks that have not come, when there is no [`Monitor`] yet.
     pub fn group(mut self, group: Option<&Arc<Group>>) -> Loader {
         self.group = group.cloned();
         self
