@@ -130,6 +130,7 @@ fn supervise(job: &Arc<Job>) -> Report {
     }
     let read = Instant::now();
     job.readers_ended.store(true, Ordering::Release);
+    job.hold.wants_no_more();
     job.setup.ring.wake(); // for whoever pins slots
     job.copies.wake();
     let lost = !devices_end(job, &of_devices);
