@@ -3,6 +3,7 @@
 mod agree;
 mod check;
 mod lend;
+mod reload;
 mod reshard;
 #[cfg(test)]
 mod tests;
@@ -219,7 +220,7 @@ impl Loader {
     /// - nobody else reads or writes it before its tensor is complete, nor writes it after.
     pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
         // SAFETY: the same duties.
-        unsafe { self.begin(plan, memory) }.inspect_err(|error| self.tell(error))
+        unsafe { self.begin(plan, memory, None) }.inspect_err(|error| self.tell(error))
     }
 
     /// Tells the other ranks, if there are any, of an error before they can see that a load has failed.
@@ -229,11 +230,18 @@ impl Loader {
         }
     }
 
+    /// A load into memory of the caller's, into that of the weights that it replaces, or into new memory.
+    ///
     /// # Safety
     /// That of [`start_into`](Loader::start_into).
-    unsafe fn begin(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
+    unsafe fn begin(&self, plan: &Plan, memory: &[CallerMemory], again: Option<&mut Weights>) -> Result<Load> {
         let started = Instant::now();
-        if self.residency == Residency::Mapped {
+        if let Some(weights) = &again {
+            weights.check_reusable(plan)?;
+        }
+        // What is loaded again lies in memory of its own, and stays there.
+        let lends = self.residency == Residency::Mapped && again.is_none();
+        if lends {
             lend::check_mappable(plan)?;
         }
         let callers = lend::destinations_of(plan, memory)?;
@@ -243,14 +251,12 @@ impl Loader {
         let slot_bytes = self.ring_for(&devices).slot_bytes();
         let peers = agree::agree(self.group.as_ref(), plan, slot_bytes)?;
         let feed = feed(plan, slot_bytes, peers.as_ref());
-        let mut destinations = match self.memory {
-            Memory::Blocks => Destinations::in_blocks(plan, &devices, feed, &lent)?,
-            Memory::PerTensor => Destinations::per_tensor(plan, &devices, feed, &lent)?,
+        let mut destinations = match (again, self.memory) {
+            (Some(weights), _) => Destinations::again(weights),
+            (None, Memory::Blocks) => Destinations::in_blocks(plan, &devices, feed, &lent)?,
+            (None, Memory::PerTensor) => Destinations::per_tensor(plan, &devices, feed, &lent)?,
         };
-        let mapped = match self.residency {
-            Residency::Owned => Vec::new(),
-            Residency::Mapped => lend::lend_mapped(plan, &mut destinations, &devices)?,
-        };
+        let mapped = if lends { lend::lend_mapped(plan, &mut destinations, &devices)? } else { Vec::new() };
         // SAFETY: the same duties.
         unsafe { lend::place_into(&mut destinations, &devices, memory, &callers) };
         destinations.share_aliases(plan);
