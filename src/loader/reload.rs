@@ -35,6 +35,6 @@ impl Loader {
     /// As [`reload`](Loader::reload), as far as they are known before anything moves.
     pub fn start_reload(&self, plan: &Plan, weights: &mut Weights) -> Result<Load> {
         // SAFETY: no memory of the caller.
-        unsafe { self.begin(plan, &[], Some(weights)) }.inspect_err(|error| self.tell(error))
+        unsafe { self.begin(plan, &[], Some(weights)) }
     }
 }

@@ -381,6 +381,11 @@ impl Job {
         lock(&self.failure).take()
     }
 
+    /// Kind and text of the load's error, if it has one.
+    pub(super) fn failure(&self) -> Option<(ErrorKind, String)> {
+        lock(&self.failure).as_ref().map(|error| (error.kind(), error.to_string()))
+    }
+
     /// Whether nothing new should start.
     pub(super) fn is_stopped(&self) -> bool {
         self.stopped.load(Ordering::Acquire)

@@ -265,7 +265,7 @@ impl Job {
                 // SAFETY: the lease keeps the mapping, which is readable.
                 Ok(lease) => return Ok(unsafe { Staged::lent(first, Arc::new(lease)) }),
                 Err((error, unused)) => {
-                    self.counters.warn(format!("mapped memory is copied instead of pinned: {error}"));
+                    self.warn(format!("mapped memory is copied instead of pinned: {error}"));
                     permit = unused;
                 }
             }
