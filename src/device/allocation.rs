@@ -110,6 +110,11 @@ impl Allocation {
         }
     }
 
+    /// Whether it is memory of somebody else.
+    pub(crate) fn is_lent(&self) -> bool {
+        matches!(self.owner, Owner::Lent(_))
+    }
+
     /// Gives the memory up as the parts of a `Vec` whose elements have this size and alignment, if that is how it
     /// was allocated; else gives itself back.
     pub(crate) fn into_vec_parts(self, size: usize, alignment: usize) -> Result<(*mut u8, usize), Allocation> {

@@ -3,6 +3,7 @@
 mod agree;
 mod check;
 mod lend;
+mod reload;
 mod reshard;
 #[cfg(test)]
 mod tests;
@@ -11,12 +12,14 @@ mod together;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use tracing::Span;
+
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::launch::Group;
 use crate::limits;
 use crate::observe::{Counters, Event, Kind, Progress, Report, StageTime, Totals, Trace};
-use crate::pipeline::{Device, Gpus, Job, PlanNames, Ring, Running, Setup, devices, feed};
+use crate::pipeline::{Device, Gpus, Job, PlanNames, Ring, Running, Setup, devices, feed, telemetry};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Request, Rules, World};
 #[cfg(target_os = "linux")]
@@ -220,7 +223,7 @@ impl Loader {
     /// - nobody else reads or writes it before its tensor is complete, nor writes it after.
     pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
         // SAFETY: the same duties.
-        unsafe { self.begin(plan, memory) }.inspect_err(|error| self.tell(error))
+        unsafe { self.begin(plan, memory, None) }
     }
 
     /// Tells the other ranks, if there are any, of an error before they can see that a load has failed.
@@ -230,11 +233,35 @@ impl Loader {
         }
     }
 
+    /// A load into memory of the caller's, into that of the weights that it replaces, or into new memory.
+    ///
     /// # Safety
     /// That of [`start_into`](Loader::start_into).
-    unsafe fn begin(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
+    unsafe fn begin(&self, plan: &Plan, memory: &[CallerMemory], again: Option<&mut Weights>) -> Result<Load> {
+        let span = telemetry::span(plan);
+        // SAFETY: the same duties.
+        span.in_scope(|| unsafe { self.begin_in(&span, plan, memory, again) }).inspect_err(|error| {
+            telemetry::failed(&span, error);
+            self.tell(error);
+        })
+    }
+
+    /// # Safety
+    /// That of [`start_into`](Loader::start_into).
+    unsafe fn begin_in(
+        &self,
+        span: &Span,
+        plan: &Plan,
+        memory: &[CallerMemory],
+        again: Option<&mut Weights>,
+    ) -> Result<Load> {
         let started = Instant::now();
-        if self.residency == Residency::Mapped {
+        if let Some(weights) = &again {
+            weights.check_reusable(plan)?;
+        }
+        // What is loaded again lies in memory of its own, and stays there.
+        let lends = self.residency == Residency::Mapped && again.is_none();
+        if lends {
             lend::check_mappable(plan)?;
         }
         let callers = lend::destinations_of(plan, memory)?;
@@ -244,18 +271,16 @@ impl Loader {
         let slot_bytes = self.ring_for(&devices).slot_bytes();
         let peers = agree::agree(self.group.as_ref(), plan, slot_bytes)?;
         let feed = feed(plan, slot_bytes, peers.as_ref());
-        let mut destinations = match self.memory {
-            Memory::Blocks => Destinations::in_blocks(plan, &devices, feed, &lent)?,
-            Memory::PerTensor => Destinations::per_tensor(plan, &devices, feed, &lent)?,
+        let mut destinations = match (again, self.memory) {
+            (Some(weights), _) => Destinations::again(weights),
+            (None, Memory::Blocks) => Destinations::in_blocks(plan, &devices, feed, &lent)?,
+            (None, Memory::PerTensor) => Destinations::per_tensor(plan, &devices, feed, &lent)?,
         };
-        let mapped = match self.residency {
-            Residency::Owned => Vec::new(),
-            Residency::Mapped => lend::lend_mapped(plan, &mut destinations, &devices)?,
-        };
+        let mapped = if lends { lend::lend_mapped(plan, &mut destinations, &devices)? } else { Vec::new() };
         // SAFETY: the same duties.
         unsafe { lend::place_into(&mut destinations, &devices, memory, &callers) };
         destinations.share_aliases(plan);
-        let setup = Setup { mapped, started, peers, ..self.setup(plan, destinations, devices) };
+        let setup = Setup { mapped, started, peers, ..self.setup(span, plan, destinations, devices) };
         if let Some(trace) = &setup.trace {
             trace.span(Event::of(Kind::Devices), started, opened);
             trace.since(Event::of(Kind::Allocate), opened);
@@ -301,7 +326,7 @@ impl Loader {
     }
 
     /// What a load of this loader begins with.
-    fn setup(&self, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>) -> Setup {
+    fn setup(&self, span: &Span, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>) -> Setup {
         let (engine, engine_reason) = self.choose_engine(plan);
         self.release_other(&devices);
         let ring = self.ring_for(&devices).clone();
@@ -320,6 +345,7 @@ impl Loader {
             digests: self.digests,
             started: Instant::now(),
             trace,
+            span: span.clone(),
             peers: None,
         }
     }
@@ -402,6 +428,7 @@ impl Load {
         self.comes_back(Instant::now());
         let mut report = self.running.finish()?;
         report.consumed(self.consume);
+        telemetry::consumed(&self.running.job().setup().span, self.consume);
         report.needed_bytes = self.plan.needed_bytes(self.plan.world().driven());
         let job = self.running.job();
         let weights = Weights::new(&self.plan, &job.setup().destinations, job.moved());

@@ -81,7 +81,7 @@ fn ends_with(when_asked: bool) {
     let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Gone { when_asked })];
     let destinations =
         Destinations::in_blocks(&plan, &devices, feed(&plan, limits::SLOT, None), &Default::default()).unwrap();
-    let mut running = Running::start(loader.setup(&plan, destinations, devices)).unwrap();
+    let mut running = Running::start(loader.setup(&tracing::Span::none(), &plan, destinations, devices)).unwrap();
     let began = Instant::now();
     let monitor = Monitor::new(running.job());
     let error = running.finish().unwrap_err();

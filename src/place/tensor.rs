@@ -159,6 +159,16 @@ impl Tensor {
         self.dest().param as usize
     }
 
+    /// What keeps its memory alive.
+    pub(super) fn owner(&self) -> &Arc<Allocation> {
+        &self.owner
+    }
+
+    /// Its memory, for other bytes.
+    pub(super) fn into_place(self) -> Place {
+        Place { address: self.address, owner: Some(self.owner), lent: false }
+    }
+
     /// An error of the device that was asked for the bytes.
     #[expect(
         clippy::mem_forget,
@@ -222,7 +232,8 @@ elements! {
     u64: U64,
 }
 
-/// All tensors of the ranks of this process: whole, or it does not exist.
+/// All tensors of the ranks of this process: whole, or it does not exist. Its memory can be
+/// [loaded into again](crate::Loader::reload).
 #[derive(Debug)]
 pub struct Weights {
     plan: Plan,
@@ -259,6 +270,12 @@ impl Weights {
     pub fn take(&mut self, rank: Rank, name: &str) -> Result<Tensor> {
         let position = self.position(rank, name)?;
         self.tensors[rank.index()][position].take().ok_or_else(|| missing(rank, name))
+    }
+
+    /// Takes all tensors out: those of each rank of the world.
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = impl Iterator<Item = Tensor>> {
+        self.moved.clear();
+        self.tensors.iter_mut().map(|of_rank| of_rank.iter_mut().filter_map(Option::take))
     }
 
     /// The tensors of a rank, sorted by name.
