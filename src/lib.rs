@@ -63,6 +63,8 @@
 #[cfg(target_endian = "big")]
 compile_error!("shardlift reads little-endian files into memory as they are: big-endian targets are not supported");
 
+#[cfg(feature = "candle")]
+pub mod candle;
 mod cast;
 pub mod checkpoint;
 #[cfg(feature = "cuda")]
