@@ -99,7 +99,7 @@ impl Case {
         let (mut weights, bytes) = self.own(folder).map_err(io::Error::other)?;
         let mut tensors = Vec::new();
         if way != WAYS[0] {
-            tensors = self.into_candle(&mut weights).map_err(io::Error::other)?;
+            tensors = self.candles_own(&mut weights).map_err(io::Error::other)?;
         }
         Ok((began.elapsed().as_secs_f64(), tensors, bytes))
     }
@@ -115,7 +115,7 @@ impl Case {
         Ok((weights, report.landed_bytes))
     }
 
-    fn into_candle(&self, weights: &mut Weights) -> candle_core::Result<Vec<Tensor>> {
+    fn candles_own(&self, weights: &mut Weights) -> candle_core::Result<Vec<Tensor>> {
         let checkpoint = weights.plan().checkpoint().clone();
         let rank = weights.plan().world().driven()[0];
         let names = checkpoint.tensors().iter().map(|tensor| tensor.name.as_str());

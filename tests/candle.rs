@@ -3,6 +3,7 @@
 #![cfg(feature = "candle")]
 
 mod support {
+    #[allow(dead_code, reason = "other tests use the rest")]
     pub(crate) mod model;
 }
 

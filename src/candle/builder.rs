@@ -152,6 +152,9 @@ struct Entry {
     state: State,
 }
 
+/// The indices of a dimension of the checkpoint's tensor that a rank loaded, and how many there are.
+type Loaded = (Range<usize>, usize);
+
 #[derive(Debug)]
 enum State {
     Loaded(place::Tensor),
@@ -204,9 +207,8 @@ impl Held {
         Ok((made.to_device(device)?, entry.dest))
     }
 
-    /// The indices of each dimension of the checkpoint's tensor that a destination has, and how many there are; `None` if it
-    /// is no plain part of one tensor.
-    fn loaded(&self, dest: usize) -> Result<Option<Vec<(Range<usize>, usize)>>> {
+    /// What a destination has of each dimension; `None` if it is no plain part of one tensor.
+    fn loaded(&self, dest: usize) -> Result<Option<Vec<Loaded>>> {
         let leaves = self.plan.leaves(self.rank, dest).map_err(wrapped)?;
         let [leaf] = leaves.as_slice() else { return Ok(None) };
         let shape = &self.plan.tensor(leaf.tensor).shape;
@@ -229,7 +231,7 @@ impl Held {
             candle_core::bail!("tensor {name} ({}): what was loaded is no plain part of one tensor", self.rank);
         };
         let lacks = |wanted: &str| {
-            let part = |(range, size): &(Range<usize>, usize)| format!("{}..{} of {size}", range.start, range.end);
+            let part = |(range, size): &Loaded| format!("{}..{} of {size}", range.start, range.end);
             let held: Vec<String> = loaded.iter().map(part).collect();
             let message = format!("tensor {name} ({}): {wanted} was not loaded, but [{}]", self.rank, held.join(", "));
             Error::msg(message)
