@@ -266,6 +266,6 @@ impl Held {
         if wanted == *held {
             return Ok(tensor);
         }
-        tensor.narrow(dim, wanted.start - held.start, wanted.len())?.contiguous()
+        tensor.narrow(dim, wanted.start - held.start, wanted.len())?.force_contiguous()
     }
 }
