@@ -36,6 +36,7 @@ impl Config {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "the twin is set up by its environment, as cuFile is")]
 fn setting(name: &str) -> Option<String> {
     env::var(name).ok().filter(|text| !text.is_empty())
 }

@@ -192,6 +192,7 @@ fn without_nvidia_fs() {
 }
 
 /// Which defect: told by the environment.
+#[expect(clippy::disallowed_methods, reason = "tests speak to their children so")]
 #[test]
 #[ignore = "run by another test"]
 fn a_defect() {
@@ -231,6 +232,7 @@ fn a_defect() {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "what the tests' own environment says must not reach the process")]
 fn child(test: &str, settings: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env::current_exe().unwrap());
     for (name, _) in env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SIMCU")) {
