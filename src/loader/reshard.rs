@@ -65,7 +65,8 @@ impl Loader {
             devices.push(file_device(path, file));
         }
         let destinations = Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]));
-        let running = Running::start(Setup { started, ..self.setup(plan, destinations, devices) })?;
+        let chosen = self.choose_engine(plan, &devices)?;
+        let running = Running::start(Setup { started, ..self.setup(plan, destinations, devices, chosen) })?;
         Ok(Reshard { plan: plan.clone(), running, directory, started })
     }
 }
@@ -143,7 +144,8 @@ mod tests {
         let devices = vec![file_device("0".into(), writable), file_device("1".into(), refused)];
         let size = plan.rank(Rank(1)).dests[0].bytes;
         let destinations = Destinations::in_files(&plan, |_| vec![size + 8, 8]);
-        let mut running = Running::start(loader.setup(&plan, destinations, devices)).unwrap();
+        let chosen = loader.choose_engine(&plan, &devices).unwrap();
+        let mut running = Running::start(loader.setup(&plan, destinations, devices, chosen)).unwrap();
         let error = running.finish().unwrap_err();
         let at = error.at();
         assert_eq!((error.kind(), at.file.as_deref(), at.rank), (ErrorKind::Io, Some("1".as_ref()), Some(Rank(1))));
