@@ -41,6 +41,10 @@ const TOLERANCE_QUEUED: f64 = 0.15;
 /// and for a `malloc` without caches per thread.
 const TOLERANCE_ELSEWHERE: f64 = 0.10;
 
+/// What a reading thread may spend in `tracing` if nobody subscribed, with all its reads: the file is opened once, and the
+/// span that there is not was seen to take 15. One for each read would be hundreds.
+const TRACING: u64 = 100;
+
 /// A load whose reading thread is counted: of a model, and of one with four times as much.
 struct Slots {
     name: &'static str,
@@ -213,8 +217,39 @@ fn count_all(folder: &Path) -> io::Result<BTreeMap<String, u64>> {
         let more = if slots.more_rows { (tensors * rows * columns * 2) >> 20 } else { tensors } * (LARGER - 1);
         let each = if slots.more_rows { "MiB" } else { "tensor" };
         counted.insert(format!("load, {}: each {each}", slots.name), (many - few) / more);
+        let spent = of_tracing(&slots.folder(folder, LARGER), slots.name)?;
+        writeln!(io::stdout(), "tracing, {}: {spent} instructions of all reads, at most {TRACING}", slots.name)?;
+        if spent > TRACING {
+            return Err(io::Error::other(format!("{}: reads call tracing, though nobody subscribed", slots.name)));
+        }
     }
     Ok(counted)
+}
+
+/// Instructions of `tracing` itself, and of what it is called for, in what was counted last for this model and part. What
+/// the compiler put into its callers is not seen: a branch on a static number, if nobody subscribed.
+fn of_tracing(model: &Path, part: &str) -> io::Result<u64> {
+    let text = std::fs::read_to_string(beside(model, part, "callgrind"))?;
+    let (mut names, mut inside, mut called, mut total) = (BTreeMap::new(), false, false, 0);
+    for line in text.lines() {
+        if let Some(function) = line.strip_prefix("fn=") {
+            // A name is written out where it comes first: `(7) name`.
+            let (id, name) = function.split_once(' ').unwrap_or((function, ""));
+            let known: &mut bool = names.entry(id.to_owned()).or_default();
+            *known |= name.contains("tracing");
+            inside = *known;
+        } else if let Some(function) = line.strip_prefix("cfn=") {
+            let (id, name) = function.split_once(' ').unwrap_or((function, ""));
+            *names.entry(id.to_owned()).or_default() |= name.contains("tracing");
+        } else if line.starts_with("calls=") {
+            called = true; // the next line is what the callee cost
+        } else if line.starts_with(|first: char| first.is_ascii_digit() || "+-*".contains(first)) {
+            let cost = line.split_whitespace().nth(1).and_then(|cost| cost.parse::<u64>().ok()).unwrap_or(0);
+            total += if inside && !std::mem::take(&mut called) { cost } else { 0 };
+            called = false;
+        }
+    }
+    Ok(total)
 }
 
 fn compare(counted: &BTreeMap<String, u64>, environment: &Value, record: &Value) -> io::Result<ExitCode> {
@@ -260,19 +295,21 @@ fn compare(counted: &BTreeMap<String, u64>, environment: &Value, record: &Value)
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
+/// Where what valgrind tells of a part is kept.
+fn beside(model: &Path, part: &str, extension: &str) -> PathBuf {
+    let name = format!("{}.{extension}", part.replace(' ', "-"));
+    model.with_file_name(format!("{}.{name}", model.file_name().unwrap_or_default().display()))
+}
+
 /// Instructions of a process that does `part`, its start included, or of one function of it with all that it calls. What
 /// callgrind wrote stays beside the model, for `callgrind_annotate`.
 fn count(model: &Path, part: &str, function: Option<&str>) -> io::Result<u64> {
-    let beside = |extension: &str| {
-        let name = format!("{}.{extension}", part.replace(' ', "-"));
-        model.with_file_name(format!("{}.{name}", model.file_name().unwrap_or_default().display()))
-    };
     let option = |name: &str, path: &Path| {
         let mut option = OsString::from(name);
         option.push(path);
         option
     };
-    let (counts, log) = (beside("callgrind"), beside("log"));
+    let (counts, log) = (beside(model, part, "callgrind"), beside(model, part, "log"));
     let mut command = Command::new("valgrind");
     command
         .args(["--quiet", "--tool=callgrind"])

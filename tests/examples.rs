@@ -31,6 +31,34 @@ fn fused_buffers() {
     assert!(text.contains("19 tensors that no request names were not loaded: "), "{text}");
 }
 
+/// With weights that were trained, where they can be had.
+#[cfg(feature = "candle")]
+#[test]
+fn candle_bert() {
+    let fetched = Command::new(script("fetch-minilm")).output().unwrap();
+    if !fetched.status.success() {
+        #[expect(clippy::print_stderr, reason = "a skipped test says so")]
+        return eprintln!("SKIPPED: no weights: {}", String::from_utf8_lossy(&fetched.stderr));
+    }
+    let folder = String::from_utf8(fetched.stdout).unwrap();
+    let text = output(Command::new(built("05_candle_bert")).arg(folder.trim()));
+    // Sentences of one meaning are near each other, others are not.
+    let near: Vec<f32> = text.lines().next().unwrap().split_whitespace().map_while(|word| word.parse().ok()).collect();
+    assert!(near[0] > 0.999 && near[1] > 0.7 && near[2] < 0.3, "{text}");
+    assert!(text.contains("candle's own loader gives the same 1152 numbers"), "{text}");
+}
+
+#[cfg(feature = "candle")]
+#[test]
+fn candle_llama_tp() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = output(Command::new(built("06_candle_llama_tp")).arg(folder.path()));
+    for (line, ranks) in text.lines().zip([1, 2, 4]) {
+        assert!(line.starts_with(&format!("{ranks} ranks: ")) && line.contains("logits differ by"), "{text}");
+    }
+    assert_eq!(text.lines().count(), 3, "{text}");
+}
+
 /// With the binary of the tests in place of a release build.
 #[test]
 fn demo_takes_a_path_that_is_relative_to_its_caller() {

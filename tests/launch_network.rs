@@ -1,13 +1,13 @@
-//! Groups over several nodes: network name spaces of one machine, each with an address of its own behind a bridge. They need
-//! root and the `ip` command; without these the tests say that they were skipped.
+//! Groups over several nodes, which are network name spaces of this machine.
 
+#[path = "support/network.rs"]
+mod network;
 #[path = "support/ranks.rs"]
 mod ranks;
 
-use std::io::Write;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
+use network::Network;
 use ranks::{Process, Setup, free_port, tell_all};
 
 /// A process of the other tests.
@@ -18,92 +18,6 @@ fn rank() {
 }
 
 const SOON: Duration = Duration::from_secs(30);
-
-/// Nodes that see each other, until this is dropped.
-struct Network {
-    name: String,
-    nodes: u32,
-}
-
-impl Network {
-    /// `None`, and a line that says so, where this machine does not let us. `test` is a letter of the test's own.
-    fn of(nodes: u32, test: char) -> Option<Network> {
-        let name = format!("sl{test}{}", std::process::id() % 1_000_000);
-        let network = Network { name, nodes };
-        match network.make() {
-            Ok(()) => Some(network),
-            Err(why) => {
-                // The test harness keeps what it prints itself from being hidden.
-                let line = format!("SKIPPED: no network name spaces here: {why}\n");
-                std::io::stderr().write_all(line.as_bytes()).unwrap();
-                None
-            }
-        }
-    }
-
-    fn make(&self) -> Result<(), String> {
-        let bridge = &self.name;
-        ip(&format!("netns add {bridge}"))?;
-        ip(&format!("-n {bridge} link add {bridge} type bridge"))?;
-        ip(&format!("-n {bridge} link set {bridge} up"))?;
-        for node in 0..self.nodes {
-            let (space, cable) = (self.space(node), self.cable(node));
-            ip(&format!("netns add {space}"))?;
-            ip(&format!("-n {bridge} link add {cable} type veth peer name eth0 netns {space}"))?;
-            ip(&format!("-n {bridge} link set {cable} master {bridge} up"))?;
-            ip(&format!("-n {space} addr add {}/24 dev eth0", Network::address(node)))?;
-            ip(&format!("-n {space} link set eth0 up"))?;
-            ip(&format!("-n {space} link set lo up"))?;
-        }
-        Ok(())
-    }
-
-    fn address(node: u32) -> String {
-        format!("10.77.0.{}", node + 1)
-    }
-
-    fn space(&self, node: u32) -> String {
-        format!("{}n{node}", self.name)
-    }
-
-    fn cable(&self, node: u32) -> String {
-        format!("{}c{node}", self.name)
-    }
-
-    fn cut(&self, node: u32) {
-        ip(&format!("-n {} link set {} down", self.name, self.cable(node))).unwrap();
-    }
-
-    /// `per_node` ranks on each node, joined.
-    fn joined(&self, per_node: u32, setup: &Setup) -> Vec<Process> {
-        let mut ranks: Vec<Process> = (0..self.nodes * per_node)
-            .map(|rank| {
-                let words = ["ip", "netns", "exec", &self.space(rank / per_node)].map(str::to_owned);
-                Setup { within: words.into(), ..setup.clone() }.start(rank)
-            })
-            .collect();
-        tell_all(&mut ranks, "join");
-        ranks.iter().for_each(|rank| rank.is_ok());
-        ranks
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        // Those that were not made are not there.
-        for space in (0..self.nodes).map(|node| self.space(node)).chain([self.name.clone()]) {
-            let _ = ip(&format!("netns del {space}"));
-        }
-    }
-}
-
-fn ip(arguments: &str) -> Result<(), String> {
-    let output = Command::new("ip").args(arguments.split(' ')).output().map_err(|error| format!("ip: {error}"))?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(format!("ip {arguments}: {}", String::from_utf8_lossy(&output.stderr).trim())),
-    }
-}
 
 fn finish(mut ranks: Vec<Process>) {
     tell_all(&mut ranks, "exchange plan x");

@@ -24,6 +24,7 @@ const TABLE: &[(&str, &[&str])] = &[
     ("pipeline", &["source", "plan", "device", "stage", "read", "copy", "collective", "place", "launch"]),
     ("launch", &["plan"]),
     ("loader", &["source", "checkpoint", "plan", "read", "collective", "place", "pipeline", "launch"]),
+    ("candle", &["plan", "place"]),
 ];
 
 /// Parts of the standard library that a module must not know: bytes go in, a `Header` comes out.

@@ -3,6 +3,8 @@
 
 #[path = "support/cufile_twin.rs"]
 mod cufile_twin;
+#[path = "support/driver_calls.rs"]
+mod driver_calls;
 #[path = "support/twin.rs"]
 mod twin;
 
@@ -10,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use driver_calls::{ASKED_OFTEN, QUIET};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::Value;
 use shardlift::read::EngineChoice;
@@ -101,26 +104,6 @@ fn load(plan: &Plan, way: Way) -> Result<()> {
     Ok(())
 }
 
-/// Calls that may fail without an error: those that only give back, when nobody is left to tell, and the questions
-/// what a device can do, which then is taken to be able to do less.
-const QUIET: [&str; 15] = [
-    "cuCtxPopCurrent_v2",
-    "cuCtxPushCurrent_v2",
-    "cuCtxSetCurrent",
-    "cuDeviceGetAttribute",
-    "cuDevicePrimaryCtxRelease_v2",
-    "cuEventDestroy_v2",
-    "cuMemAddressFree",
-    "cuMemFreeAsync",
-    "cuMemFree_v2",
-    "cuMemHostUnregister",
-    "cuMemRelease",
-    "cuMemUnmap",
-    "cuModuleUnload",
-    "cuStreamDestroy_v2",
-    "cuStreamSynchronize",
-];
-
 /// Calls that are made for a tensor, which their error names.
 const OF_TENSORS: [&str; 14] = [
     "cuEventCreate",
@@ -138,9 +121,6 @@ const OF_TENSORS: [&str; 14] = [
     "cuModuleLoadData",
     "cuStreamQuery",
 ];
-
-/// Calls that are made as often as time passes; the first of them stand for all.
-const ASKED_OFTEN: [&str; 4] = ["cuEventQuery", "cuStreamQuery", "cuCtxPopCurrent_v2", "cuDeviceGetAttribute"];
 
 /// Invalid value, out of memory, illegal address, and a device that is gone.
 const CODES: [(u32, &str); 4] = [(1, ""), (2, ""), (700, "!"), (46, "!")];

@@ -26,6 +26,7 @@ fn nothing_of_a_load_is_left_with_the_driver() {
     assert!(the_twin_is_loaded());
     let before = twin::live();
     gpu_cases::gpu_loads::loads_of_one_loader_run_at_the_same_time();
+    gpu_cases::gpu_loads::other_values_are_loaded_into_the_memory_of_weights();
     gpu_cases::gpu_loads::a_cancelled_load_ends_and_the_next_one_is_whole();
     gpu_cases::gpu_loads::cufile_is_bit_exact_where_it_reads();
     assert_eq!((twin::live(), twin::violations()), (before, 0));

@@ -173,7 +173,8 @@ fn a_rank_that_is_killed_or_stopped_is_missed_by_all() {
 fn a_cancel_of_one_rank_cancels_all() {
     let model = Model::new();
     let ranks = start(&model, "1700K", |_| ());
-    thread::sleep(Duration::from_millis(1000));
+    ranks.all_read();
+    thread::sleep(Duration::from_millis(200)); // some of it
     kill_process(Pid::from_child(&ranks.processes[VICTIM]), Signal::TERM).unwrap();
     let ended = ranks.ended(FAIL_TIMEOUT + SLACK);
     for (rank, ended) in ended.iter().enumerate() {
@@ -188,7 +189,8 @@ fn a_file_that_ends_early_at_one_rank_fails_all() {
     let model = Model::new();
     let own = copy(&model);
     let ranks = start(&model, "1700K", |command| load_instead(command, own.path()));
-    thread::sleep(Duration::from_millis(1000));
+    ranks.all_read();
+    thread::sleep(Duration::from_millis(200)); // some of it
     for file in model_files(own.path()) {
         fs::OpenOptions::new().write(true).open(file).unwrap().set_len(4096).unwrap();
     }

@@ -59,6 +59,13 @@ pub struct CheckpointFile {
     pub metadata: Vec<(String, String)>,
 }
 
+impl CheckpointFile {
+    /// What opening it is for subscribers of `tracing`.
+    pub(crate) fn span(&self) -> tracing::Span {
+        tracing::debug_span!("file", path = %self.path.display(), bytes = self.identity.size)
+    }
+}
+
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
 pub struct TensorMeta {

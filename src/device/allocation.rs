@@ -40,6 +40,14 @@ pub(crate) trait DeviceMemory: Debug + Send + Sync {
     /// # Safety
     /// As for [`read`](DeviceMemory::read); `address` is a multiple of 8.
     unsafe fn digest(&self, address: u64, bytes: u64) -> Result<u64>;
+
+    /// Which GPU it is of.
+    #[cfg(feature = "candle-cuda")]
+    fn gpu(&self) -> u32;
+
+    /// Gives the memory up, if it is one that a `CudaSlice` of cudarc frees, from `address` on; else gives itself back.
+    #[cfg(feature = "candle-cuda")]
+    fn give_up(self: Box<Self>) -> Result<(), Box<dyn DeviceMemory>>;
 }
 
 #[derive(Debug)]
@@ -110,6 +118,11 @@ impl Allocation {
         }
     }
 
+    /// Whether it is memory of somebody else.
+    pub(crate) fn is_lent(&self) -> bool {
+        matches!(self.owner, Owner::Lent(_))
+    }
+
     /// Gives the memory up as the parts of a `Vec` whose elements have this size and alignment, if that is how it
     /// was allocated; else gives itself back.
     pub(crate) fn into_vec_parts(self, size: usize, alignment: usize) -> Result<(*mut u8, usize), Allocation> {
@@ -119,6 +132,18 @@ impl Allocation {
                 Ok((this.pointer(), layout.size() / size))
             }
             _ => Err(self),
+        }
+    }
+
+    /// Gives the memory up as what a `CudaSlice` of cudarc can own, if that is how it was allocated; else gives itself back.
+    #[cfg(feature = "candle-cuda")]
+    pub(crate) fn into_gpu_memory(mut self) -> Result<u64, Allocation> {
+        match std::mem::replace(&mut self.owner, Owner::Heap(Layout::new::<()>())) {
+            Owner::Device(memory) => match memory.give_up() {
+                Ok(()) => Ok(self.address),
+                Err(memory) => Err(Allocation { address: self.address, owner: Owner::Device(memory) }),
+            },
+            owner => Err(Allocation { address: self.address, owner }),
         }
     }
 

@@ -144,7 +144,11 @@ fn compare(all: &[Claim], plan: &Plan) -> Result<()> {
 }
 
 /// An error that names the ranks with the rarest of several values.
-fn differ<T: PartialEq + std::fmt::Display>(all: &[Claim], what: &str, value: impl Fn(&Claim) -> T) -> Result<()> {
+pub(super) fn differ<C, T: PartialEq + std::fmt::Display>(
+    all: &[C],
+    what: &str,
+    value: impl Fn(&C) -> T,
+) -> Result<()> {
     let values: Vec<T> = all.iter().map(value).collect();
     if values.windows(2).all(|pair| pair[0] == pair[1]) {
         return Ok(());

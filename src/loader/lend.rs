@@ -60,6 +60,7 @@ pub(super) fn lend_mapped(
                 Some(mapping) => Arc::clone(mapping),
                 None => {
                     let planned = plan.file(id);
+                    let _span = planned.span().entered();
                     let file = SourceFile::reopen(&planned.path, planned.identity)?;
                     let mapping = Arc::new(Mapping::new(&file)?);
                     files[id.0 as usize] = Some(Arc::clone(&mapping));

@@ -4,6 +4,7 @@ mod agree;
 mod check;
 mod engine;
 mod lend;
+mod reload;
 mod reshard;
 #[cfg(test)]
 mod tests;
@@ -12,12 +13,14 @@ mod together;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use tracing::Span;
+
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, ErrorKind, Result};
 use crate::launch::Group;
 use crate::limits;
 use crate::observe::{Counters, Event, Kind, Progress, Report, StageTime, Totals, Trace};
-use crate::pipeline::{Device, Gpus, Job, PlanNames, Ring, Running, Setup, devices, feed};
+use crate::pipeline::{Device, Gpus, Job, PlanNames, Ring, Running, Setup, devices, feed, telemetry};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Request, Rules, World};
 use crate::read::{Engine, EngineChoice};
@@ -190,7 +193,8 @@ impl Loader {
 
     /// Loads together with the processes of the other ranks: before anything moves all make sure that they load the same, a
     /// failure of one is the error of all, and no load is over before all are. Each of them loads as often, one load after
-    /// the other, in the same order.
+    /// the other, in the same order. [`Group::fail`] with a [cancel](ErrorKind::Cancelled) ends all of that at any moment, also
+    /// a wait for ranks that have not come, when there is no [`Monitor`] yet.
     pub fn group(mut self, group: Option<&Arc<Group>>) -> Loader {
         self.group = group.cloned();
         self
@@ -228,7 +232,7 @@ impl Loader {
     /// - nobody else reads or writes it before its tensor is complete, nor writes it after.
     pub unsafe fn start_into(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
         // SAFETY: the same duties.
-        unsafe { self.begin(plan, memory) }.inspect_err(|error| self.tell(error))
+        unsafe { self.begin(plan, memory, None) }
     }
 
     /// Tells the other ranks, if there are any, of an error before they can see that a load has failed.
@@ -238,11 +242,35 @@ impl Loader {
         }
     }
 
+    /// A load into memory of the caller's, into that of the weights that it replaces, or into new memory.
+    ///
     /// # Safety
     /// That of [`start_into`](Loader::start_into).
-    unsafe fn begin(&self, plan: &Plan, memory: &[CallerMemory]) -> Result<Load> {
+    unsafe fn begin(&self, plan: &Plan, memory: &[CallerMemory], again: Option<&mut Weights>) -> Result<Load> {
+        let span = telemetry::span(plan);
+        // SAFETY: the same duties.
+        span.in_scope(|| unsafe { self.begin_in(&span, plan, memory, again) }).inspect_err(|error| {
+            telemetry::failed(&span, error);
+            self.tell(error);
+        })
+    }
+
+    /// # Safety
+    /// That of [`start_into`](Loader::start_into).
+    unsafe fn begin_in(
+        &self,
+        span: &Span,
+        plan: &Plan,
+        memory: &[CallerMemory],
+        again: Option<&mut Weights>,
+    ) -> Result<Load> {
         let started = Instant::now();
-        if self.residency == Residency::Mapped {
+        if let Some(weights) = &again {
+            weights.check_reusable(plan)?;
+        }
+        // What is loaded again lies in memory of its own, and stays there.
+        let lends = self.residency == Residency::Mapped && again.is_none();
+        if lends {
             lend::check_mappable(plan)?;
         }
         let callers = lend::destinations_of(plan, memory)?;
@@ -253,18 +281,16 @@ impl Loader {
         let peers = agree::agree(self.group.as_ref(), plan, slot_bytes)?;
         let chosen = self.choose_engine(plan, &devices)?;
         let feed = feed(plan, slot_bytes, chosen.slots_to_make(plan), peers.as_ref());
-        let mut destinations = match self.memory {
-            Memory::Blocks => Destinations::in_blocks(plan, &devices, feed, &lent)?,
-            Memory::PerTensor => Destinations::per_tensor(plan, &devices, feed, &lent)?,
+        let mut destinations = match (again, self.memory) {
+            (Some(weights), _) => Destinations::again(weights),
+            (None, Memory::Blocks) => Destinations::in_blocks(plan, &devices, feed, &lent)?,
+            (None, Memory::PerTensor) => Destinations::per_tensor(plan, &devices, feed, &lent)?,
         };
-        let mapped = match self.residency {
-            Residency::Owned => Vec::new(),
-            Residency::Mapped => lend::lend_mapped(plan, &mut destinations, &devices)?,
-        };
+        let mapped = if lends { lend::lend_mapped(plan, &mut destinations, &devices)? } else { Vec::new() };
         // SAFETY: the same duties.
         unsafe { lend::place_into(&mut destinations, &devices, memory, &callers) };
         destinations.share_aliases(plan);
-        let setup = Setup { mapped, started, peers, ..self.setup(plan, destinations, devices, chosen) };
+        let setup = Setup { mapped, started, peers, ..self.setup(span, plan, destinations, devices, chosen) };
         if let Some(trace) = &setup.trace {
             trace.span(Event::of(Kind::Devices), started, opened);
             trace.since(Event::of(Kind::Allocate), opened);
@@ -304,7 +330,14 @@ impl Loader {
     }
 
     /// What a load of this loader begins with.
-    fn setup(&self, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>, chosen: Chosen) -> Setup {
+    fn setup(
+        &self,
+        span: &Span,
+        plan: &Plan,
+        destinations: Destinations,
+        devices: Vec<Arc<dyn Device>>,
+        chosen: Chosen,
+    ) -> Setup {
         let Chosen { engine, reason: engine_reason, ring, direct, maker, falls_back, warnings } = chosen;
         self.release_other(&ring);
         let trace = self.trace.as_ref().map(|trace| trace.begin(Box::new(PlanNames::new(plan, &devices))));
@@ -326,6 +359,7 @@ impl Loader {
             digests: self.digests,
             started: Instant::now(),
             trace,
+            span: span.clone(),
             peers: None,
         }
     }
@@ -373,6 +407,7 @@ impl Load {
         self.comes_back(Instant::now());
         let mut report = self.running.finish()?;
         report.consumed(self.consume);
+        telemetry::consumed(&self.running.job().setup().span, self.consume);
         report.needed_bytes = self.plan.needed_bytes(self.plan.world().driven());
         let job = self.running.job();
         let weights = Weights::new(&self.plan, &job.setup().destinations, job.moved());

@@ -8,7 +8,7 @@ use super::{Loader, Monitor};
 use crate::checkpoint::{NewDirectory, Partial};
 use crate::error::Result;
 use crate::observe::Report;
-use crate::pipeline::{Running, Setup, file_device};
+use crate::pipeline::{Running, Setup, file_device, telemetry};
 use crate::place::Destinations;
 use crate::plan::Plan;
 
@@ -65,8 +65,10 @@ impl Loader {
             devices.push(file_device(path, file));
         }
         let destinations = Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]));
+        let span = telemetry::span(plan);
         let chosen = self.choose_engine(plan, &devices)?;
-        let running = Running::start(Setup { started, ..self.setup(plan, destinations, devices, chosen) })?;
+        let setup = Setup { started, ..self.setup(&span, plan, destinations, devices, chosen) };
+        let running = Running::start(setup).inspect_err(|error| telemetry::failed(&span, error))?;
         Ok(Reshard { plan: plan.clone(), running, directory, started })
     }
 }
@@ -145,7 +147,8 @@ mod tests {
         let size = plan.rank(Rank(1)).dests[0].bytes;
         let destinations = Destinations::in_files(&plan, |_| vec![size + 8, 8]);
         let chosen = loader.choose_engine(&plan, &devices).unwrap();
-        let mut running = Running::start(loader.setup(&plan, destinations, devices, chosen)).unwrap();
+        let setup = loader.setup(&tracing::Span::none(), &plan, destinations, devices, chosen);
+        let mut running = Running::start(setup).unwrap();
         let error = running.finish().unwrap_err();
         let at = error.at();
         assert_eq!((error.kind(), at.file.as_deref(), at.rank), (ErrorKind::Io, Some("1".as_ref()), Some(Rank(1))));

@@ -82,7 +82,8 @@ fn ends_with(when_asked: bool) {
     let destinations =
         Destinations::in_blocks(&plan, &devices, feed(&plan, limits::SLOT, 0, None), &Default::default()).unwrap();
     let chosen = loader.choose_engine(&plan, &devices).unwrap();
-    let mut running = Running::start(loader.setup(&plan, destinations, devices, chosen)).unwrap();
+    let setup = loader.setup(&tracing::Span::none(), &plan, destinations, devices, chosen);
+    let mut running = Running::start(setup).unwrap();
     let began = Instant::now();
     let monitor = Monitor::new(running.job());
     let error = running.finish().unwrap_err();

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::Loader;
-use super::agree::told_by_all;
+use super::agree::{differ, told_by_all};
 use crate::checkpoint::Checkpoint;
 #[cfg(feature = "cuda")]
 use crate::collective::nccl_version;
@@ -31,7 +31,7 @@ pub enum Sharing {
 /// What a rank tells the others of itself.
 #[derive(Debug, Serialize, Deserialize)]
 struct Circumstances {
-    sharing: u8,
+    sharing: String,
     node: String,
     /// On a GPU, where there is NCCL.
     able: bool,
@@ -56,16 +56,13 @@ impl Loader {
         let on_gpu = matches!(world.device(rank), DeviceSpec::Cuda(_));
         let nccl = if on_gpu { nccl() } else { Err(Error::new(ErrorKind::Unsupported, "not on a GPU")) };
         let mine = Circumstances {
-            sharing: sharing as u8,
+            sharing: format!("{sharing:?}").to_lowercase(),
             node: group.node().into(),
             able: nccl.is_ok(),
             cached: sharing == Sharing::Auto && is_cached(checkpoint),
         };
         let all = told_by_all(group, "how reading is shared", &mine)?;
-        if let Some(other) = (0..).zip(&all).find(|(_, other)| other.sharing != mine.sharing) {
-            let error = Error::new(ErrorKind::Peer, "ranks want to share their reading differently");
-            return Err(error.with_rank(crate::extent::Rank(other.0)));
-        }
+        differ(&all, "how reading is shared", |other| other.sharing.clone())?;
         let able = all.iter().all(|other| other.able);
         let cooperate = match sharing {
             Sharing::Never => return Ok(world),

@@ -48,7 +48,7 @@ impl Files {
                 return Ok(Arc::clone(file));
             }
             let planned = self.plan.file(id);
-            let _span = tracing::debug_span!("file", path = %planned.path.display()).entered();
+            let _span = planned.span().entered();
             let file = Arc::new(SourceFile::reopen(&planned.path, planned.identity)?);
             if self.forget_pages {
                 file.forget_pages_when_closed();

@@ -54,8 +54,8 @@ pub(crate) struct Job {
     /// What is exchanged with other ranks, if anything is.
     #[cfg(feature = "cuda")]
     pub(super) exchanging: Option<Exchanging>,
-    /// Pinned slots stay while the load runs.
-    _hold: Hold,
+    /// Its share of the slots, of which pinned ones stay while the load runs.
+    pub(super) hold: Hold,
     /// For each rank of the world, the position of its device; those of other processes have none that is used.
     pub(super) device_of: Vec<usize>,
     /// Bytes that each destination still waits for.
@@ -185,7 +185,7 @@ impl Job {
             windows,
             #[cfg(feature = "cuda")]
             exchanging,
-            _hold: hold,
+            hold,
             device_of,
             remaining,
             aliases,
@@ -389,6 +389,11 @@ impl Job {
     /// The load's error, if it has one.
     pub(super) fn take_failure(&self) -> Option<Error> {
         lock(&self.failure).take()
+    }
+
+    /// Kind and text of the load's error, if it has one.
+    pub(super) fn failure(&self) -> Option<(ErrorKind, String)> {
+        lock(&self.failure).as_ref().map(|error| (error.kind(), error.to_string()))
     }
 
     /// Whether nothing new should start.

@@ -10,6 +10,7 @@ mod peers;
 mod prepare;
 mod run;
 mod slots;
+pub(crate) mod telemetry;
 mod traced;
 mod windows;
 mod work;
@@ -68,6 +69,8 @@ pub(crate) struct Setup {
     pub(crate) digests: bool,
     pub(crate) started: std::time::Instant,
     pub(crate) trace: Option<Arc<Recording>>,
+    /// What subscribers of `tracing` see it as.
+    pub(crate) span: tracing::Span,
     /// Those who load the other ranks, where this process knows them.
     pub(crate) peers: Option<Peers>,
 }

@@ -8,7 +8,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::prepare::{pin_slots, prepare_cuts};
-use super::{Device, Job, Peers, Setup, traced};
+use super::{Device, Job, Peers, Setup, telemetry, traced};
 use crate::copy::{Copies, Landed};
 use crate::device::{Feed, stay};
 use crate::error::{Error, ErrorKind, Result};
@@ -45,6 +45,7 @@ impl Running {
             trace.since(Event::of(Kind::Queues), began);
         }
         let job = Arc::new(Job::new(setup, Copies::new(queues, slots))?);
+        telemetry::begins(&job);
         let shared = Arc::clone(&job);
         let supervisor = spawn("shardlift-load", move || {
             let report = catch_unwind(AssertUnwindSafe(|| supervise(&shared))).unwrap_or_else(|payload| {
@@ -111,7 +112,7 @@ struct Alive {
 }
 
 fn supervise(job: &Arc<Job>) -> Report {
-    let _span = tracing::info_span!("load", engine = job.setup.engine.name(), bytes = job.totals.bytes).entered();
+    let _span = job.setup.span.enter();
     let mut memory = MemoryWatch::new(job.setup.destinations.in_memory());
     let cpu_before = cpu_seconds();
     let mut workers = Workers::default();
@@ -130,6 +131,7 @@ fn supervise(job: &Arc<Job>) -> Report {
     }
     let read = Instant::now();
     job.readers_ended.store(true, Ordering::Release);
+    job.hold.wants_no_more();
     job.setup.ring.wake(); // for whoever pins slots
     job.copies.wake();
     let lost = !devices_end(job, &of_devices);
@@ -143,7 +145,9 @@ fn supervise(job: &Arc<Job>) -> Report {
     {
         job.fail(error);
     }
-    report(job, &memory, cpu_before, read)
+    let report = report(job, &memory, cpu_before, read);
+    telemetry::ended(job, &report);
+    report
 }
 
 /// Waits until every rank has loaded: no rank has unless all have.
@@ -238,7 +242,7 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
         let thread = spawn(&format!("shardlift-read-{index}"), move || {
             let began = Instant::now();
             let outcome = catch_unwind(AssertUnwindSafe(|| {
-                let _stay = stay();
+                let (_stay, _span) = (stay(), job.setup.span.enter());
                 // An engine that reads into memory of the one device asks for its context.
                 let device = job.setup.maker.as_ref().map(|_| job.devices[0].0.current());
                 let _current = device.transpose()?;
@@ -300,8 +304,7 @@ fn watch_reads(job: &Job) -> bool {
             None => format!("a read{file} has made no progress for {warning:?}"),
             Some(device) => format!("{} has not taken what was read{file} for {warning:?}", name(device)),
         };
-        tracing::warn!("{message}");
-        job.counters.warn(message);
+        job.warn(message);
     }
     let Some((copying, extent)) = stalled else { return false };
     job.abandon(slots);

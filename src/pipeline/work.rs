@@ -54,7 +54,7 @@ impl Work for Job {
                     self.copies.hurry();
                     match &self.windows {
                         Some(windows) => windows.wait(limits::LOOK_AGAIN),
-                        None => self.setup.ring.wait(self.lend(), limits::LOOK_AGAIN, || self.is_stopped()),
+                        None => self.hold.wait(self.lend(), limits::LOOK_AGAIN, || self.is_stopped()),
                     }
                     let ended = Instant::now();
                     self.counters.read_waiting(ended - began);
@@ -172,7 +172,7 @@ impl Job {
             let room = match &self.windows {
                 Some(windows) => windows.try_permit().map(Room::Lent),
                 None if op.direct => Some(Room::Destination),
-                None => self.setup.ring.try_lend(self.lend())?.map(Room::Slot),
+                None => self.hold.try_lend(self.lend())?.map(Room::Slot),
             };
             let Some(room) = room else { return Ok(Taken::NoSlot) };
             *cursor = behind;
@@ -294,7 +294,7 @@ impl Job {
                 // SAFETY: the lease keeps the mapping, which is readable.
                 Ok(lease) => return Ok(unsafe { Staged::lent(first, Arc::new(lease)) }),
                 Err((error, unused)) => {
-                    self.counters.warn(format!("mapped memory is copied instead of pinned: {error}"));
+                    self.warn(format!("mapped memory is copied instead of pinned: {error}"));
                     permit = unused;
                 }
             }

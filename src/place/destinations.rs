@@ -148,6 +148,11 @@ impl Destinations {
         destinations
     }
 
+    /// These places, of each rank of the world.
+    pub(super) fn of_places(ranks: Vec<Vec<Place>>) -> Destinations {
+        Destinations { ranks }
+    }
+
     fn for_each_rank(
         plan: &Plan,
         devices: &[Arc<dyn Device>],

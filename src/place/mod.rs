@@ -1,5 +1,6 @@
 //! Memory -> tensors the caller owns. Knows not how the bytes came.
 
+mod again;
 mod destinations;
 mod digest;
 mod tensor;

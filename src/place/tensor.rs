@@ -122,19 +122,23 @@ impl Tensor {
     /// [`ErrorKind::Usage`] if the tensor was not loaded with `Memory::PerTensor`, if another handle to it (or an
     /// alias) lives, or if `T` is not the element type of its dtype.
     pub fn into_vec<T: Element>(self) -> Result<Vec<T>> {
-        let refuse = |tensor: &Tensor, why: &str| {
+        self.try_into_vec().map_err(|(tensor, why)| {
             Error::new(ErrorKind::Usage, format!("cannot become a vector: {why}"))
                 .with_tensor(tensor.name())
                 .with_rank(tensor.rank)
-        };
+        })
+    }
+
+    /// As [`into_vec`](Tensor::into_vec), but gives itself back with the reason if that cannot be.
+    pub(crate) fn try_into_vec<T: Element>(self) -> Result<Vec<T>, (Tensor, &'static str)> {
         if !T::DTYPES.contains(&self.dtype()) {
-            return Err(refuse(&self, "another element type"));
+            return Err((self, "another element type"));
         }
         let Tensor { plan, rank, dest, address, owner } = self;
         let allocation = match Arc::try_unwrap(owner) {
             Ok(allocation) => allocation,
             Err(owner) => {
-                return Err(refuse(&Tensor { plan, rank, dest, address, owner }, "another handle shares its memory"));
+                return Err((Tensor { plan, rank, dest, address, owner }, "another handle shares its memory"));
             }
         };
         match allocation.into_vec_parts(size_of::<T>(), align_of::<T>()) {
@@ -144,9 +148,30 @@ impl Tensor {
             Ok((pointer, count)) => Ok(unsafe { Vec::from_raw_parts(pointer.cast(), count, count) }),
             Err(allocation) => {
                 let owner = Arc::new(allocation);
-                Err(refuse(&Tensor { plan, rank, dest, address, owner }, "its memory is not of the global allocator"))
+                Err((Tensor { plan, rank, dest, address, owner }, "its memory is not of the global allocator"))
             }
         }
+    }
+
+    /// The GPU whose memory it is in.
+    #[cfg(feature = "candle-cuda")]
+    pub(crate) fn gpu(&self) -> Option<u32> {
+        self.owner.device().map(crate::device::DeviceMemory::gpu)
+    }
+
+    /// Gives its memory up as what a `CudaSlice` of cudarc can own, if that can be; else itself back.
+    #[cfg(feature = "candle-cuda")]
+    pub(crate) fn into_gpu_memory(self) -> Result<u64, Tensor> {
+        let Tensor { plan, rank, dest, address, owner } = self;
+        let owner = match Arc::try_unwrap(owner) {
+            Ok(allocation) if allocation.address() == address => match allocation.into_gpu_memory() {
+                Ok(address) => return Ok(address),
+                Err(allocation) => Arc::new(allocation),
+            },
+            Ok(allocation) => Arc::new(allocation),
+            Err(owner) => owner,
+        };
+        Err(Tensor { plan, rank, dest, address, owner })
     }
 
     /// Position in the rank's destinations.
@@ -157,6 +182,16 @@ impl Tensor {
     /// Position of its destination in the plan's parameters.
     pub(crate) fn param_position(&self) -> usize {
         self.dest().param as usize
+    }
+
+    /// What keeps its memory alive.
+    pub(super) fn owner(&self) -> &Arc<Allocation> {
+        &self.owner
+    }
+
+    /// Its memory, for other bytes.
+    pub(super) fn into_place(self) -> Place {
+        Place { address: self.address, owner: Some(self.owner), lent: false }
     }
 
     /// An error of the device that was asked for the bytes.
@@ -222,7 +257,8 @@ elements! {
     u64: U64,
 }
 
-/// All tensors of the ranks of this process: whole, or it does not exist.
+/// All tensors of the ranks of this process: whole, or it does not exist. Its memory can be
+/// [loaded into again](crate::Loader::reload).
 #[derive(Debug)]
 pub struct Weights {
     plan: Plan,
@@ -259,6 +295,24 @@ impl Weights {
     pub fn take(&mut self, rank: Rank, name: &str) -> Result<Tensor> {
         let position = self.position(rank, name)?;
         self.tensors[rank.index()][position].take().ok_or_else(|| missing(rank, name))
+    }
+
+    /// Takes all tensors out: those of each rank of the world.
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = impl Iterator<Item = Tensor>> {
+        self.moved.clear();
+        self.tensors.iter_mut().map(|of_rank| of_rank.iter_mut().filter_map(Option::take))
+    }
+
+    /// Takes all tensors of a rank out, sorted by name.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if the rank is not driven here.
+    pub fn take_rank(&mut self, rank: Rank) -> Result<Vec<Tensor>> {
+        if !self.plan.world().driven().contains(&rank) {
+            return Err(Error::new(ErrorKind::NotFound, "not a rank of this process").with_rank(rank));
+        }
+        let tensors = self.tensors.get_mut(rank.index()).map(Vec::as_mut_slice).unwrap_or_default();
+        Ok(tensors.iter_mut().filter_map(Option::take).collect())
     }
 
     /// The tensors of a rank, sorted by name.

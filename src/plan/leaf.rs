@@ -2,6 +2,8 @@
 //! and its lowering to strided copies. The work is proportional to the number of dimensions, never to rows (sharding.md
 //! section 12).
 
+use std::ops::Range;
+
 use smallvec::{SmallVec, smallvec};
 
 use super::cut::gcd;
@@ -79,6 +81,32 @@ impl Leaf {
     /// The shape of the box that it fills.
     pub fn shape(&self) -> Shape {
         self.order.iter().map(|&factor| self.factors[factor].len).collect()
+    }
+
+    /// The indices that it takes of each dimension of its tensor, which has this shape; `None` if they are not consecutive,
+    /// or lie in another order at the destination.
+    pub fn ranges(&self, shape: &Shape) -> Option<SmallVec<[Range<u64>; 4]>> {
+        if !self.order.is_sorted() || self.factors.iter().any(|factor| factor.len == 0) {
+            return None;
+        }
+        let mut factors = self.factors.iter().filter(|factor| factor.size > 1);
+        let mut ranges = SmallVec::new();
+        for &size in shape.iter() {
+            let (mut seen, mut range) = (1, 0..1);
+            while seen < size {
+                let Factor { size, start, len, step } = *factors.next()?;
+                // A part of an inner factor is consecutive only below one index of the outer ones.
+                let (single, whole) = (range.end - range.start == 1, len == size);
+                if (step != 1 && len > 1) || !(single || whole) {
+                    return None;
+                }
+                let (first, last) = (range.start * size, (range.end - 1) * size);
+                range = first + start..last + start + len;
+                seen *= size;
+            }
+            ranges.push(range);
+        }
+        Some(ranges)
     }
 
     /// Its indices in a dimension of the box.

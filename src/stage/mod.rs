@@ -64,9 +64,20 @@ struct State {
     slots_pinning: usize,
     /// Slots that were ever made.
     made: u64,
-    /// How many want pinned slots to stay.
-    holds: usize,
+    /// Those who want pinned slots to stay, and what they have of the slots.
+    shares: Vec<Share>,
+    /// Shares that there ever were.
+    held: u64,
     waiting: Waiting,
+}
+
+/// What a [`Hold`] has of the slots.
+#[derive(Debug)]
+struct Share {
+    id: u64,
+    lent: usize,
+    /// Whether it got none when it last asked.
+    wants: bool,
 }
 
 /// How many wait for each of the signals: giving one that nobody waits for is a call to the system all the same.
@@ -122,35 +133,50 @@ impl Ring {
         self.shared.slots_max * self.shared.slot_bytes
     }
 
-    /// A free slot; `None` if all that would do are in use. Makes one that is not pinned if none is free, such a one
-    /// would do, and the budget allows it.
+    /// [`Hold::try_lend`] for nobody's share.
+    #[cfg(test)]
     pub(crate) fn try_lend(&self, lend: Lend) -> Result<Option<Slot>> {
+        self.try_lend_to(NOBODY, lend)
+    }
+
+    /// [`Hold::wait`] for nobody's share.
+    #[cfg(test)]
+    pub(crate) fn wait(&self, lend: Lend, bound: Duration, stopped: impl FnOnce() -> bool) {
+        self.wait_for(NOBODY, lend, bound, stopped);
+    }
+
+    fn try_lend_to(&self, holder: u64, lend: Lend) -> Result<Option<Slot>> {
         let mut state = self.shared.state();
         let free = match lend {
+            _ if !self.shared.leaves_shares(&state, holder, lend) => None,
             Lend::Pinned => state.pinned.pop(),
             Lend::Any => match state.plain.pop().or_else(|| state.pinned.pop()) {
                 Some(memory) => Some(memory),
                 None => self.shared.make(&mut state)?,
             },
         };
-        Ok(free.map(|memory| Slot::new(memory, self.clone())))
+        if let Some(share) = state.share(holder) {
+            share.lent += usize::from(free.is_some());
+            let wanted = std::mem::replace(&mut share.wants, free.is_none());
+            if wanted && free.is_some() && state.shares.len() > 1 {
+                self.shared.wake_lenders(&state); // who left it this one may have the next
+            }
+        }
+        drop(state);
+        Ok(free.map(|memory| Slot::new(memory, holder, self.clone())))
     }
 
-    /// Waits until a slot that would do may be free, somebody [wakes](Ring::wake) it, or `bound` has passed; not at all
-    /// once `stopped`, which is asked where no later wake is missed.
-    pub(crate) fn wait(&self, lend: Lend, bound: Duration, stopped: impl FnOnce() -> bool) {
+    fn wait_for(&self, holder: u64, lend: Lend, bound: Duration, stopped: impl FnOnce() -> bool) {
         let state = self.shared.state();
+        let free = !state.pinned.is_empty()
+            || lend == Lend::Any && (!state.plain.is_empty() || state.slots < self.shared.slots_max);
+        if free && self.shared.leaves_shares(&state, holder, lend) || stopped() {
+            return;
+        }
         match lend {
-            Lend::Any => {
-                let none_free = state.plain.is_empty() && state.pinned.is_empty();
-                if none_free && state.slots == self.shared.slots_max && !stopped() {
-                    self.shared.wait(state, &self.shared.freed, |waiting| &mut waiting.freed, bound);
-                }
-            }
+            Lend::Any => self.shared.wait(state, &self.shared.freed, |waiting| &mut waiting.freed, bound),
             Lend::Pinned => {
-                if state.pinned.is_empty() && !stopped() {
-                    self.shared.wait(state, &self.shared.freed_pinned, |waiting| &mut waiting.freed_pinned, bound);
-                }
+                self.shared.wait(state, &self.shared.freed_pinned, |waiting| &mut waiting.freed_pinned, bound);
             }
         }
     }
@@ -208,7 +234,7 @@ impl Ring {
     pub(crate) fn release(&self) {
         let mut state = self.shared.state();
         let plain = std::mem::take(&mut state.plain);
-        let pinned = if state.holds == 0 { std::mem::take(&mut state.pinned) } else { Vec::new() };
+        let pinned = if state.shares.is_empty() { std::mem::take(&mut state.pinned) } else { Vec::new() };
         let slots = plain.len() + pinned.len();
         // No longer pinned for whoever counts on them from now on.
         state.slots_pinned -= pinned.len();
@@ -220,10 +246,14 @@ impl Ring {
         self.shared.wake_all();
     }
 
-    /// Keeps pinned slots from being [released](Ring::release): who lends no others would wait for ever.
+    /// A share of the slots, for one load; while there is one, pinned slots are not [released](Ring::release): who lends no
+    /// others would wait for ever.
     pub(crate) fn hold(&self) -> Hold {
-        self.shared.state().holds += 1;
-        Hold { ring: self.clone() }
+        let mut state = self.shared.state();
+        state.held += 1;
+        let id = state.held;
+        state.shares.push(Share { id, lent: 0, wants: false });
+        Hold { id, ring: self.clone() }
     }
 }
 
@@ -247,13 +277,30 @@ impl Shared {
         Ok(Some(Arc::new(SlotMemory::new(place, state.made))))
     }
 
-    /// Takes a handle to a slot. With the last one the slot is free again, which whoever may be waiting for it is told.
-    fn take_back(&self, memory: Arc<SlotMemory>, pinning: bool) {
+    /// Whether whoever holds this share may have one more slot: it has less than an equal part of them, or nobody who has
+    /// less asks for one.
+    fn leaves_shares(&self, state: &State, holder: u64, lend: Lend) -> bool {
+        if state.shares.len() < 2 {
+            return true;
+        }
+        let slots = if lend == Lend::Pinned { state.slots_pinned } else { self.slots_max };
+        let part = (slots / state.shares.len()).max(1);
+        let below = |share: &Share| share.lent < part;
+        let mine = state.shares.iter().find(|share| share.id == holder);
+        mine.is_some_and(below) || !state.shares.iter().any(|other| other.id != holder && other.wants && below(other))
+    }
+
+    /// Takes a handle to a slot of a share. With the last one the slot is free again, which whoever may be waiting for it is
+    /// told.
+    fn take_back(&self, memory: Arc<SlotMemory>, pinning: bool, holder: u64) {
         let mut state = self.state();
         // Handles to a staged slot are dropped here, one after the other: whoever finds no other has the last one.
         if Arc::strong_count(&memory) > 1 {
             drop(memory);
             return;
+        }
+        if let Some(share) = state.share(holder) {
+            share.lent -= 1;
         }
         if pinning {
             state.slots_pinning -= 1;
@@ -262,16 +309,30 @@ impl Shared {
         if (pinning || !memory.is_pinned()) && state.waiting.growable > 0 {
             self.growable.notify_all();
         }
-        if memory.is_pinned() {
-            state.pinned.push(memory);
-            if state.waiting.freed_pinned > 0 {
-                self.freed_pinned.notify_one();
-            }
+        let pinned = memory.is_pinned();
+        if pinned {
+            state.pinned.push(memory)
         } else {
-            state.plain.push(memory);
+            state.plain.push(memory)
+        }
+        if state.shares.len() > 1 {
+            return self.wake_lenders(&state); // the first that wakes may have to leave it to another
+        }
+        if pinned && state.waiting.freed_pinned > 0 {
+            self.freed_pinned.notify_one();
         }
         if state.waiting.freed > 0 {
             self.freed.notify_one();
+        }
+    }
+
+    /// Wakes all who wait for a free slot.
+    fn wake_lenders(&self, state: &State) {
+        if state.waiting.freed > 0 {
+            self.freed.notify_all();
+        }
+        if state.waiting.freed_pinned > 0 {
+            self.freed_pinned.notify_all();
         }
     }
 
@@ -296,14 +357,49 @@ impl Shared {
     }
 }
 
-/// While it lives, the pinned slots of its ring stay.
+impl State {
+    fn share(&mut self, holder: u64) -> Option<&mut Share> {
+        self.shares.iter_mut().find(|share| share.id == holder)
+    }
+}
+
+/// What a load has of a ring. While it lives, pinned slots stay.
 #[derive(Debug)]
 pub(crate) struct Hold {
+    id: u64,
     ring: Ring,
+}
+
+/// The holder of what is lent without a [`Hold`].
+const NOBODY: u64 = 0;
+
+impl Hold {
+    /// A free slot; `None` if all that would do are in use, or others have fewer and ask for them. Makes one that is not
+    /// pinned if none is free, such a one would do, and the budget allows it.
+    pub(crate) fn try_lend(&self, lend: Lend) -> Result<Option<Slot>> {
+        self.ring.try_lend_to(self.id, lend)
+    }
+
+    /// Waits until a slot that would do may be free for it, somebody [wakes](Ring::wake) it, or `bound` has passed; not at all
+    /// once `stopped`, which is asked where no later wake is missed.
+    pub(crate) fn wait(&self, lend: Lend, bound: Duration, stopped: impl FnOnce() -> bool) {
+        self.ring.wait_for(self.id, lend, bound, stopped);
+    }
+
+    /// It will ask for no more slots: nobody needs to leave it any.
+    pub(crate) fn wants_no_more(&self) {
+        let mut state = self.ring.shared.state();
+        if let Some(share) = state.share(self.id) {
+            share.wants = false;
+        }
+        self.ring.shared.wake_lenders(&state);
+    }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        self.ring.shared.state().holds -= 1;
+        let mut state = self.ring.shared.state();
+        state.shares.retain(|share| share.id != self.id);
+        self.ring.shared.wake_lenders(&state);
     }
 }

@@ -234,6 +234,41 @@ fn held_slots_are_there_for_those_who_need_them() {
 }
 
 #[test]
+fn loads_that_share_leave_each_other_slots_and_neither_is_lost() {
+    model(|| {
+        let (ring, contents) = (ring(2), Contents::new(2));
+        let load = |hold: Hold, contents: &Contents| {
+            // Both slots at once, unless the other one asks for its own.
+            let first = lend_share(&hold);
+            contents.write(&first);
+            if let Some(second) = hold.try_lend(Lend::Any).unwrap() {
+                contents.write(&second);
+            }
+            hold.wants_no_more();
+            drop(first);
+            contents.write(&lend_share(&hold));
+        };
+        let other = {
+            let (hold, contents) = (ring.hold(), Arc::clone(&contents));
+            thread::spawn(move || load(hold, &contents))
+        };
+        load(ring.hold(), &contents);
+        other.join().unwrap();
+        assert!(ring.shared.state().shares.is_empty());
+        whole(&ring);
+    });
+}
+
+fn lend_share(hold: &Hold) -> Slot {
+    loop {
+        match hold.try_lend(Lend::Any).unwrap() {
+            Some(slot) => return slot,
+            None => hold.wait(Lend::Any, LONG, || false),
+        }
+    }
+}
+
+#[test]
 fn a_cancel_reaches_all_who_wait() {
     model(|| {
         let (ring, stopped) = (ring(1), Arc::new(AtomicBool::new(false)));

@@ -2,7 +2,7 @@
 
 use std::any::Any;
 
-use super::Ring;
+use super::{NOBODY, Ring};
 use crate::device::{Home, Pages, Pinned, Pinner};
 use crate::error::Result;
 use crate::sync::Arc;
@@ -42,18 +42,20 @@ pub(crate) struct Slot {
     memory: Option<Arc<SlotMemory>>,
     /// Counted by the ring as being pinned.
     pinning: bool,
+    /// Whose share it counts for.
+    holder: u64,
     ring: Ring,
 }
 
 impl Slot {
-    /// A slot of this ring's memory.
-    pub(super) fn new(memory: Arc<SlotMemory>, ring: Ring) -> Slot {
-        Slot { memory: Some(memory), pinning: false, ring }
+    /// A slot of this ring's memory, for a share of it.
+    pub(super) fn new(memory: Arc<SlotMemory>, holder: u64, ring: Ring) -> Slot {
+        Slot { memory: Some(memory), pinning: false, holder, ring }
     }
 
     /// A slot that the ring counts as being pinned until it is dropped.
     pub(super) fn to_pin(memory: Arc<SlotMemory>, ring: Ring) -> Slot {
-        Slot { memory: Some(memory), pinning: true, ring }
+        Slot { memory: Some(memory), pinning: true, holder: NOBODY, ring }
     }
 
     /// Pins the slot for good, and gives it back.
@@ -116,7 +118,7 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         let memory = self.memory.take().expect("bug in shardlift: slot without memory");
-        self.ring.shared.take_back(memory, self.pinning);
+        self.ring.shared.take_back(memory, self.pinning, self.holder);
     }
 }
 
@@ -127,8 +129,8 @@ struct Handle(Slot);
 
 impl Clone for Handle {
     fn clone(&self) -> Handle {
-        let Slot { memory, ring, .. } = &self.0;
-        Handle(Slot { memory: memory.clone(), pinning: false, ring: ring.clone() })
+        let Slot { memory, pinning: _, holder, ring } = &self.0;
+        Handle(Slot { memory: memory.clone(), pinning: false, holder: *holder, ring: ring.clone() })
     }
 }
 

@@ -229,6 +229,50 @@ fn held_slots_stay_pinned() {
 }
 
 #[test]
+fn a_load_leaves_another_its_part_of_the_slots() {
+    let ring = ring(5);
+    let (one, other) = (ring.hold(), ring.hold());
+    let lent = |hold: &Hold| hold.try_lend(Lend::Any).unwrap();
+    let mut all: Vec<_> = std::iter::from_fn(|| lent(&one)).collect();
+    assert_eq!(all.len(), 5, "the other one wants none");
+    // It got none, and wants one from now on.
+    assert!(lent(&other).is_none());
+    all.pop();
+    assert!(lent(&one).is_none());
+    let first = lent(&other).unwrap();
+    all.pop();
+    assert!(
+        lent(&other).is_some_and(|slot| {
+            all.push(slot);
+            true
+        }),
+        "it has a part of two"
+    );
+    all.pop();
+    all.pop();
+    // Neither is below its part, or asks.
+    all.push(lent(&one).unwrap());
+    drop(first);
+    assert!(lent(&other).is_some());
+    drop(other);
+    all.extend(std::iter::from_fn(|| lent(&one)));
+    assert!(none(&ring, Lend::Any));
+}
+
+#[test]
+fn whoever_asks_no_more_is_left_nothing() {
+    let ring = ring(2);
+    let (one, other) = (ring.hold(), ring.hold());
+    let lent = |hold: &Hold| hold.try_lend(Lend::Any).unwrap();
+    let (first, _second) = (lent(&one).unwrap(), lent(&one).unwrap());
+    assert!(lent(&other).is_none());
+    drop(first);
+    assert!(lent(&one).is_none());
+    other.wants_no_more();
+    assert!(lent(&one).is_some());
+}
+
+#[test]
 fn lent_bytes_live_as_long_as_their_last_handle() {
     let keep = std::sync::Arc::new([1u8, 2, 3]);
     // SAFETY: `keep` is the array itself, which nobody writes.

@@ -59,6 +59,7 @@ macro_rules! test_every_case {
             gpu_loads: members_of_a_world_get_what_one_process_gives_them;
             gpu_loads: a_tensor_that_was_given_is_complete_for_every_stream;
             gpu_loads: destinations_may_be_memory_of_the_callers;
+            gpu_loads: other_values_are_loaded_into_the_memory_of_weights;
             gpu_loads: too_little_memory_is_told_before_anything_moves;
             gpu_loads: a_device_that_is_not_there_is_an_error;
             gpu_loads: a_cancelled_load_ends_and_the_next_one_is_whole;

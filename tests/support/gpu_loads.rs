@@ -235,6 +235,28 @@ pub(crate) fn destinations_may_be_memory_of_the_callers() {
     }
 }
 
+pub(crate) fn other_values_are_loaded_into_the_memory_of_weights() {
+    let (before, after) = (Model::new(15), Model::new(16));
+    let (old, new) = (before.plan(&on_gpu(2)), after.plan(&on_gpu(2)));
+    for memory in [Memory::Blocks, Memory::PerTensor] {
+        let loader = Loader::new().memory(memory).staging(STAGING);
+        let (mut weights, _) = loader.load(&old).unwrap();
+        let addresses: Vec<u64> = weights.iter().map(|tensor| tensor.device_ptr()).collect();
+        let kept = weights.iter().next().unwrap().clone();
+        assert_eq!(loader.reload(&new, &mut weights).unwrap_err().kind(), ErrorKind::Usage);
+        drop(kept);
+        compare(&weights, &before.on_host(2), "after a refusal");
+        loader.reload(&new, &mut weights).unwrap();
+        compare(&weights, &after.on_host(2), "in the memory of others");
+        assert!(weights.iter().map(|tensor| tensor.device_ptr()).eq(addresses));
+        // What is cancelled is some of both, and given back.
+        let load = loader.start_reload(&old, &mut weights).unwrap();
+        load.monitor().cancel();
+        drop(load);
+        assert_eq!(weights.iter().count(), 0);
+    }
+}
+
 pub(crate) fn too_little_memory_is_told_before_anything_moves() {
     let folder = tempfile::tempdir().unwrap();
     let bytes = driver::total_bytes() as u64 + (1 << 30);

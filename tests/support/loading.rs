@@ -103,6 +103,20 @@ impl Ranks {
         Ranks { processes: (0..count).map(start).collect() }
     }
 
+    /// Waits until all of them read, which a busy machine may take long to come to.
+    pub(crate) fn all_read(&self) {
+        let reads = |process: &Child| {
+            let tasks = fs::read_dir(format!("/proc/{}/task", process.id())).unwrap();
+            let mut names = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
+            names.any(|name| name.starts_with("shardlift-read"))
+        };
+        let began = Instant::now();
+        while !self.processes.iter().all(reads) {
+            assert!(began.elapsed() < Duration::from_secs(60), "some ranks never read");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// What the ranks printed, who have all loaded.
     pub(crate) fn loaded(self) -> Vec<Value> {
         let ended = self.ended(Duration::from_secs(120));

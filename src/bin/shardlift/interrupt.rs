@@ -1,12 +1,12 @@
-//! Ctrl-C and SIGTERM: a load that is running is cancelled and drained, anything else ends at once; the exit status is
-//! 130 or 143.
+//! Ctrl-C and SIGTERM: a load that is running is cancelled and drained, as is what waits for other ranks; anything else ends
+//! at once; the exit status is 130 or 143.
 
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use shardlift::{Error, ErrorKind, Monitor, Partial, Result};
+use shardlift::{Error, ErrorKind, Group, Monitor, Partial, Result};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -23,6 +23,8 @@ struct Shared {
     /// The first signal; 0 before it came.
     signal: AtomicI32,
     then: Mutex<Then>,
+    /// The other ranks, which are to hear of a signal. Locked while they are told.
+    group: Mutex<Option<Arc<Group>>>,
     /// What would stay on disk if the process ended now.
     partial: Mutex<Option<Partial>>,
 }
@@ -42,7 +44,8 @@ impl Interrupt {
     /// Watches for signals; until something else is said they end the process.
     pub(crate) fn install(command: &'static str, json: bool) -> Result<Interrupt> {
         let then = Mutex::new(Then::Exit { command, json });
-        let shared = Arc::new(Shared { signal: AtomicI32::new(0), then, partial: Mutex::default() });
+        let (signal, group, partial) = (AtomicI32::new(0), Mutex::default(), Mutex::default());
+        let shared = Arc::new(Shared { signal, then, group, partial });
         let failed = |error| Error::new(ErrorKind::Io, "install signal handlers").with_source(error);
         let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
         let theirs = Arc::clone(&shared);
@@ -60,8 +63,16 @@ impl Interrupt {
                     None => first = Some(Instant::now()),
                 }
                 theirs.signal.store(signal, Ordering::SeqCst);
-                match &*theirs.then() {
-                    Then::Cancel(monitor) => monitor.cancel(),
+                let (then, group) = (theirs.then(), theirs.group());
+                if let Then::Cancel(monitor) = &*then {
+                    monitor.cancel(); // before others: then it ends as cancelled, not as failed elsewhere
+                }
+                if let Some(group) = &*group {
+                    cancel(group); // whatever this process waits for them for, or they for it, ends
+                    continue;
+                }
+                match &*then {
+                    Then::Cancel(_) => {}
                     Then::Exit { command, json } => {
                         let status = Output::new(command, *json).finish(Err(interrupted(signal)));
                         std::process::exit(status.into());
@@ -72,6 +83,21 @@ impl Interrupt {
         };
         thread::Builder::new().name("shardlift-signals".into()).spawn(watch).map_err(failed)?;
         Ok(Interrupt { shared })
+    }
+
+    /// From now on a signal cancels what this group does, too, and never ends the process before the others were told; one that
+    /// has come already does so now.
+    pub(crate) fn joined(&self, group: &Arc<Group>) {
+        let mut shared = self.shared.group();
+        if self.signal().is_some() {
+            cancel(group);
+        }
+        *shared = Some(Arc::clone(group));
+    }
+
+    /// The others need not hear of a signal any more. Once this returns nobody here tells them.
+    pub(crate) fn parted(&self) {
+        *self.shared.group() = None;
     }
 
     /// From now on a signal cancels this load; one that has come already does so now.
@@ -121,6 +147,10 @@ impl Shared {
         self.then.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn group(&self) -> MutexGuard<'_, Option<Arc<Group>>> {
+        self.group.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Removes what would stay on disk, or gives up: storage that hangs must not keep a process that was told twice.
     fn remove_partial(&self) {
         let Some(partial) = self.partial.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
@@ -133,6 +163,10 @@ impl Shared {
             let _ = removed.recv_timeout(REMOVE);
         }
     }
+}
+
+fn cancel(group: &Group) {
+    group.fail(&Error::new(ErrorKind::Cancelled, "the load was cancelled"));
 }
 
 fn interrupted(signal: i32) -> Failure {

@@ -27,7 +27,12 @@ pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -
     args.supported()?;
     let launch = processes::launch(args, model::ranks(&args.mesh)?)?;
     let group = processes::join(args, launch.as_ref(), interrupt)?;
-    processes::settle(group.as_ref(), load(args, launch.as_ref(), group.as_ref(), output, interrupt))
+    let Some(group) = &group else { return load(args, launch.as_ref(), None, output, interrupt) };
+    interrupt.joined(group);
+    let loaded = load(args, launch.as_ref(), Some(group), output, interrupt);
+    let settled = processes::settle(group, loaded, interrupt);
+    interrupt.parted();
+    settled
 }
 
 /// Loads as this process, with those of the other ranks if there are any.
@@ -49,7 +54,8 @@ fn load(
     let rank = launch.map(|launch| launch.rank().0);
     let world = model::world(mesh, rank, &processes::devices(args, launch)?)?;
     let loader = loader(args)?.group(group);
-    let world = loader.sharing(processes::sharing(args.processes.cooperate), &checkpoint, world)?;
+    let shared = loader.sharing(processes::sharing(args.processes.cooperate), &checkpoint, world);
+    let world = shared.map_err(|error| Failure::from(error).with_signal(interrupt.signal()))?;
     let rules = model::rules(&checkpoint, mesh, &world)?;
     let rules = only.iter().fold(rules, |rules: Rules, pattern| rules.keeping(pattern));
     let rules = skip.iter().fold(rules, |rules, pattern| rules.skipping(pattern));
@@ -145,7 +151,7 @@ fn run_once(
     written.map_err(failed)?;
     let mut digests: BTreeMap<Rank, u64> = BTreeMap::new();
     if args.check {
-        // Nothing of the load is left to drain.
+        // Nothing of the load is left to drain. Other ranks are told, where there are any.
         interrupt.exits("load", args.json)?;
         digests.extend(weights.check_moved().map_err(failed)?);
     }

@@ -80,10 +80,12 @@ pub(crate) fn sharing(cooperate: CooperateChoice) -> Sharing {
 }
 
 /// What came of this rank's load, told to the others: nobody is done before all are.
-pub(crate) fn settle<T>(group: Option<&Arc<Group>>, loaded: Result<T, Failure>) -> Result<T, Failure> {
-    let Some(group) = group else { return loaded };
+pub(crate) fn settle<T>(group: &Group, loaded: Result<T, Failure>, interrupt: &Interrupt) -> Result<T, Failure> {
     match loaded {
-        Ok(loaded) => group.finish().map(|()| loaded).map_err(Failure::started),
+        Ok(loaded) => {
+            let failed = |error| Failure::started(error).with_signal(interrupt.signal());
+            group.finish().map(|()| loaded).map_err(failed)
+        }
         Err(failure) => {
             group.fail(failure.error());
             Err(failure)

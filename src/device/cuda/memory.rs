@@ -24,6 +24,9 @@ enum Kind {
     Plain,
     /// Of the device's pool, as a `CudaSlice` of cudarc has it: `cuMemAllocAsync`.
     Pooled,
+    /// Somebody else's now.
+    #[cfg(feature = "candle-cuda")]
+    GivenUp,
     /// The caller's, in an allocation that starts at `base`.
     Lent {
         base: u64,
@@ -140,6 +143,23 @@ impl DeviceMemory for Memory {
         // SAFETY: the same duties.
         unsafe { kernels::digest(&self.context, address, bytes) }
     }
+
+    #[cfg(feature = "candle-cuda")]
+    fn gpu(&self) -> u32 {
+        self.context.ordinal()
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    fn give_up(mut self: Box<Self>) -> Result<(), Box<dyn DeviceMemory>> {
+        let has_pools = self.context.has(Attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED);
+        match self.kind {
+            Kind::Pooled => {}
+            Kind::Plain if !has_pools => {}
+            _ => return Err(self),
+        }
+        self.kind = Kind::GivenUp;
+        Ok(())
+    }
 }
 
 impl Drop for Memory {
@@ -167,6 +187,8 @@ impl Drop for Memory {
                 }
                 Err(error) => tracing::warn!("{error}"),
             },
+            #[cfg(feature = "candle-cuda")]
+            Kind::GivenUp => {}
             Kind::Lent { .. } => {}
         }
     }
