@@ -375,6 +375,14 @@ pub const LEAVE: Duration = Duration::from_millis(500);
 /// Most runs of ranks that an error lists as missing.
 pub const MISSING_SHOWN: usize = 16;
 
+/// Threads that read through cuFile: each waits for one read, and with slots of 16 MiB so many keep 128 MiB of storage's work
+/// queued. An estimate until a machine with GPUDirect Storage measured it.
+pub const CUFILE_THREADS: usize = 8;
+
+/// By how much of the staged rate reading through cuFile must have been faster for `auto` to choose it: less than runs
+/// differ is nothing.
+pub const CUFILE_GAIN: f64 = 1.05;
+
 /// What copies to a GPU cost, for the choice among ways that all work. `benches/copies.rs` measures them anew.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
@@ -403,3 +411,6 @@ pub const COPY_COSTS: CopyCosts = CopyCosts {
     pack_gb_per_s: 20.0,
     pack_row_ns: 2.0,
 };
+
+/// The same of copies within a GPU: nothing passes a link, and what a kernel cuts does not have to land before.
+pub const DEVICE_COPY_COSTS: CopyCosts = CopyCosts { link_gb_per_s: 1000.0, ..COPY_COSTS };

@@ -1,6 +1,8 @@
 //! Loads into GPUs of the driver twin: what the driver is asked for, what it gets back, and every one of its calls
 //! failing in turn. One test function for each process that is needed: faults and counts are of the whole process.
 
+#[path = "support/cufile_twin.rs"]
+mod cufile_twin;
 #[path = "support/driver_calls.rs"]
 mod driver_calls;
 #[path = "support/twin.rs"]
@@ -74,10 +76,11 @@ struct Way {
     engine: EngineChoice,
 }
 
-const WAYS: [Way; 3] = [
+const WAYS: [Way; 4] = [
     Way { gpus: &[0], memory: Memory::Blocks, engine: EngineChoice::Pread },
     Way { gpus: &[0, 1, 2, 3], memory: Memory::Blocks, engine: EngineChoice::Pread },
     Way { gpus: &[2, 2], memory: Memory::PerTensor, engine: EngineChoice::Mmap },
+    Way { gpus: &[1, 1], memory: Memory::Blocks, engine: EngineChoice::Cufile },
 ];
 
 /// What the driver is asked for while a load runs, by each of its threads, and what its devices do.
@@ -102,7 +105,7 @@ fn load(plan: &Plan, way: Way) -> Result<()> {
 }
 
 /// Calls that are made for a tensor, which their error names.
-const OF_TENSORS: [&str; 13] = [
+const OF_TENSORS: [&str; 14] = [
     "cuEventCreate",
     "cuEventQuery",
     "cuEventRecord",
@@ -110,6 +113,7 @@ const OF_TENSORS: [&str; 13] = [
     "cuMemAllocAsync",
     "cuMemHostRegister_v2",
     "cuMemcpy2DAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemsetD8Async",
@@ -127,6 +131,7 @@ const CODES: [(u32, &str); 4] = [(1, ""), (2, ""), (700, "!"), (46, "!")];
 fn sweep() {
     let (way, (code, lost)) = (WAYS[told_by_parent("SWEEP_WAY")], CODES[told_by_parent("SWEEP_CODE")]);
     twin::load();
+    cufile_twin::load();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path());
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
@@ -136,7 +141,7 @@ fn sweep() {
     load(&plan, way).unwrap();
     twin::reset_counts();
     load(&plan, way).unwrap();
-    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    assert_eq!((twin::live(), twin::violations(), cufile_twin::live()), (0, 0, 0));
     let ledger = folder.path().join("ledger.json");
     twin::ledger(&ledger);
     let ledger: Value = serde_json::from_slice(&std::fs::read(&ledger).unwrap()).unwrap();
@@ -158,7 +163,7 @@ fn sweep() {
                 "took too long"
             } else if twin::violations() > 0 {
                 "broke a rule of the driver"
-            } else if twin::live() > 0 {
+            } else if twin::live() > 0 || cufile_twin::live() > 0 {
                 "something was not given back"
             } else {
                 told(&outcome, call, fired, !lost.is_empty(), way)

@@ -87,6 +87,28 @@ fn ranks_name_their_devices_and_hold_what_they_hold_on_the_host() {
 }
 
 #[test]
+fn cufile_reads_into_one_gpu_and_says_how() {
+    let model = Model::new();
+    let on = ["--tp", "2", "--devices", "cuda:1,1", "--engine", "cufile"];
+    assert_eq!(model.digests(&[], &on), model.digests(&[], &["--tp", "2"]));
+    let object = model.load(&[], &on, 0);
+    assert_eq!(
+        (&object["engine"], &object["direct"], &object["peak_pinned_bytes"]),
+        (&json!("cufile"), &json!("known"), &json!(0))
+    );
+    let old = [("SIMCUFILE_PARAMETERS", "0")];
+    assert_eq!(model.load(&old, &on, 0)["direct"], "unknown");
+    assert_eq!(model.load(&[], &["--devices", "cuda:1"], 0)["direct"], Value::Null);
+    // Asked for, and not to be had.
+    let refused = model.load(&[("SIMCUFILE_MODE", "compat")], &on, 4);
+    assert!(error(&refused).contains("nvidia-fs"), "{refused}");
+    let several = model.load(&[], &["--tp", "2", "--devices", "cuda", "--engine", "cufile"], 2);
+    assert!(error(&several).contains("cuda:0, cuda:1"), "{several}");
+    let planned = run(&[], &["plan", model.path().to_str().unwrap(), "--rules", "replicate"], 0);
+    assert_eq!(planned["direct"], "known");
+}
+
+#[test]
 fn one_rank_of_several_takes_the_device_that_it_is_given() {
     let model = Model::new();
     let host = model.digests(&[], &["--tp", "4"]);
@@ -225,6 +247,14 @@ fn the_doctor_looks_at_every_device() {
         assert_eq!(device["registered_mappings"], json!({ "usable": true, "why": null }));
     }
     assert_eq!(doctor["nccl"], json!({ "usable": true, "why": null, "version": "2.30.3" }));
+    let why = "less than 67108864 bytes of tensors";
+    let cufile = json!({
+        "usable": true, "why": null, "version": "1.14", "direct": "known", "measured": null, "measured_why": why,
+    });
+    assert_eq!(doctor["cufile"], cufile);
+    let without = run(&[("SIMCUFILE_MODE", "compat")], &["doctor", model.path().to_str().unwrap()], 0);
+    assert_eq!(without["cufile"]["usable"], false);
+    assert!(without["cufile"]["why"].as_str().unwrap().contains("nvidia-fs"), "{without}");
     let old = run(&[("SIMNCCL_VERSION", "21208")], &["doctor", model.path().to_str().unwrap()], 0);
     let why = "NCCL too old: expected 2.14.0 or newer, found 2.12.8";
     assert_eq!(old["nccl"], json!({ "usable": false, "why": why, "version": null }));

@@ -64,6 +64,7 @@ fn every_rank_holds_what_it_holds_on_the_host_and_storage_is_read_once() {
         (&["--tp", "4"], 4, "auto"),
         (&["--tp", "4"], 4, "mmap"),
         (&["--tp", "4"], 4, "uring"),
+        (&["--tp", "4"], 4, "cufile"),
         (&["--tp", "8"], 8, "pread"),
         (&["--tp", "2", "--dp", "2"], 4, "pread"),
     ] {
@@ -77,7 +78,7 @@ fn every_rank_holds_what_it_holds_on_the_host_and_storage_is_read_once() {
         assert_eq!(digests, host, "{mesh:?} {engine}");
         let (read, checkpoint) =
             (sum(&objects, "storage_bytes_read"), objects[0]["checkpoint_bytes"].as_u64().unwrap());
-        let direct = if engine == "uring" { 4096 * 2 * 40 } else { 0 };
+        let direct = if ["uring", "cufile"].contains(&engine) { 4096 * 2 * 40 } else { 0 };
         assert!(read <= checkpoint * 101 / 100 + direct, "{mesh:?} {engine}: {read} of {checkpoint}");
         assert!(sum(&objects, "received_bytes") > 0);
         travelled_as_planned(&model, mesh, ledgers.path(), &objects);

@@ -169,7 +169,27 @@ class Check:
 
     def usable_engines(self):
         known = self.record["doctor"]["engines"]
-        return [engine for engine in ENGINES if engine == "auto" or known[engine]["usable"]]
+        usable = [engine for engine in ENGINES if engine == "auto" or known[engine]["usable"]]
+        return usable + (["cufile"] if self.cufile() else [])
+
+    def cufile(self):
+        """Whether loads through cuFile can be checked: where it opens, and reads from here; says what it found."""
+        if "cufile" in self.record:
+            return self.record["cufile"]["direct"] is not None
+        found = self.record["doctor"].get("cufile") or {}
+        self.record["cufile"] = {"direct": None, **{key: found.get(key) for key in ("version", "measured")}}
+        if not found.get("usable"):
+            self.check("loads: cufile", None, found.get("why") or "the doctor does not say")
+            return False
+        # Whether it reads from this file system is known when it has.
+        ran = self.run("load", self.model, "--devices", self.on(1), "--engine", "cufile", "--rules", "replicate", seconds=90)
+        report = ran.json() if ran.status == 0 else None
+        if report is None:
+            self.check("loads: cufile", None, ran.why())
+            return False
+        self.record["cufile"].update(direct=report["direct"], gb_per_s=report["gb_per_s"])
+        self.check("loads: cufile", True, f"version {found['version']}, direct: {report['direct']}")
+        return True
 
     def hardware_tests(self):
         """The tests that were packed: what the driver twin does, a real driver must do."""
@@ -205,7 +225,7 @@ class Check:
     def loads(self):
         """Every engine, number of ranks and way to change every dtype: bit for bit, and as on the host."""
         engines = self.usable_engines()
-        for engine in sorted(set(ENGINES) - set(engines)):
+        for engine in sorted(set(ENGINES) - set(engines)):  # cuFile has said so itself
             self.check(f"loads: {engine}", None, self.record["doctor"]["engines"][engine]["why"])
         cases = [(rules, ranks, engine, ()) for rules in ("cuts", "changes") for ranks in RANKS for engine in engines]
         cases += [

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{Comm, Nccl, NcclVersion, Wait};
-use crate::device::{Allocation, Cuda, CudaStream, Device, Feed, Op, RawCopy};
+use crate::device::{Allocation, Cuda, CudaStream, Device, Feed, Home, Op, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
@@ -59,14 +59,14 @@ fn pass(comm: &mut Comm, stream: &CudaStream, memory: &[Allocation; 2], wait: &W
 /// Memory of the GPU that holds these bytes.
 fn write(device: &Cuda, bytes: &[u8]) -> Result<Allocation> {
     let memory = device.block(bytes.len())?;
-    let feed = Feed { slot_bytes: bytes.len(), cuts: false, wire: None };
+    let feed = Feed { slot_bytes: bytes.len(), cuts: false, slots: 0, wire: None };
     let nothing = || Error::new(ErrorKind::Unsupported, format!("{} has no queue", device.name()));
     let mut queue = device.queue(feed)?.ok_or_else(nothing)?;
     let (src, dst, run) = (bytes.as_ptr(), memory.address(), bytes.len() as u64);
     let copy = RawCopy { src, dst, loops: Default::default(), run, cast: None };
     // SAFETY: both sides are that long; the source is not pinned, so it has been read when the call returns, and dropping the
     // queue waits for the rest.
-    unsafe { queue.submit(vec![Op::Copy(copy)]) }?;
+    unsafe { queue.submit(vec![Op::Copy(copy)], Home::Host) }?;
     match queue.settle(limits::STALL_ERROR) {
         true => Ok(memory),
         false => {

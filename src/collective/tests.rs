@@ -16,7 +16,7 @@ use std::{env, thread};
 
 use super::comm::Aborter;
 use super::{Comm, Nccl, UniqueId, Wait};
-use crate::device::{Allocation, Cuda, CudaStream, Device, Feed, Op, RawCopy};
+use crate::device::{Allocation, Cuda, CudaStream, Device, Feed, Home, Op, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
@@ -51,7 +51,7 @@ impl Seat {
     /// Memory of the GPU that holds these bytes.
     fn memory(&self, bytes: &[u8]) -> Allocation {
         let memory = self.device.block(bytes.len()).unwrap();
-        let feed = Feed { slot_bytes: bytes.len(), cuts: false, wire: None };
+        let feed = Feed { slot_bytes: bytes.len(), cuts: false, slots: 0, wire: None };
         let mut queue = self.device.queue(feed).unwrap().unwrap();
         let copy = RawCopy {
             src: bytes.as_ptr(),
@@ -61,7 +61,7 @@ impl Seat {
             cast: None,
         };
         // SAFETY: both sides are that long, and stay until the queue is dropped.
-        unsafe { queue.submit(vec![Op::Copy(copy)]) }.unwrap();
+        unsafe { queue.submit(vec![Op::Copy(copy)], Home::Host) }.unwrap();
         assert!(queue.settle(LONG));
         memory
     }

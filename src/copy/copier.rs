@@ -61,12 +61,12 @@ impl Copier {
     /// Queues what a device takes from a slot, whose end can be asked for when `most` have come since that was so last;
     /// that of the very first at once.
     pub(super) fn submit(&mut self, mut filled: Filled, most: usize) -> Result<()> {
-        let ops = std::mem::take(&mut filled.ops);
+        let (ops, from) = (std::mem::take(&mut filled.ops), filled.staged.home());
         let was_idle = self.in_flight.is_empty();
         self.in_flight.push_back((u64::MAX, filled));
         // SAFETY: the slot is in `in_flight` until its ticket is done, so nobody writes to it; the plan's audit proved
         // that no other copy names these destination bytes, which the load keeps alive.
-        let ticket = unsafe { self.queue.submit(ops)? };
+        let ticket = unsafe { self.queue.submit(ops, from)? };
         self.in_flight.back_mut().expect("bug in shardlift: pushed above").0 = ticket;
         if was_idle {
             // Submitting may have taken long: a driver compiles kernels when they are first used.

@@ -9,21 +9,28 @@ use std::sync::{Mutex, OnceLock, TryLockError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use crate::device::{Op, Queue};
+use crate::device::{Home, Op, Queue};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
-use crate::limits;
+use crate::limits::{self, CopyCosts};
 use crate::stage::Staged;
 use crate::sync::lock;
 
 use copier::Copier;
 pub(crate) use lower::{Part, lower};
 
+/// What copies cost whose sources are in memory of `from`.
+pub(crate) fn costs(from: Home) -> &'static CopyCosts {
+    match from {
+        Home::Host => &limits::COPY_COSTS,
+        Home::Device => &limits::DEVICE_COPY_COSTS,
+    }
+}
+
 /// A filled slot and the copies that one device takes from it.
 #[derive(Debug)]
 pub(crate) struct Filled {
     /// Held until the copies are done.
-    #[expect(dead_code, reason = "its lifetime is its use")]
     pub(crate) staged: Staged,
     pub(crate) ops: Vec<Op>,
     pub(crate) landing: Vec<Landing>,
@@ -355,7 +362,7 @@ mod tests {
     }
 
     impl Queue for Slow {
-        unsafe fn submit(&mut self, _: Vec<Op>) -> Result<u64> {
+        unsafe fn submit(&mut self, _: Vec<Op>, _: Home) -> Result<u64> {
             self.submitted += 1;
             Ok(self.submitted)
         }

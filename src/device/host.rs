@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::elements::{copy_elements, element};
-use super::{Allocation, Device, Feed, Op, Queue, RawCopy, stream};
+use super::{Allocation, Device, Feed, Home, Op, Queue, RawCopy, stream};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::stride::{bytes_moved, for_each_run};
@@ -245,7 +245,7 @@ impl ThreadQueue {
 }
 
 impl Queue for ThreadQueue {
-    unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64> {
+    unsafe fn submit(&mut self, ops: Vec<Op>, _: Home) -> Result<u64> {
         let work = self.work.as_ref().expect("bug in shardlift: submit after settle");
         work.send(ops).map_err(|_| ThreadQueue::lost())?;
         self.submitted += 1;

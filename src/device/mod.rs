@@ -49,6 +49,15 @@ pub(crate) struct RawCopy {
 // SAFETY: a `RawCopy` is a description; whoever submits it answers for the memory it names (see `Queue::submit`).
 unsafe impl Send for RawCopy {}
 
+/// Where the bytes are that operations take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Home {
+    /// In memory of the host.
+    Host,
+    /// In memory of the device whose queue makes the copies; sources are addresses there.
+    Device,
+}
+
 /// What a queue is asked to do.
 #[derive(Debug)]
 pub(crate) enum Op {
@@ -77,8 +86,10 @@ unsafe impl Send for Op {}
 pub(crate) struct Feed {
     /// Most bytes that one operation takes from.
     pub(crate) slot_bytes: usize,
-    /// Whether there are sure to be [cuts](Op::Cut), so that it takes early what those need.
+    /// Whether there are sure to be [cuts](Op::Cut) of the host's memory, so that it takes early what those need.
     pub(crate) cuts: bool,
+    /// Bytes of slots in the device's own memory.
+    pub(crate) slots: u64,
     /// The [wire](Device::wire) beside it, if there is one.
     pub(crate) wire: Option<WireSize>,
 }
@@ -142,6 +153,21 @@ pub(crate) trait Device: Debug + Send + Sync {
         Ok(None)
     }
 
+    /// Whether its memory is that of a GPU.
+    fn is_gpu(&self) -> bool {
+        false
+    }
+
+    /// Makes its context, if it has such a thing, current on this thread until what this returns is dropped.
+    fn current(&self) -> Result<Box<dyn Any>> {
+        Ok(Box::new(()))
+    }
+
+    /// Memory for a slot on the device itself.
+    fn slot(&self, _bytes: usize) -> Result<Allocation> {
+        Err(Error::new(ErrorKind::Unsupported, format!("{} has no memory for slots", self.name())))
+    }
+
     /// What pins the memory that its queue copies from; `None` if it copies from any.
     fn pinner(&self) -> Option<Arc<dyn Pinner>> {
         None
@@ -161,15 +187,15 @@ pub(crate) fn stay() -> Stay {
 
 /// A queue of copies that are done in the background, in order.
 pub(crate) trait Queue: Send {
-    /// Queues operations; they have a ticket in common, one higher than the last. If it fails, some of them may be
-    /// under way (see [`settle`](Queue::settle)). [`finished`](Queue::finished) tells of them after a
-    /// [`mark`](Queue::mark).
+    /// Queues operations whose sources are in memory of `from`; they have a ticket in common, one higher than the last. If
+    /// it fails, some of them may be under way (see [`settle`](Queue::settle)). [`finished`](Queue::finished) tells of them
+    /// after a [`mark`](Queue::mark).
     ///
     /// # Safety
     /// Until [`finished`](Queue::finished) returned this ticket or a higher one, or the queue was dropped:
     /// - every source byte that they name is readable and not written;
     /// - every destination byte is writable memory of this device, and nobody else reads or writes it.
-    unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64>;
+    unsafe fn submit(&mut self, ops: Vec<Op>, from: Home) -> Result<u64>;
 
     /// Lets [`finished`](Queue::finished) tell of all that was submitted.
     fn mark(&mut self) -> Result<()> {
@@ -191,6 +217,11 @@ pub(crate) trait Pinner: Debug + Send + Sync {
     /// # Safety
     /// `address..address + bytes` is mapped, page-aligned, and stays mapped until then.
     unsafe fn pin(&self, address: *mut u8, bytes: usize) -> Result<Pinned>;
+
+    /// Makes a slot in a device's memory, until what this returns is dropped; also its address.
+    fn make(&self, _bytes: usize) -> Result<(u64, Pinned)> {
+        Err(Error::new(ErrorKind::Unsupported, "slots are not made, but pinned"))
+    }
 
     /// Pins memory that is only read, for instance a mapping of a file, until what this returns is dropped; only where
     /// it [can](Pinner::pins_read_only). `None` if devices copy from there as it is.

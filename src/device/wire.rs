@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::time::Duration;
 
-use super::{Op, RawCopy};
+use super::{Home, Op, RawCopy};
 use crate::error::Result;
 
 /// Memory and streams through which a device exchanges bytes with those of other processes, in rounds: bytes land in a
@@ -13,12 +13,13 @@ pub(crate) trait Wire: Debug + Send {
     /// The addresses of a round's buffers: of what is sent, and of what is received.
     fn buffers(&self, round: usize) -> (u64, u64);
 
-    /// Queues operations whose destinations lie in the round's buffer of what is sent.
+    /// Queues operations whose sources are in memory of `from`, and whose destinations lie in the round's buffer of what is
+    /// sent.
     ///
     /// # Safety
     /// As [`Queue::submit`](super::Queue::submit), until the round [has landed](Wire::has_landed), or the wire
     /// [settled](Wire::settle) or was dropped.
-    unsafe fn land(&mut self, round: usize, ops: Vec<Op>) -> Result<()>;
+    unsafe fn land(&mut self, round: usize, ops: Vec<Op>, from: Home) -> Result<()>;
 
     /// Whether what was queued of this round has landed.
     fn has_landed(&mut self, round: usize) -> Result<bool>;

@@ -2,6 +2,7 @@
 
 mod agree;
 mod check;
+mod engine;
 mod lend;
 mod reload;
 mod reshard;
@@ -22,11 +23,12 @@ use crate::observe::{Counters, Event, Kind, Progress, Report, StageTime, Totals,
 use crate::pipeline::{Device, Gpus, Job, PlanNames, Ring, Running, Setup, devices, feed, telemetry};
 use crate::place::{Destinations, Tensor, Weights};
 use crate::plan::{Plan, Request, Rules, World};
-#[cfg(target_os = "linux")]
-use crate::read::Uring;
-use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, choose, default_threads};
+use crate::read::{Engine, EngineChoice};
 use crate::sync::lock;
 
+use engine::{Chosen, DeviceRings};
+
+pub use engine::CufileMeasurement;
 pub use lend::CallerMemory;
 pub use reshard::Reshard;
 pub use together::Sharing;
@@ -50,6 +52,10 @@ pub struct Loader {
     ring: Ring,
     /// Larger ones, pinned, for loads into GPUs, whose copies cost by the piece.
     device_ring: Ring,
+    /// The same in memory of each GPU that an engine read into.
+    slots_on_gpus: DeviceRings,
+    /// What is known of cuFile, for `auto`.
+    measured: Vec<CufileMeasurement>,
     /// GPUs that were used, whose contexts are kept: making one takes longer than many a load.
     gpus: Mutex<Gpus>,
 }
@@ -107,6 +113,8 @@ impl Loader {
             group: None,
             ring: Ring::new(limits::STAGING, limits::SLOT),
             device_ring: Ring::new(limits::STAGING, limits::DEVICE_SLOT),
+            slots_on_gpus: DeviceRings::default(),
+            measured: Vec::new(),
             gpus: Mutex::default(),
         }
     }
@@ -134,6 +142,7 @@ impl Loader {
         let slot = limits::SLOT.min(self.staging / 2);
         (self.ring, self.device_ring) =
             (ring(slot), ring((self.staging / limits::DEVICE_SLOTS).clamp(slot, limits::DEVICE_SLOT)));
+        lock(&self.slots_on_gpus).clear();
         self
     }
 
@@ -270,7 +279,8 @@ impl Loader {
         let opened = Instant::now();
         let slot_bytes = self.ring_for(&devices).slot_bytes();
         let peers = agree::agree(self.group.as_ref(), plan, slot_bytes)?;
-        let feed = feed(plan, slot_bytes, peers.as_ref());
+        let chosen = self.choose_engine(plan, &devices)?;
+        let feed = feed(plan, slot_bytes, chosen.slots_to_make(plan), peers.as_ref());
         let mut destinations = match (again, self.memory) {
             (Some(weights), _) => Destinations::again(weights),
             (None, Memory::Blocks) => Destinations::in_blocks(plan, &devices, feed, &lent)?,
@@ -280,7 +290,7 @@ impl Loader {
         // SAFETY: the same duties.
         unsafe { lend::place_into(&mut destinations, &devices, memory, &callers) };
         destinations.share_aliases(plan);
-        let setup = Setup { mapped, started, peers, ..self.setup(span, plan, destinations, devices) };
+        let setup = Setup { mapped, started, peers, ..self.setup(span, plan, destinations, devices, chosen) };
         if let Some(trace) = &setup.trace {
             trace.span(Event::of(Kind::Devices), started, opened);
             trace.since(Event::of(Kind::Allocate), opened);
@@ -310,26 +320,26 @@ impl Loader {
         self.start(plan)?.finish()
     }
 
-    /// Name of the engine that a load of this plan would read with, and why, without loading: the same two that its
-    /// [`Report`] would hold.
-    pub fn engine_for(&self, plan: &Plan) -> (&'static str, String) {
-        let (engine, reason) = self.choose_engine(plan);
-        (engine.name(), reason)
-    }
-
     /// Gives back what is kept from load to load and none uses now: staging memory, pinned or not, and the contexts of
     /// GPUs.
     pub fn release(&self) {
         self.ring.release();
         self.device_ring.release();
+        lock(&self.slots_on_gpus).values().for_each(Ring::release);
         lock(&self.gpus).clear();
     }
 
     /// What a load of this loader begins with.
-    fn setup(&self, span: &Span, plan: &Plan, destinations: Destinations, devices: Vec<Arc<dyn Device>>) -> Setup {
-        let (engine, engine_reason) = self.choose_engine(plan);
-        self.release_other(&devices);
-        let ring = self.ring_for(&devices).clone();
+    fn setup(
+        &self,
+        span: &Span,
+        plan: &Plan,
+        destinations: Destinations,
+        devices: Vec<Arc<dyn Device>>,
+        chosen: Chosen,
+    ) -> Setup {
+        let Chosen { engine, reason: engine_reason, ring, direct, maker, falls_back, warnings } = chosen;
+        self.release_other(&ring);
         let trace = self.trace.as_ref().map(|trace| trace.begin(Box::new(PlanNames::new(plan, &devices))));
         Setup {
             plan: plan.clone(),
@@ -337,7 +347,11 @@ impl Loader {
             devices,
             engine,
             engine_reason,
+            direct,
             ring,
+            maker,
+            falls_back,
+            warnings,
             stall_warning: self.stall_warning,
             stall_error: self.stall_error,
             drop_page_cache: self.drop_page_cache,
@@ -355,50 +369,15 @@ impl Loader {
         if devices.iter().all(|device| device.copies_any()) { &self.ring } else { &self.device_ring }
     }
 
-    /// Gives back what is free of the slots that loads into these devices do not use: both kinds together would be more than
-    /// the budget.
-    fn release_other(&self, devices: &[Arc<dyn Device>]) {
-        let used = self.ring_for(devices);
-        for ring in [&self.ring, &self.device_ring].into_iter().filter(|ring| !std::ptr::eq(*ring, used)) {
-            if ring.bytes() > 0 {
+    /// Gives back what is free of the slots that a load does not use: all kinds together would be more than the budget.
+    fn release_other(&self, used: &Ring) {
+        let on_gpus = lock(&self.slots_on_gpus);
+        for ring in [&self.ring, &self.device_ring].into_iter().chain(on_gpus.values()) {
+            if !ring.is(used) && ring.bytes() > 0 {
                 ring.release();
             }
         }
     }
-
-    fn choose_engine(&self, plan: &Plan) -> (Arc<dyn Engine>, String) {
-        let threads = default_threads();
-        let (engine, reason): (Arc<dyn Engine>, String) = match &self.engine {
-            EngineSource::Custom(engine) => (Arc::clone(engine), "the caller's own engine".into()),
-            EngineSource::Choice(choice) => {
-                let (choice, reason) = match choice {
-                    EngineChoice::Auto => choose(plan),
-                    asked => (*asked, "asked for".into()),
-                };
-                match choice {
-                    EngineChoice::Mmap => (Arc::new(Mmap::new(threads)), reason),
-                    EngineChoice::Uring => uring(threads, reason),
-                    EngineChoice::Auto | EngineChoice::Pread => (Arc::new(Pread::new(threads)), reason),
-                }
-            }
-        };
-        match self.throttle {
-            Some(rate) => (Arc::new(Throttled::new(engine, rate)), reason),
-            None => (engine, reason),
-        }
-    }
-}
-
-/// io_uring, or buffered reads and the reason why not.
-fn uring(threads: usize, reason: String) -> (Arc<dyn Engine>, String) {
-    #[cfg(target_os = "linux")]
-    let refused = match Uring::new(threads.min(limits::URING_THREADS_MAX), limits::URING_DEPTH, true) {
-        Ok(engine) => return (Arc::new(engine), reason),
-        Err(error) => error.to_string(),
-    };
-    #[cfg(not(target_os = "linux"))]
-    let refused = "io_uring needs Linux";
-    (Arc::new(Pread::new(threads)), format!("{reason}; but {refused}"))
 }
 
 /// A load in progress: an iterator over tensors in the order in which they become complete. Dropping it cancels the

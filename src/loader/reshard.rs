@@ -66,7 +66,8 @@ impl Loader {
         }
         let destinations = Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]));
         let span = telemetry::span(plan);
-        let setup = Setup { started, ..self.setup(&span, plan, destinations, devices) };
+        let chosen = self.choose_engine(plan, &devices)?;
+        let setup = Setup { started, ..self.setup(&span, plan, destinations, devices, chosen) };
         let running = Running::start(setup).inspect_err(|error| telemetry::failed(&span, error))?;
         Ok(Reshard { plan: plan.clone(), running, directory, started })
     }
@@ -145,7 +146,9 @@ mod tests {
         let devices = vec![file_device("0".into(), writable), file_device("1".into(), refused)];
         let size = plan.rank(Rank(1)).dests[0].bytes;
         let destinations = Destinations::in_files(&plan, |_| vec![size + 8, 8]);
-        let mut running = Running::start(loader.setup(&tracing::Span::none(), &plan, destinations, devices)).unwrap();
+        let chosen = loader.choose_engine(&plan, &devices).unwrap();
+        let setup = loader.setup(&tracing::Span::none(), &plan, destinations, devices, chosen);
+        let mut running = Running::start(setup).unwrap();
         let error = running.finish().unwrap_err();
         let at = error.at();
         assert_eq!((error.kind(), at.file.as_deref(), at.rank), (ErrorKind::Io, Some("1".as_ref()), Some(Rank(1))));

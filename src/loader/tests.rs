@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::*;
-use crate::pipeline::{Allocation, Feed, HostDevice, Op, Queue};
+use crate::pipeline::{Allocation, Feed, Home, HostDevice, Op, Queue};
 
 /// A device whose driver never comes back from submitting, or else from being asked what is done.
 #[derive(Debug)]
@@ -50,7 +50,7 @@ impl GoneQueue {
 }
 
 impl Queue for GoneQueue {
-    unsafe fn submit(&mut self, _: Vec<Op>) -> Result<u64> {
+    unsafe fn submit(&mut self, _: Vec<Op>, _: Home) -> Result<u64> {
         Ok(if self.when_asked { 1 } else { self.never() })
     }
 
@@ -80,8 +80,10 @@ fn ends_with(when_asked: bool) {
     let loader = Loader::new().stall(bound / 2, bound);
     let devices: Vec<Arc<dyn Device>> = vec![Arc::new(Gone { when_asked })];
     let destinations =
-        Destinations::in_blocks(&plan, &devices, feed(&plan, limits::SLOT, None), &Default::default()).unwrap();
-    let mut running = Running::start(loader.setup(&tracing::Span::none(), &plan, destinations, devices)).unwrap();
+        Destinations::in_blocks(&plan, &devices, feed(&plan, limits::SLOT, 0, None), &Default::default()).unwrap();
+    let chosen = loader.choose_engine(&plan, &devices).unwrap();
+    let setup = loader.setup(&tracing::Span::none(), &plan, destinations, devices, chosen);
+    let mut running = Running::start(setup).unwrap();
     let began = Instant::now();
     let monitor = Monitor::new(running.job());
     let error = running.finish().unwrap_err();

@@ -69,6 +69,8 @@ pub struct Report {
     pub engine: String,
     /// Why this engine.
     pub engine_reason: String,
+    /// If it reads into memory of a GPU, whether that is known to be direct.
+    pub direct: Option<Direct>,
     /// Peak memory over destinations and plan: anonymous memory, all of ours. Pages of mapped files do not count, wherever
     /// the files lie.
     pub peak_extra_bytes: u64,
@@ -92,6 +94,24 @@ impl Report {
         self.stages.consume = consume;
         self.spent.consumer = consume.busy;
         self.bottleneck = self.spent.most().into();
+    }
+}
+
+/// Whether reads into memory of a GPU are known to pass through no memory of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direct {
+    /// They would fail otherwise.
+    Known,
+    /// What reads does not say, and cannot be told to.
+    Unknown,
+}
+
+impl std::fmt::Display for Direct {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Direct::Known => "known",
+            Direct::Unknown => "unknown",
+        })
     }
 }
 

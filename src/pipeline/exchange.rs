@@ -15,8 +15,8 @@ use super::Job;
 use super::peers::Meeting;
 use super::run::{keep_for_ever, spawn};
 use crate::collective::{Comm, Wait};
-use crate::copy::{CopyError, Landed, Landing, Part, lower};
-use crate::device::{Arrived, RawCopy, Wire, WireSize, stay};
+use crate::copy::{CopyError, Landed, Landing, Part, costs, lower};
+use crate::device::{Arrived, Home, Op, RawCopy, Wire, WireSize, stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::{Extent, Rank};
 use crate::limits;
@@ -231,10 +231,10 @@ impl<'a> Traffic<'a> {
         let under_way = self.under_way.back_mut().expect("bug in shardlift: pushed above");
         if let (Some(own), Some(Chunk { staged, extent, offset }), false) = (own, chunk, sent.is_empty()) {
             assert_eq!(extent, own.extent, "bug in shardlift: a round is about other bytes than were read");
-            let first = staged.address().wrapping_add(offset);
+            let (first, from) = (staged.address().wrapping_add(offset), staged.home());
             under_way.staged = Some(staged);
             // SAFETY: what was staged is kept until it has landed, or for ever.
-            unsafe { self.wire.land(at, packing(sent, first, sending)) }
+            unsafe { self.wire.land(at, packing(sent, first, sending, from), from) }
                 .map_err(|error| self.job.locate(error, own.extent).with_rank(self.rank()))?;
         }
         let (rank, most) = (self.rank(), self.most());
@@ -389,7 +389,7 @@ impl Messages<'_> {
 /// The operations that pack parcels from what was read, whose first byte is `first`, into a buffer.
 ///
 /// What they name of the read is not checked here: it lies in it, as the parts of parcels do.
-fn packing(parcels: &[Parcel], first: *const u8, buffer: u64) -> Vec<crate::device::Op> {
+fn packing(parcels: &[Parcel], first: *const u8, buffer: u64, from: Home) -> Vec<Op> {
     let mut parts = Vec::new();
     for (parcel, place) in parcels.iter().zip(places(parcels, buffer)) {
         parts.extend(parcel.parts.iter().map(|part| {
@@ -399,7 +399,7 @@ fn packing(parcels: &[Parcel], first: *const u8, buffer: u64) -> Vec<crate::devi
         }));
     }
     // SAFETY: nothing is packed in place, so the sources are not even looked at here.
-    unsafe { lower(parts, false, &limits::COPY_COSTS) }
+    unsafe { lower(parts, false, costs(from)) }
 }
 
 /// Where each parcel lies in the buffer of what is sent.

@@ -119,7 +119,10 @@ impl Job {
             let known = devices.iter().position(|(known, _)| Arc::ptr_eq(known, device));
             device_of[rank.index()] = known.expect("bug in shardlift: a device that no rank has");
         }
-        let pinner = pinner(&devices);
+        let pinner = match &setup.maker {
+            Some(maker) => Some(Arc::clone(maker) as Arc<dyn Pinner>),
+            None => pinner(&devices),
+        };
         let windows = windows(&setup, pinner.as_ref());
         let hold = setup.ring.hold();
         let in_place = !copies.has_queues();
@@ -204,6 +207,7 @@ impl Job {
         for (rank, dest) in completed {
             job.complete(rank, dest);
         }
+        job.setup.warnings.iter().for_each(|warning| job.counters.warn(warning.clone()));
         Ok(job)
     }
 
@@ -220,7 +224,13 @@ impl Job {
     /// Bytes that are or were pinned for this load.
     pub(super) fn pinned_bytes(&self) -> u64 {
         let of_windows = self.windows.as_ref().map_or(0, |windows| windows.peak_bytes());
-        of_windows + if self.pinner.is_some() { self.setup.ring.pinned_bytes() } else { 0 }
+        let slots = self.pinner.is_some() && self.setup.maker.is_none();
+        of_windows + if slots { self.setup.ring.pinned_bytes() } else { 0 }
+    }
+
+    /// Bytes of all slots in memory of the host.
+    pub(super) fn slots_here(&self) -> u64 {
+        if self.setup.maker.is_some() { 0 } else { self.setup.ring.bytes() }
     }
 
     /// Whether every byte has landed, whatever the engine said.

@@ -9,6 +9,7 @@ mod job;
 mod peers;
 mod prepare;
 mod run;
+mod slots;
 pub(crate) mod telemetry;
 mod traced;
 mod windows;
@@ -23,7 +24,7 @@ use crate::error::Result;
 #[cfg(not(feature = "cuda"))]
 use crate::error::{Error, ErrorKind};
 use crate::extent::{FileId, Rank};
-use crate::observe::Recording;
+use crate::observe::{Direct, Recording};
 use crate::place::Destinations;
 use crate::plan::{DeviceSpec, Plan, World};
 use crate::read::Engine;
@@ -31,7 +32,7 @@ use crate::sync::lock;
 
 pub(crate) use crate::device::Device;
 #[cfg(test)]
-pub(crate) use crate::device::{Allocation, Feed, Host as HostDevice, Op, Queue};
+pub(crate) use crate::device::{Allocation, Feed, Home, Host as HostDevice, Op, Queue};
 pub(crate) use crate::stage::Ring;
 pub(crate) use job::Job;
 #[cfg(feature = "cuda")]
@@ -39,6 +40,7 @@ pub(crate) use peers::Meeting;
 pub(crate) use peers::Peers;
 pub(crate) use prepare::feed;
 pub(crate) use run::Running;
+pub(crate) use slots::SlotMaker;
 pub(crate) use traced::PlanNames;
 
 /// What a load needs to know besides the plan.
@@ -50,7 +52,14 @@ pub(crate) struct Setup {
     pub(crate) devices: Vec<Arc<dyn Device>>,
     pub(crate) engine: Arc<dyn Engine>,
     pub(crate) engine_reason: String,
+    pub(crate) direct: Option<Direct>,
     pub(crate) ring: Ring,
+    /// What makes the slots of a ring in a device's memory.
+    pub(crate) maker: Option<Arc<SlotMaker>>,
+    /// A read that fails there is repeated through memory of the host.
+    pub(crate) falls_back: bool,
+    /// What was odd before the load began.
+    pub(crate) warnings: Vec<String>,
     pub(crate) stall_warning: Duration,
     pub(crate) stall_error: Duration,
     pub(crate) drop_page_cache: bool,

@@ -16,15 +16,15 @@ use crate::limits;
 use crate::observe::{Event, Kind};
 use crate::plan::Plan;
 
-/// What devices will be fed with, cuts aside: slots of this size, and what ranks exchange.
-pub(crate) fn feed(plan: &Plan, slot_bytes: usize, peers: Option<&Peers>) -> Feed {
+/// What devices will be fed with, cuts aside: slots of this size, of which so many bytes are theirs, and what ranks exchange.
+pub(crate) fn feed(plan: &Plan, slot_bytes: usize, slots: u64, peers: Option<&Peers>) -> Feed {
     #[cfg(feature = "cuda")]
     let wire = peers
         .and_then(|peers| Some((peers.meeting.as_ref()?, peers.group.rank())))
         .map(|(meeting, rank)| super::exchange::size(plan.partners(rank).len(), meeting.chunk, slot_bytes));
     #[cfg(not(feature = "cuda"))]
     let (wire, _) = (None, (plan, peers));
-    Feed { slot_bytes, cuts: false, wire }
+    Feed { slot_bytes, cuts: false, slots, wire }
 }
 
 /// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.
@@ -79,8 +79,13 @@ pub(super) fn pin_slots(job: &Arc<Job>, alive: Sender<()>) -> Result<Option<Join
             while grow(&shared, &*pinner, wanted, || shared.wants_no_slots())? {}
             Ok(())
         }));
-        if let Err(error) = grown.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
-            shared.fail(shared.locate_next(error));
+        match grown.unwrap_or_else(|payload| Err(Error::panicked(payload))) {
+            // What can be registered on a device is limited; with fewer slots it takes longer.
+            Err(error) if shared.setup.maker.is_some() && shared.setup.ring.pinned_bytes() > 0 => {
+                shared.counters.warn(format!("fewer slots on the device than wanted: {error}"));
+            }
+            Err(error) => shared.fail(shared.locate_next(error)),
+            Ok(()) => {}
         }
         // Only now, so that nobody reads for a load that has failed.
         drop(pinned);

@@ -37,8 +37,8 @@ impl Running {
         for (device, rank) in distinct(setup.plan.world(), &setup.devices) {
             let driven = setup.plan.world().driven().iter().zip(&setup.devices);
             let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
-            let cuts = setup.plan.first_cut(ranks).is_some();
-            let feed = Feed { slot_bytes: setup.ring.slot_bytes(), cuts, wire: None };
+            let cuts = setup.maker.is_none() && setup.plan.first_cut(ranks).is_some();
+            let feed = Feed { slot_bytes: setup.ring.slot_bytes(), cuts, slots: 0, wire: None };
             queues.push(device.queue(feed).map_err(|error| error.with_rank(rank))?);
         }
         if let Some(trace) = &setup.trace {
@@ -243,6 +243,9 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
             let began = Instant::now();
             let outcome = catch_unwind(AssertUnwindSafe(|| {
                 let (_stay, _span) = (stay(), job.setup.span.enter());
+                // An engine that reads into memory of the one device asks for its context.
+                let device = job.setup.maker.as_ref().map(|_| job.devices[0].0.current());
+                let _current = device.transpose()?;
                 job.setup.engine.run(&*job)
             }));
             job.counters.reader_ended(began.elapsed());
@@ -334,7 +337,8 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64, read: Instant) -> Re
         received_bytes: counters.received_bytes.load(Ordering::Relaxed),
         engine: job.setup.engine.name().into(),
         engine_reason: job.setup.engine_reason.clone(),
-        peak_extra_bytes: memory.peak_extra.max(job.setup.ring.bytes()),
+        direct: job.setup.direct,
+        peak_extra_bytes: memory.peak_extra.max(job.slots_here()),
         peak_pinned_bytes: job.pinned_bytes(),
         abandoned_bytes: counters.abandoned_bytes.load(Ordering::Relaxed),
         stages,

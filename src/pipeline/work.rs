@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 use super::digests::Last;
 use super::windows::Permit;
 use super::{Job, traced};
-use crate::copy::{Filled, Landed, Landing, Part, Traced, lower};
+use crate::copy::{Filled, Landed, Landing, Part, Traced, costs, lower};
 use crate::device::{Op, RawCopy, copy_now, copy_to_look_at};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Extent;
@@ -21,7 +21,7 @@ use crate::observe::{Event, Kind};
 use crate::place::Place;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
-use crate::stage::{Slot, Staged};
+use crate::stage::{Home, Slot, Staged};
 use crate::sync::lock;
 
 impl Work for Job {
@@ -100,7 +100,15 @@ impl Work for Job {
                 lock(&self.again).push_back(request);
                 return;
             }
-            Err(error) => Some(Error::new(ErrorKind::Io, format!("read failed: {error}")).with_source(error)),
+            Err(error) if self.setup.falls_back && request.device_buffer().is_some() => {
+                self.counters.warn(format!("read through memory of the host: {error}"));
+                self.read_through_host(request).err()
+            }
+            Err(error) => {
+                let into = request.device_buffer().map(|_| format!(" into {}", self.devices[0].0.name()));
+                let message = format!("read{} failed: {error}", into.unwrap_or_default());
+                Some(Error::new(ErrorKind::Io, message).with_source(error))
+            }
             Ok(bytes) if bytes > request.bytes => Some(Error::new(
                 ErrorKind::Io,
                 format!("engine {} reports {bytes} bytes in a buffer of {}", self.setup.engine.name(), request.bytes),
@@ -231,6 +239,27 @@ impl Job {
         self.keep_spare(pending);
     }
 
+    /// Reads what a request for a slot on a device is for into memory that is not pinned, and sends it on from there. The slot
+    /// is kept, so that there are no more of these than of slots.
+    fn read_through_host(&self, request: Request) -> Result<()> {
+        let Request { id, file, slot, mut pending, .. } = request;
+        let Extent { start, end, .. } = pending.op.extent;
+        let count = (end - start) as usize;
+        let mut bytes = vec![0u128; count.div_ceil(size_of::<u128>())];
+        // SAFETY: the vector is as long, and any bytes are numbers.
+        let into = unsafe { std::slice::from_raw_parts_mut(bytes.as_mut_ptr().cast::<u8>(), count) };
+        let now = Instant::now();
+        self.begin(id, pending.op.extent, count, true, [now, now]);
+        let outcome = file.read_exact_at(into, start);
+        self.count_read(id, 0);
+        outcome?;
+        // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
+        let staged = unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new((bytes, slot))) };
+        self.land(id, start, &mut pending, staged, false);
+        self.keep_spare(pending);
+        Ok(())
+    }
+
     /// Keeps what was remembered of a read for another one, which then allocates nothing.
     fn keep_spare(&self, mut pending: Box<Pending>) {
         pending.pieces.clear();
@@ -358,6 +387,8 @@ impl Job {
         let first = staged.address().wrapping_add(offset);
         // Others read from it, too, until it has travelled.
         let ours = ours && exchanged.is_none();
+        // What no processor may touch is still a slot of ours.
+        let here = ours && staged.home() == Home::Host;
         if let Some(number) = *exchanged {
             self.exchange(number, staged.clone(), op.extent, offset);
         }
@@ -371,7 +402,7 @@ impl Job {
         order.sort_unstable();
         // Before a device may pack the slot in place. What is lent from a mapping may change.
         // SAFETY: the slot is staged, and nobody else writes it.
-        let mut digested = if ours { unsafe { self.digest_read(op.extent, first, pieces) } } else { None };
+        let mut digested = if here { unsafe { self.digest_read(op.extent, first, pieces) } } else { None };
         let device = |order: &u64| (order >> 32) as usize;
         let piece = |order: &u64| &pieces[*order as u32 as usize];
         let mut of_devices: SmallVec<[&[u64]; 8]> = order.chunk_by(|a, b| device(a) == device(b)).collect();
@@ -389,7 +420,7 @@ impl Job {
                 self.begin_copies(id, device, Some(op.extent), ours);
                 let pieces = of_device.iter().map(piece);
                 // SAFETY: the slot is staged, and if no other device takes from it nobody else has a handle to it yet.
-                waited += unsafe { self.submit(device, pieces, first, staged.clone(), ours && !shared, shared) };
+                waited += unsafe { self.submit(device, pieces, first, staged.clone(), here && !shared, shared) };
                 self.end_copies(id);
                 continue;
             }
@@ -433,7 +464,7 @@ impl Job {
         } else {
             let part = |piece| Part { copy: self.raw_copy(piece, first), allocation: self.place(piece).allocation() };
             // SAFETY: the same duty.
-            unsafe { lower(pieces.clone().map(part).collect(), writable, &limits::COPY_COSTS) }
+            unsafe { lower(pieces.clone().map(part).collect(), writable, costs(staged.home())) }
         };
         let landing = pieces.map(landing).collect();
         self.hand_over(device, Filled { staged, ops, landing, shared, traced: None })

@@ -6,9 +6,10 @@ use crate::limits::{self, AUTO_FILES, AUTO_RESIDENT, AUTO_SMALL};
 use crate::plan::Plan;
 use crate::source::{FileSystem, SourceFile};
 
-/// Chooses an engine for what this process reads of a plan. Looks at a few of its files; a file that cannot be
-/// opened is no reason to fail here, the load itself will say so.
-pub(crate) fn choose(plan: &Plan) -> (EngineChoice, String) {
+/// Chooses an engine for what this process reads of a plan: cuFile only with a reason why that is `faster`, and past the
+/// page cache. Looks at a few of its files; a file that cannot be opened is no reason to fail here, the load itself will say
+/// so.
+pub(crate) fn choose(plan: &Plan, faster: Option<String>) -> (EngineChoice, String) {
     let bytes = plan.storage_bytes();
     if bytes < AUTO_SMALL {
         return (EngineChoice::Pread, format!("{bytes} bytes to read: buffered reads have the least overhead"));
@@ -25,6 +26,9 @@ pub(crate) fn choose(plan: &Plan) -> (EngineChoice, String) {
             FileSystem::Local(_) => {}
             FileSystem::Memory(_) => return (EngineChoice::Pread, format!("{name}: the files are in memory")),
             FileSystem::Network(_) => {
+                if let Some(reason) = faster {
+                    return (EngineChoice::Cufile, format!("{name}: {reason}"));
+                }
                 return (EngineChoice::Pread, format!("{name}: a file system of another machine"));
             }
             FileSystem::Unknown(magic) => {
@@ -39,9 +43,12 @@ pub(crate) fn choose(plan: &Plan) -> (EngineChoice, String) {
     let share = if resident.is_empty() { 0.0 } else { resident.iter().sum::<f64>() / resident.len() as f64 };
     let percent = (share * 100.0).round();
     if share >= AUTO_RESIDENT {
-        (EngineChoice::Pread, format!("{name}, {percent}% in the page cache"))
-    } else {
-        (EngineChoice::Uring, format!("{name}, {percent}% in the page cache: reads past it"))
+        return (EngineChoice::Pread, format!("{name}, {percent}% in the page cache"));
+    }
+    let cached = format!("{name}, {percent}% in the page cache");
+    match faster {
+        Some(reason) => (EngineChoice::Cufile, format!("{cached}: {reason}")),
+        None => (EngineChoice::Uring, format!("{cached}: reads past it")),
     }
 }
 

@@ -6,6 +6,8 @@
 mod auto;
 #[cfg(test)]
 mod conformance;
+#[cfg(feature = "cuda")]
+mod cufile;
 mod mmap;
 mod pread;
 mod throttle;
@@ -20,9 +22,11 @@ use std::sync::Arc;
 
 use crate::error::Result;
 use crate::source::SourceFile;
-use crate::stage::Slot;
+use crate::stage::{Home, Slot};
 
 pub(crate) use auto::choose;
+#[cfg(feature = "cuda")]
+pub use cufile::{Cufile, CufileFacts, cufile_facts};
 pub use mmap::Mmap;
 pub use pread::Pread;
 pub use throttle::Throttled;
@@ -42,6 +46,8 @@ pub enum EngineChoice {
     Pread,
     /// io_uring, past the page cache where files allow it.
     Uring,
+    /// NVIDIA's GPUDirect Storage: into memory of the one GPU that all ranks of the process are on.
+    Cufile,
 }
 
 /// A way to read files. Every thread of a load that reads calls [`run`](Engine::run) once.
@@ -72,12 +78,28 @@ pub unsafe trait Engine: Debug + Send + Sync {
         false
     }
 
+    /// Makes slots known to what reads into them, if it reads into memory of a GPU rather than the host's: then every request
+    /// is for a [slot there](Request::device_buffer), and all ranks of the process are on that one GPU, whose context is current
+    /// on the threads of [`run`](Engine::run).
+    fn registrar(&self) -> Option<Arc<dyn Registrar>> {
+        None
+    }
+
     /// Takes requests from `work` and completes each one exactly once, until there are no more. The thread has a CUDA
     /// context current between calls of `work`, which an engine that makes another one current leaves as it was.
     ///
     /// # Errors
     /// Only if the engine itself cannot go on; failed reads are reported through [`Work::done`].
     fn run(&self, work: &dyn Work) -> Result<()>;
+}
+
+/// Makes memory of a GPU known to what reads into it.
+pub trait Registrar: Debug + Send + Sync {
+    /// Makes `bytes` at an address of the GPU known, until what this returns is dropped; both with its context current.
+    ///
+    /// # Errors
+    /// It is refused: then the memory is no slot.
+    fn register(&self, address: u64, bytes: usize) -> Result<Box<dyn Any + Send + Sync>>;
 }
 
 /// Where an engine gets its requests from.
@@ -169,9 +191,18 @@ impl Request {
         self.bytes
     }
 
-    /// The buffer to fill, at least one byte long; none for a request that [asks to lend](Request::asks_to_lend).
+    /// Where the bytes go that a GPU's memory is read into: the address of the slot, which is
+    /// [registered](Registrar::register), and the place in it. The next [`bytes`](Request::bytes) may be written.
+    pub fn device_buffer(&self) -> Option<(u64, usize)> {
+        let slot = self.slot.as_ref().filter(|slot| slot.home() == Home::Device)?;
+        let start = slot.address().addr();
+        Some((start as u64, self.address.addr() - start))
+    }
+
+    /// The buffer to fill, at least one byte long; none for a request that [asks to lend](Request::asks_to_lend), or has a
+    /// [buffer on a device](Request::device_buffer).
     pub fn buffer(&mut self) -> &mut [MaybeUninit<u8>] {
-        if self.permit.is_some() {
+        if self.permit.is_some() || self.device_buffer().is_some() {
             return &mut [];
         }
         // SAFETY: the pipeline makes requests only over memory that is writable for `bytes` bytes, lives until the

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Engine, Next, Request, Work};
+use super::{Engine, Next, Registrar, Request, Work};
 use crate::error::Result;
 use crate::limits;
 use crate::sync::lock;
@@ -45,6 +45,10 @@ unsafe impl Engine for Throttled {
 
     fn lends(&self) -> bool {
         self.engine.lends()
+    }
+
+    fn registrar(&self) -> Option<Arc<dyn Registrar>> {
+        self.engine.registrar()
     }
 
     fn run(&self, work: &dyn Work) -> Result<()> {

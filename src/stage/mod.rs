@@ -10,12 +10,14 @@ mod tests;
 use std::sync::PoisonError;
 use std::time::Duration;
 
-use crate::device::{Pages, Pinner};
+use crate::device::Pages;
+#[cfg_attr(not(all(test, feature = "cuda")), allow(unused_imports, reason = "tests of engines make slots"))]
+pub(crate) use crate::device::{Home, Pinned, Pinner};
 use crate::error::Result;
 use crate::limits;
 use crate::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use slot::SlotMemory;
+use slot::{Place, SlotMemory};
 pub(crate) use slot::{Slot, Staged};
 
 /// Which slots will do.
@@ -35,6 +37,8 @@ pub(crate) struct Ring {
 
 #[derive(Debug)]
 struct Shared {
+    /// Where the memory of the slots is.
+    home: Home,
     slot_bytes: usize,
     slots_max: usize,
     state: Mutex<State>,
@@ -87,7 +91,18 @@ struct Waiting {
 impl Ring {
     /// A ring of at most `budget` bytes; no memory is taken yet. Holds at least one slot.
     pub(crate) fn new(budget: usize, slot_bytes: usize) -> Ring {
+        Ring::at(Home::Host, budget, slot_bytes)
+    }
+
+    /// The same of slots in a device's memory, which whoever [grows](Ring::grow) it makes, and none else: what is said of
+    /// pinned slots holds for all of them.
+    pub(crate) fn on_device(budget: usize, slot_bytes: usize) -> Ring {
+        Ring::at(Home::Device, budget, slot_bytes)
+    }
+
+    fn at(home: Home, budget: usize, slot_bytes: usize) -> Ring {
         let shared = Shared {
+            home,
             slot_bytes,
             slots_max: (budget / slot_bytes).max(1),
             state: Mutex::new(State::default()),
@@ -96,6 +111,16 @@ impl Ring {
             growable: Condvar::new(),
         };
         Ring { shared: Arc::new(shared) }
+    }
+
+    /// Whether both are handles to the same ring.
+    pub(crate) fn is(&self, other: &Ring) -> bool {
+        Arc::ptr_eq(&self.shared, &other.shared)
+    }
+
+    /// Where the memory of its slots is.
+    pub(crate) fn home(&self) -> Home {
+        self.shared.home
     }
 
     /// The size of each slot.
@@ -199,7 +224,7 @@ impl Ring {
         (self.shared.state().slots * self.shared.slot_bytes) as u64
     }
 
-    /// Bytes of all slots that are pinned.
+    /// Bytes of all slots that are pinned, or in a device's memory.
     pub(crate) fn pinned_bytes(&self) -> u64 {
         (self.shared.state().slots_pinned * self.shared.slot_bytes) as u64
     }
@@ -243,10 +268,13 @@ impl Shared {
         if state.slots == self.slots_max {
             return Ok(None);
         }
-        let pages = Pages::new(self.slot_bytes)?;
+        let place = match self.home {
+            Home::Host => Place::Host(Pages::new(self.slot_bytes)?),
+            Home::Device => Place::Device(0),
+        };
         state.slots += 1;
         state.made += 1;
-        Ok(Some(Arc::new(SlotMemory::new(pages, state.made))))
+        Ok(Some(Arc::new(SlotMemory::new(place, state.made))))
     }
 
     /// Whether whoever holds this share may have one more slot: it has less than an equal part of them, or nobody who has

@@ -3,26 +3,34 @@
 use std::any::Any;
 
 use super::{NOBODY, Ring};
-use crate::device::{Pages, Pinned, Pinner};
+use crate::device::{Home, Pages, Pinned, Pinner};
 use crate::error::Result;
 use crate::sync::Arc;
 
 /// The memory of a slot.
 #[derive(Debug)]
 pub(super) struct SlotMemory {
-    // Before the pages: unpinned, then unmapped.
+    // Before the pages: unpinned, then unmapped. Of a device, the memory itself.
     pinned: Option<Pinned>,
-    pages: Pages,
+    place: Place,
     serial: u64,
 }
 
+/// Where it lies.
+#[derive(Debug)]
+pub(super) enum Place {
+    Host(Pages),
+    /// At this address of a device, which the host does not reach; not made yet if that is 0.
+    Device(u64),
+}
+
 impl SlotMemory {
-    /// Memory that is not pinned.
-    pub(super) fn new(pages: Pages, serial: u64) -> SlotMemory {
-        SlotMemory { pinned: None, pages, serial }
+    /// Memory that is not pinned, or not made.
+    pub(super) fn new(place: Place, serial: u64) -> SlotMemory {
+        SlotMemory { pinned: None, place, serial }
     }
 
-    /// Whether it is pinned.
+    /// Whether it is pinned, or made.
     pub(super) fn is_pinned(&self) -> bool {
         self.pinned.is_some()
     }
@@ -54,16 +62,34 @@ impl Slot {
     pub(super) fn pin(mut self, pinner: &dyn Pinner) -> Result<()> {
         let bytes = self.ring.slot_bytes();
         let memory = self.memory.as_mut().and_then(Arc::get_mut).expect("bug in shardlift: a lent slot is shared");
-        // Before pinning, which would take the faults one by one under a lock of the driver.
-        memory.pages.populate(pinner.numa_node());
-        // SAFETY: whole pages of a mapping, which `SlotMemory` keeps until this was dropped.
-        memory.pinned = Some(unsafe { pinner.pin(memory.pages.address(), bytes)? });
+        memory.pinned = Some(match &mut memory.place {
+            Place::Host(pages) => {
+                // Before pinning, which would take the faults one by one under a lock of the driver.
+                pages.populate(pinner.numa_node());
+                // SAFETY: whole pages of a mapping, which `SlotMemory` keeps until this was dropped.
+                unsafe { pinner.pin(pages.address(), bytes)? }
+            }
+            Place::Device(address) => {
+                let (made, kept) = pinner.make(bytes)?;
+                *address = made;
+                kept
+            }
+        });
         Ok(())
     }
 
-    /// The first byte; [`Ring::slot_bytes`] bytes may be written.
+    /// The first byte; [`Ring::slot_bytes`] bytes may be written. Of a slot in a device's memory it is an address there,
+    /// which nobody here follows.
     pub(crate) fn address(&self) -> *mut u8 {
-        self.memory().pages.address()
+        match &self.memory().place {
+            Place::Host(pages) => pages.address(),
+            Place::Device(address) => std::ptr::without_provenance_mut(*address as usize),
+        }
+    }
+
+    /// Where its memory is.
+    pub(crate) fn home(&self) -> Home {
+        self.ring.home()
     }
 
     /// The number of its memory among all that its ring ever made: never that of other memory, also at an address
@@ -146,6 +172,14 @@ impl Staged {
         match &self.0 {
             Source::Slot(Handle(slot)) => slot.address(),
             Source::Lent { address, .. } => *address,
+        }
+    }
+
+    /// Where the bytes are: of a device's it is that of all its copies.
+    pub(crate) fn home(&self) -> Home {
+        match &self.0 {
+            Source::Slot(Handle(slot)) => slot.home(),
+            Source::Lent { .. } => Home::Host,
         }
     }
 }

@@ -54,6 +54,7 @@ macro_rules! test_every_case {
             gpu_driver: digests_are_those_of_the_host;
             gpu_loads: the_facts_are_the_drivers;
             gpu_loads: every_engine_and_number_of_ranks_is_bit_exact;
+            gpu_loads: cufile_is_bit_exact_where_it_reads;
             gpu_loads: digests_are_taken_where_the_bytes_are;
             gpu_loads: members_of_a_world_get_what_one_process_gives_them;
             gpu_loads: a_tensor_that_was_given_is_complete_for_every_stream;

@@ -128,6 +128,22 @@ fn compare(weights: &Weights, host: &Weights, what: &str) {
     }
 }
 
+/// Through cuFile, where it is and reads from this file system.
+pub(crate) fn cufile_is_bit_exact_where_it_reads() {
+    let model = Model::new(0);
+    let _kept = Context::new();
+    for ranks in [1, 4] {
+        let (host, plan) = (model.on_host(ranks), model.plan(&on_gpu(ranks)));
+        let (weights, report) = match Loader::new().engine(EngineChoice::Cufile).staging(STAGING).load(&plan) {
+            Ok(loaded) => loaded,
+            Err(error) => return super::skip(&format!("loads through cuFile: {error}")),
+        };
+        assert_eq!((report.engine.as_str(), report.peak_pinned_bytes), ("cufile", 0));
+        compare(&weights, &host, &format!("cufile, {ranks} ranks, direct: {:?}", report.direct));
+        assert_eq!(weights.check().unwrap(), host.check().unwrap());
+    }
+}
+
 pub(crate) fn every_engine_and_number_of_ranks_is_bit_exact() {
     let model = Model::new(0);
     // Of 20 loaders each would make the context anew.

@@ -119,7 +119,9 @@ fn text(text: &Option<CString>) -> *const c_char {
 pub(crate) fn command(binary: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new(binary);
     let ours = |name: &OsString| {
-        [b"SIMCUDA_".as_slice(), b"SIMNCCL_", b"NCCL_"].iter().any(|ours| name.as_encoded_bytes().starts_with(ours))
+        [b"SIMCUDA_".as_slice(), b"SIMNCCL_", b"SIMCUFILE_", b"NCCL_"]
+            .iter()
+            .any(|ours| name.as_encoded_bytes().starts_with(ours))
     };
     for (name, _) in env::vars_os().filter(|(name, _)| ours(name)) {
         command.env_remove(name);
@@ -128,15 +130,16 @@ pub(crate) fn command(binary: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// A folder with both names of the driver, and NCCL's where its twin was built.
+/// A folder with both names of the driver, and those of NCCL and cuFile where their twins were built.
 fn folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let library = path();
         let folder = library.parent().unwrap().join("twins");
         fs::create_dir_all(&folder).unwrap();
-        let nccl = library.with_file_name("libsimnccl.so");
-        for (name, target) in [("libcuda.so", &library), ("libcuda.so.1", &library), ("libnccl.so.2", &nccl)] {
+        let [nccl, cufile] = ["nccl", "cufile"].map(|name| library.with_file_name(format!("libsim{name}.so")));
+        let cuda = [("libcuda.so", &library), ("libcuda.so.1", &library)];
+        for (name, target) in cuda.into_iter().chain([("libnccl.so.2", &nccl), ("libcufile.so.0", &cufile)]) {
             // Another test may do the same at this moment: a link of one's own, moved into place.
             let link = folder.join(format!("{name}.{}", std::process::id()));
             fs::remove_file(&link).ok();

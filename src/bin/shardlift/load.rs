@@ -225,7 +225,7 @@ fn loader(args: &LoadArgs) -> shardlift::Result<Loader> {
         Engine::Pread => EngineChoice::Pread,
         Engine::Mmap => EngineChoice::Mmap,
         Engine::Uring => EngineChoice::Uring,
-        Engine::Cufile => return Err(crate::args::not_in_this_build("--engine cufile")),
+        Engine::Cufile => EngineChoice::Cufile,
     };
     let memory = match memory {
         MemoryChoice::Blocks => Memory::Blocks,
@@ -250,7 +250,8 @@ fn print(report: &Report, output: &mut Output) {
     let landed = human_bytes(report.landed_bytes);
     let rate = gb_per_s(report);
     output.line(format_args!("loaded {needed} into {landed} in {:.3} s: {rate:.2} GB/s", report.seconds));
-    output.line(format_args!("engine: {} ({})", report.engine, report.engine_reason));
+    let direct = report.direct.map_or(String::new(), |direct| format!(", direct: {direct}"));
+    output.line(format_args!("engine: {} ({}{direct})", report.engine, report.engine_reason));
     output.line(format_args!(
         "read {}, peak beyond destinations {}, bottleneck {}",
         human_bytes(report.storage_bytes_read),
@@ -278,6 +279,7 @@ pub(crate) fn report_object(report: &Report) -> Map<String, Value> {
         "gb_per_s": gb_per_s(report),
         "engine": report.engine,
         "engine_reason": report.engine_reason,
+        "direct": report.direct.map(|direct| direct.to_string()),
         "peak_extra_bytes": report.peak_extra_bytes,
         "peak_pinned_bytes": report.peak_pinned_bytes,
         "abandoned_bytes": report.abandoned_bytes,

@@ -37,6 +37,11 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failur
     if let Some(seconds) = seconds {
         output.line(format_args!("predicted: {seconds:.3} s"));
     }
+    // Only where there is a cuFile: others have nothing to know.
+    let direct = direct();
+    if let Some(direct) = &direct {
+        output.line(format_args!("engine cufile, direct: {direct}"));
+    }
     let audited = audit.then(|| audited(&plan, output));
     let classes: Vec<Value> = report.classes.iter().map(class_object).collect();
     let fields = fields(json!({
@@ -55,6 +60,7 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failur
         "peak_staging_bytes": report.peak_staging_bytes,
         "sent_bytes": report.sent_bytes,
         "received_bytes": report.received_bytes,
+        "direct": direct,
         "classes": classes,
         "explain": explanation,
         "audit": audited,
@@ -72,6 +78,17 @@ fn processes(world: World, rank: Option<u32>, cooperate: Option<CooperateChoice>
         CooperateChoice::Always | CooperateChoice::Cluster => world.reading_together(groups, Cooperate::Always),
         CooperateChoice::Never => world,
     }
+}
+
+/// Whether reads through this machine's cuFile would be known to be direct; nothing of it is opened.
+#[cfg(feature = "cuda")]
+fn direct() -> Option<String> {
+    shardlift::read::cufile_facts().ok().map(|facts| facts.direct.to_string())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn direct() -> Option<String> {
+    None
 }
 
 fn class_object(of: &ClassReport) -> Value {

@@ -292,6 +292,11 @@ pub(super) unsafe fn copy_to_device(to: u64, from: *const u8, bytes: usize, stre
     unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, stream)) }
 }
 
+/// From one place of the current context's device to another.
+pub(super) unsafe fn copy_on_device(to: u64, from: u64, bytes: usize, stream: RawStream) -> Status<()> {
+    unsafe { call!(cuMemcpyDtoDAsync_v2(to, from, bytes, stream)) }
+}
+
 /// To pinned memory: otherwise it waits until the bytes are there.
 pub(super) unsafe fn copy_to_host(to: *mut u8, from: u64, bytes: usize, stream: RawStream) -> Status<()> {
     unsafe { call!(cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, stream)) }
@@ -300,6 +305,8 @@ pub(super) unsafe fn copy_to_host(to: *mut u8, from: u64, bytes: usize, stream: 
 /// Rows of `width` bytes, from one pitch to another.
 pub(super) struct Rect {
     pub(super) from: *const u8,
+    /// It is an address of the device.
+    pub(super) from_device: bool,
     pub(super) from_pitch: usize,
     pub(super) to: u64,
     pub(super) to_pitch: usize,
@@ -308,18 +315,19 @@ pub(super) struct Rect {
 }
 
 pub(super) unsafe fn copy_rect_to_device(rect: &Rect, stream: RawStream) -> Status<()> {
-    let &Rect { from, from_pitch, to, to_pitch, width, rows } = rect;
+    let &Rect { from, from_device, from_pitch, to, to_pitch, width, rows } = rect;
+    let (host, device) = (sys::CUmemorytype::CU_MEMORYTYPE_HOST, sys::CUmemorytype::CU_MEMORYTYPE_DEVICE);
     let copy = sys::CUDA_MEMCPY2D {
         srcXInBytes: 0,
         srcY: 0,
-        srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-        srcHost: from.cast(),
-        srcDevice: 0,
+        srcMemoryType: if from_device { device } else { host },
+        srcHost: if from_device { ptr::null() } else { from.cast() },
+        srcDevice: if from_device { from.addr() as u64 } else { 0 },
         srcArray: ptr::null_mut(),
         srcPitch: from_pitch,
         dstXInBytes: 0,
         dstY: 0,
-        dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+        dstMemoryType: device,
         dstHost: ptr::null_mut(),
         dstDevice: to,
         dstArray: ptr::null_mut(),

@@ -10,7 +10,7 @@ use super::context::Context;
 use super::memory::Memory;
 use super::pinned::CudaPinner;
 use super::queue::CudaQueue;
-use crate::device::{Feed, Op, Pages, Pinned, Pinner, Queue, RawCopy};
+use crate::device::{Feed, Home, Op, Pages, Pinned, Pinner, Queue, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::stride::{Loop, Loops};
 
@@ -130,7 +130,7 @@ impl Bench {
         let pinned = unsafe { CudaPinner::new(&context, None).pin(source.address(), BYTES) }?;
         let target = Memory::plain(&context, BYTES)?;
         let buffers = Buffers {
-            queue: CudaQueue::new(&context, Feed { slot_bytes: BYTES, cuts: false, wire: None })?,
+            queue: CudaQueue::new(&context, Feed { slot_bytes: BYTES, cuts: false, slots: 0, wire: None })?,
             target,
             _pinned: pinned,
             source,
@@ -149,7 +149,7 @@ impl Bench {
     fn seconds(&mut self, ops: Vec<Op>) -> Result<f64> {
         let began = Instant::now();
         // SAFETY: all copies of this file lie in the two buffers, which outlive the queue.
-        let ticket = unsafe { self.buffers.queue.submit(ops)? };
+        let ticket = unsafe { self.buffers.queue.submit(ops, Home::Host)? };
         self.buffers.queue.mark()?;
         while self.buffers.queue.finished()? < ticket {
             // What a sleep takes would be measured, too.

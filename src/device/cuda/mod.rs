@@ -92,11 +92,24 @@ impl Device for Cuda {
 
     fn taken_besides(&self, feed: Feed) -> u64 {
         let scratch = if feed.cuts { (limits::STREAMS * queue::scratch_bytes(feed)) as u64 } else { 0 };
-        scratch + feed.wire.map_or(0, |size| size.bytes() + wire::scratch_bytes(size) as u64)
+        feed.slots + scratch + feed.wire.map_or(0, |size| size.bytes() + wire::scratch_bytes(size) as u64)
     }
 
     fn free_bytes(&self) -> Result<Option<u64>> {
         self.context.memory().map(|(free, _)| Some(free))
+    }
+
+    fn is_gpu(&self) -> bool {
+        true
+    }
+
+    fn current(&self) -> Result<Box<dyn Any>> {
+        Ok(Box::new(self.context.enter()?))
+    }
+
+    /// Of `cuMemAlloc`: that is what other libraries register.
+    fn slot(&self, bytes: usize) -> Result<Allocation> {
+        Memory::plain(&self.context, bytes).map(Cuda::allocation)
     }
 
     fn pinner(&self) -> Option<Arc<dyn Pinner>> {

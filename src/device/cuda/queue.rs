@@ -9,7 +9,7 @@ use super::context::Context;
 use super::driver::{self, RawEvent, RawStream, Rect, Status};
 use super::kernels;
 use super::memory::Memory;
-use crate::device::{Feed, Op, Queue, RawCopy};
+use crate::device::{Feed, Home, Op, Queue, RawCopy};
 use crate::error::Result;
 use crate::limits;
 
@@ -80,11 +80,11 @@ impl CudaQueue {
 }
 
 impl Queue for CudaQueue {
-    unsafe fn submit(&mut self, ops: Vec<Op>) -> Result<u64> {
+    unsafe fn submit(&mut self, ops: Vec<Op>, from: Home) -> Result<u64> {
         let _entered = self.context.enter()?;
         let lane = &mut self.lanes[self.lane];
         // SAFETY: the caller's duties; the context is current.
-        unsafe { lane.take(&self.context, &ops) }?;
+        unsafe { lane.take(&self.context, &ops, from) }?;
         self.submitted += 1;
         Ok(self.submitted)
     }
@@ -143,14 +143,18 @@ impl Drop for CudaQueue {
 ///
 /// # Safety
 /// As [`Queue::submit`]; the context is current and the stream its own.
-unsafe fn straight(copy: &RawCopy, stream: RawStream) -> Status<()> {
+unsafe fn straight(copy: &RawCopy, from: Home, stream: RawStream) -> Status<()> {
     // SAFETY: the same duties.
     unsafe {
         match copy.loops[..] {
+            [] if from == Home::Device => {
+                driver::copy_on_device(copy.dst, copy.src.addr() as u64, copy.run as usize, stream)
+            }
             [] => driver::copy_to_device(copy.dst, copy.src, copy.run as usize, stream),
             [inner] => driver::copy_rect_to_device(
                 &Rect {
                     from: copy.src,
+                    from_device: from == Home::Device,
                     from_pitch: inner.src_stride as usize,
                     to: copy.dst,
                     to_pitch: inner.dst_stride as usize,
@@ -176,12 +180,16 @@ impl Lane {
     ///
     /// # Safety
     /// As [`Queue::submit`]; the context is current, and the one of the lane.
-    pub(super) unsafe fn take(&mut self, context: &Arc<Context>, ops: &[Op]) -> Result<()> {
+    pub(super) unsafe fn take(&mut self, context: &Arc<Context>, ops: &[Op], from: Home) -> Result<()> {
         for op in ops {
             // SAFETY: the same duties.
             unsafe {
                 match op {
-                    Op::Copy(copy) => straight(copy, self.stream).map_err(|failure| context.error(failure))?,
+                    Op::Copy(copy) => straight(copy, from, self.stream).map_err(|failure| context.error(failure))?,
+                    // Nothing has to land first.
+                    Op::Cut { copies, .. } if from == Home::Device => copies
+                        .iter()
+                        .try_for_each(|copy| kernels::copy(context, copy, copy.src.addr() as u64, self.stream))?,
                     Op::Cut { src, bytes, copies } => self.cut(context, *src, *bytes, copies)?,
                 }
             }

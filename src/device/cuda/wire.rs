@@ -8,7 +8,7 @@ use super::driver::{self, RawEvent, RawStream};
 use super::kernels;
 use super::memory::Memory;
 use super::queue::Lane;
-use crate::device::{Arrived, Op, Wire, WireSize};
+use crate::device::{Arrived, Home, Op, Wire, WireSize};
 use crate::error::Result;
 use crate::limits;
 
@@ -91,13 +91,13 @@ impl Wire for CudaWire {
         (first + self.size.sent * round, received + self.size.received * round)
     }
 
-    unsafe fn land(&mut self, round: usize, ops: Vec<Op>) -> Result<()> {
+    unsafe fn land(&mut self, round: usize, ops: Vec<Op>, from: Home) -> Result<()> {
         let stream = self.landing.stream;
         self.wait(stream, round, TRAVELLED)?;
         {
             let _entered = self.context.enter()?;
             // SAFETY: the caller's duties; the context is current.
-            unsafe { self.landing.take(&self.context, &ops) }?;
+            unsafe { self.landing.take(&self.context, &ops, from) }?;
         }
         self.mark(stream, round, LANDED)
     }

@@ -5,7 +5,8 @@
 //! context, and aborts with the call's name when it sees what a GPU would show only now and then: a slot refilled
 //! before its copy ran, memory given back under a copy, two copies onto one place without an event between them.
 //!
-//! Twins of other libraries put their operations into its streams by `simcuda_submit`, under the same rules.
+//! Twins of other libraries put their operations into its streams by `simcuda_submit`, under the same rules, and write to its
+//! memory between `simcuda_begin_write` and `simcuda_end_write`.
 //!
 //! | variable | meaning |
 //! |---|---|

@@ -7,10 +7,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use crate::code::{Code, HANGS, INVALID_CONTEXT, INVALID_HANDLE, NOT_INITIALIZED, OUT_OF_MEMORY, Result, SUCCESS};
 use crate::config::{self, Config};
 use crate::context::{Context, Device, top};
-use crate::device_memory::{self, DeviceMemory, Kind as MemoryKind};
+use crate::device_memory::{self, DeviceMemory, Kind as MemoryKind, Use};
 use crate::faults::{Faults, hang};
 use crate::handle::{Handle, Kind, Missing, Table};
-use crate::hazard::{Clock, Flights, QueueId};
+use crate::hazard::{Clock, FlightId, Flights, QueueId};
 use crate::host_memory::HostMemory;
 use crate::kernels::{Function, Module};
 use crate::ledger::{CALL_CPU_NS, Ledger};
@@ -36,6 +36,8 @@ pub(crate) struct Sim {
     pub(crate) memory: DeviceMemory,
     pub(crate) host: HostMemory,
     pub(crate) flights: Flights,
+    /// Writes of other libraries that are in no stream, by a number that no stream has.
+    pub(crate) writes: std::collections::HashMap<QueueId, (FlightId, Vec<Use>)>,
     pub(crate) links: Option<Links>,
     random: u64,
 }
@@ -95,6 +97,7 @@ impl Sim {
             memory: DeviceMemory::new(),
             host: HostMemory::default(),
             flights: Flights::default(),
+            writes: std::collections::HashMap::new(),
             config,
         }
     }

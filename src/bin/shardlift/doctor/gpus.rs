@@ -5,9 +5,9 @@ use serde_json::{Value, json};
 use crate::output::Output;
 
 #[cfg(feature = "cuda")]
-pub(super) use with_cuda::{look, object, print};
+pub(super) use with_cuda::{first, look, object, print};
 #[cfg(not(feature = "cuda"))]
-pub(super) use without::{look, object, print};
+pub(super) use without::{first, look, object, print};
 
 #[cfg(feature = "cuda")]
 mod with_cuda {
@@ -33,6 +33,13 @@ mod with_cuda {
         let rate = |gpus: &[u32]| pinned_gb_per_s(gpus).map_err(|error| error.to_string());
         let alone = all.iter().map(|&gpu| rate(&[gpu]).map(|rates| rates[0])).collect();
         Ok(Gpus { alone, together: rate(&all), machine })
+    }
+
+    /// The first GPU that works.
+    pub(in super::super) fn first(gpus: &Result<Gpus, String>) -> Result<u32, String> {
+        let gpus = gpus.as_ref().map_err(Clone::clone)?;
+        let mut usable = gpus.machine.devices.iter().zip(&gpus.alone).filter(|(_, rate)| rate.is_ok());
+        usable.next().map(|(device, _)| device.ordinal).ok_or_else(|| "no GPU works".into())
     }
 
     pub(in super::super) fn print(gpus: &Result<Gpus, String>, output: &mut Output) {
@@ -132,6 +139,10 @@ mod without {
     const WHY: &str = "not in this build";
 
     pub(in super::super) fn look() -> Result<(), String> {
+        Err(WHY.into())
+    }
+
+    pub(in super::super) fn first(_: &Result<(), String>) -> Result<u32, String> {
         Err(WHY.into())
     }
 

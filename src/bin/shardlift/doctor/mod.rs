@@ -1,6 +1,7 @@
 //! `shardlift doctor`: what this machine can do, and what `auto` would choose.
 
 mod ceilings;
+mod cufile;
 mod gpus;
 
 use std::fs;
@@ -9,7 +10,7 @@ use std::thread;
 
 use serde_json::{Map, Value, json};
 use shardlift::source::{FileSystem, SourceFile};
-use shardlift::{Checkpoint, Loader, Plan, Rules, World, limits};
+use shardlift::{Checkpoint, CufileMeasurement, Loader, Plan, Rules, World, limits};
 
 use crate::args::DoctorArgs;
 use crate::output::{Failure, Output, count, fields, human_bytes};
@@ -24,7 +25,6 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     let [total, available] = memory();
     let uring = uring();
     let file_system = file_system(path);
-    let auto = auto(path);
     let memcpy = ceilings::memcpy_gb_per_s(moving);
     let pread = ceilings::pread_gb_per_s(moving);
     let largest = largest_file(path).ok_or_else(|| "no file there".to_owned());
@@ -32,6 +32,8 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     let storage = largest.and_then(|file| ceilings::storage_gb_per_s(&file, moving));
     let gpus = gpus::look();
     let nccl = nccl();
+    let cufile = cufile::look(path, gpus::first(&gpus));
+    let auto = auto(path, cufile.as_ref().ok().and_then(|cufile| cufile.measured.as_ref().ok()));
 
     output.line(format_args!("cpus: {cpus}"));
     if let (Some(total), Some(available)) = (total, available) {
@@ -68,7 +70,7 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
         Ok(version) => output.line(format_args!("nccl: {version}")),
         Err(why) => output.line(format_args!("nccl: not usable: {why}")),
     }
-    output.line(format_args!("cufile: {LATER}"));
+    cufile::print(&cufile, output);
 
     let usable = |why: Option<&String>| json!({ "usable": why.is_none(), "why": why });
     Ok(fields(json!({
@@ -88,12 +90,13 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
         "storage_gb_per_s": storage.as_ref().ok(),
         "storage_why": storage.as_ref().err(),
         "cuda": gpus::object(&gpus),
-        "cufile": { "usable": false, "why": LATER },
+        "cufile": cufile::object(&cufile),
         "nccl": { "usable": nccl.is_ok(), "why": nccl.as_ref().err(), "version": nccl.as_ref().ok() },
     })))
 }
 
-/// What is said of what later builds of this program use.
+/// What is said of what this build was made without.
+#[cfg(not(feature = "cuda"))]
 const LATER: &str = "not in this build";
 
 /// The version of this machine's NCCL, or why there is none to use.
@@ -163,11 +166,12 @@ fn uring() -> Result<(), String> {
     Err("only on linux".into())
 }
 
-/// What `auto` answers for all of the checkpoint at PATH.
-fn auto(path: &Path) -> Result<(&'static str, String), String> {
+/// What `auto` answers for all of the checkpoint at PATH; into a GPU if something was measured there.
+fn auto(path: &Path, measured: Option<&CufileMeasurement>) -> Result<(&'static str, String), String> {
     let asked = || -> shardlift::Result<_> {
-        let plan = Plan::new(&Checkpoint::open(path)?, &Rules::replicate_all(), &World::host(1))?;
-        Ok(Loader::new().engine_for(&plan))
+        let world = measured.map_or_else(|| World::host(1), |measured| World::local([measured.gpu]));
+        let plan = Plan::new(&Checkpoint::open(path)?, &Rules::replicate_all(), &world)?;
+        Ok(Loader::new().cufile_measured(measured.map_or(&[], std::slice::from_ref)).engine_for(&plan))
     };
     asked().map_err(|error| error.to_string())
 }

@@ -1,5 +1,5 @@
-//! What the twins of other libraries ask of this one: operations of theirs on its streams. Neither counted nor failed here:
-//! that is for the twin whose function was called.
+//! What the twins of other libraries ask of this one: operations of theirs on its streams, and writes to its memory. Neither
+//! counted nor failed here: that is for the twin whose function was called.
 
 use std::ffi::{CStr, c_char};
 
@@ -7,7 +7,8 @@ use crate::abi::{ForeignFn, HostData, In, Out, SkipFn};
 use crate::code::{Code, INVALID_CONTEXT, INVALID_HANDLE, INVALID_VALUE, NOT_INITIALIZED, SUCCESS};
 use crate::context::top;
 use crate::handle::{Handle, Kind};
-use crate::sim::uncounted;
+use crate::hazard::Clock;
+use crate::sim::{notify, uncounted};
 use crate::stream::Request;
 use crate::work::{Foreign, Region, Work};
 
@@ -84,6 +85,64 @@ pub extern "C" fn simcuda_submit(device: i32, stream: Handle, operation: In<Oper
         let seq = sim.submit(queue, request)?;
         place.set([queue, seq])
     })
+}
+
+/// Begins a write to memory of the current context's device that is in no stream: nobody else may touch that until it ends.
+/// `call` is never freed; `id` is for `simcuda_end_write`.
+#[unsafe(no_mangle)]
+pub extern "C" fn simcuda_begin_write(call: In<c_char>, start: u64, bytes: u64, id: Out<u64>) -> Code {
+    let Some(call) = name(call) else { return INVALID_VALUE };
+    uncounted(call, |sim| {
+        if !sim.initialised {
+            return Err(NOT_INITIALIZED);
+        }
+        let context = sim.context()?;
+        let device = sim.current_device()?;
+        if !sim.memory.owns(start) {
+            return Err(INVALID_VALUE);
+        }
+        let region = Region::flat(start, bytes);
+        let uses = sim.device_region(context, region)?;
+        if uses.iter().any(|used| sim.memory.get(used.0).is_some_and(|range| range.device != device)) {
+            return Err(INVALID_CONTEXT);
+        }
+        let queue = sim.next_queue;
+        sim.next_queue += 1;
+        if let Some(other) = sim.flights.conflict(queue, &Clock::new(), region, true) {
+            sim.violation(&format!("writes {bytes} bytes at {start:#x}, which {other} uses that has not finished"));
+        }
+        let flight = sim.flights.add(queue, 1, call, region, true);
+        uses.iter().for_each(|(start, _)| sim.memory.get_mut(*start).expect("resolved just before").uses += 1);
+        sim.writes.insert(queue, (flight, uses));
+        id.set(queue)
+    })
+}
+
+/// Ends it.
+#[unsafe(no_mangle)]
+pub extern "C" fn simcuda_end_write(id: u64) {
+    uncounted("simcuda_end_write", |sim| {
+        let (flight, uses) = sim.writes.remove(&id).ok_or(INVALID_VALUE)?;
+        sim.flights.remove(flight);
+        for (start, used) in uses {
+            if let Some(range) = sim.memory.get_mut(start).filter(|range| range.id == used) {
+                range.uses -= 1;
+            }
+        }
+        notify();
+        Ok(())
+    });
+}
+
+/// Whether all of this memory is there.
+#[unsafe(no_mangle)]
+pub extern "C" fn simcuda_is_live(start: u64, bytes: u64) -> i32 {
+    let mut live = 0;
+    uncounted("simcuda_is_live", |sim| {
+        live = i32::from(sim.memory.resolve(start, bytes).is_ok());
+        Ok(())
+    });
+    live
 }
 
 /// The device of the context that is current on this thread; -1 for none.

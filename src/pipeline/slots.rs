@@ -1,0 +1,64 @@
+//! Slots in the memory of a GPU, for engines that read there.
+
+use std::any::Any;
+use std::sync::Arc;
+
+use super::Device;
+use crate::device::{Allocation, Pinned, Pinner};
+use crate::error::{Error, ErrorKind, Result};
+use crate::read::Registrar;
+use crate::stage::Ring;
+
+/// Makes slots on a device, and makes them known to what reads into them.
+#[derive(Debug)]
+pub(crate) struct SlotMaker {
+    device: Arc<dyn Device>,
+    registrar: Arc<dyn Registrar>,
+}
+
+impl SlotMaker {
+    pub(crate) fn new(device: Arc<dyn Device>, registrar: Arc<dyn Registrar>) -> SlotMaker {
+        SlotMaker { device, registrar }
+    }
+
+    /// Makes the first slot of a ring, unless there is one: what refuses that refuses all.
+    pub(crate) fn try_out(&self, ring: &Ring) -> Result<()> {
+        ring.grow(self, 1, || false).map(drop)
+    }
+}
+
+impl Pinner for SlotMaker {
+    unsafe fn pin(&self, _: *mut u8, _: usize) -> Result<Pinned> {
+        Err(Error::new(ErrorKind::Unsupported, "slots are made on the device"))
+    }
+
+    fn make(&self, bytes: usize) -> Result<(u64, Pinned)> {
+        let memory = self.device.slot(bytes)?;
+        let address = memory.address();
+        let _current = self.device.current()?;
+        let registered = self.registrar.register(address, bytes);
+        let named = |error: Error| Error::new(error.kind(), format!("{}: {}", self.device.name(), error.message()));
+        let registered = Some(registered.map_err(named)?);
+        Ok((address, Box::new(MadeSlot { registered, _memory: memory, device: Arc::clone(&self.device) })))
+    }
+
+    fn numa_node(&self) -> Option<u32> {
+        None
+    }
+}
+
+/// The memory of such a slot.
+#[derive(Debug)]
+struct MadeSlot {
+    registered: Option<Box<dyn Any + Send + Sync>>,
+    _memory: Allocation,
+    device: Arc<dyn Device>,
+}
+
+impl Drop for MadeSlot {
+    fn drop(&mut self) {
+        // Where the device is lost: without its context it is tried all the same.
+        let _current = self.device.current().inspect_err(|error| tracing::warn!("{error}"));
+        self.registered = None;
+    }
+}

@@ -1,0 +1,189 @@
+//! NVIDIA's GPUDirect Storage: from storage into memory of a GPU, through no memory of the host. Knows no devices: a slot is
+//! an address, and a context is current.
+
+mod driver;
+mod library;
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use self::library::{Library, RawHandle};
+use super::{Engine, Next, Registrar, Request, Work};
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits;
+use crate::observe::Direct;
+use crate::source::{Identity, SourceFile};
+use crate::sync::lock;
+
+/// Reads through cuFile into registered slots in the memory of a GPU, always whole blocks of a file opened with O_DIRECT: what
+/// is not aligned or not registered the library would pass through buffers of its own. Each of its threads waits for one read.
+#[derive(Debug)]
+pub struct Cufile {
+    threads: usize,
+    library: Library,
+    direct: Direct,
+    handles: Mutex<VecDeque<(Identity, Arc<Handle>)>>,
+}
+
+impl Cufile {
+    /// Reads on this many threads (at least one). The first that is made in a process opens cuFile's driver, which takes
+    /// seconds, and waits for that for at most `deadline`.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Device`] if there is no cuFile or its driver does not open, [`ErrorKind::Stalled`] if it takes longer.
+    pub fn new(threads: usize, deadline: Duration) -> Result<Cufile> {
+        let (library, direct) = driver::open(deadline)?;
+        Ok(Cufile { threads: threads.max(1), library, direct, handles: Mutex::default() })
+    }
+
+    /// Whether its reads are known to pass through no memory of the host.
+    pub fn direct(&self) -> Direct {
+        self.direct
+    }
+
+    /// Whether it can read this file at all, as far as can be known without reading.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Unsupported`] with cuFile's reason.
+    pub(crate) fn try_out(&self, file: &Arc<SourceFile>) -> Result<()> {
+        let refused = |error: io::Error| Error::new(ErrorKind::Unsupported, error.to_string()).with_file(file.path());
+        self.handle(file).map(drop).map_err(refused)
+    }
+
+    /// The handle of a request's file, registered if it is not yet.
+    fn handle(&self, file: &Arc<SourceFile>) -> io::Result<Arc<Handle>> {
+        let identity = file.identity();
+        let mut handles = lock(&self.handles);
+        if let Some((_, handle)) = handles.iter().find(|(of, _)| *of == identity) {
+            return Ok(Arc::clone(handle));
+        }
+        let direct = file.direct(limits::DIRECT_ALIGNMENT).ok_or_else(|| match file.open_direct() {
+            Ok(_) => io::Error::other("O_DIRECT wants a larger alignment"),
+            Err(error) => io::Error::other(error),
+        })?;
+        // SAFETY: the handle keeps the file, which stays open as long as that.
+        let raw = unsafe { self.library.register_file(direct.as_fd()) };
+        let raw = raw.map_err(|failure| io::Error::other(failure.to_string()))?;
+        let handle = Arc::new(Handle { library: self.library, raw, _file: Arc::clone(file) });
+        handles.push_back((identity, Arc::clone(&handle)));
+        if handles.len() > limits::OPEN_FILES {
+            handles.pop_front();
+        }
+        Ok(handle)
+    }
+
+    fn read(&self, request: &Request) -> io::Result<usize> {
+        let Some((slot, place)) = request.device_buffer() else {
+            return Err(io::Error::other("engine cufile reads into memory of a GPU only"));
+        };
+        let handle = self.handle(&request.file)?;
+        let (bytes, offset) = (request.bytes(), request.offset());
+        // Not asked of cuFile, which says nothing of what is behind the end.
+        if offset >= request.file().identity().size {
+            return Ok(0);
+        }
+        // SAFETY: a slot is registered for as long as it lives, and the request's alone; its GPU's context is current on
+        // threads of engines with a registrar.
+        unsafe { self.library.read(handle.raw, slot, place, bytes, offset) }
+    }
+}
+
+// SAFETY: cuFile counts what it wrote, and `cuFileRead` returns when that is done; a request goes back before the next is taken.
+unsafe impl Engine for Cufile {
+    fn name(&self) -> &'static str {
+        "cufile"
+    }
+
+    fn threads(&self) -> usize {
+        self.threads
+    }
+
+    fn alignment(&self) -> u64 {
+        limits::DIRECT_ALIGNMENT
+    }
+
+    fn registrar(&self) -> Option<Arc<dyn Registrar>> {
+        Some(Arc::new(Buffers(self.library)))
+    }
+
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        while let Next::Request(request) = work.next(true) {
+            let outcome = self.read(&request);
+            work.done(request, outcome);
+        }
+        Ok(())
+    }
+}
+
+/// A registered file, which stays open.
+#[derive(Debug)]
+struct Handle {
+    library: Library,
+    raw: RawHandle,
+    _file: Arc<SourceFile>,
+}
+
+// SAFETY: cuFile's handles may be used from every thread.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        // SAFETY: registered, and every read held the handle.
+        unsafe { self.library.deregister_file(self.raw) };
+    }
+}
+
+/// Registers slots.
+#[derive(Debug)]
+struct Buffers(Library);
+
+impl Registrar for Buffers {
+    fn register(&self, address: u64, bytes: usize) -> Result<Box<dyn Any + Send + Sync>> {
+        self.0.register_memory(address, bytes)?;
+        Ok(Box::new(Registered { library: self.0, address }))
+    }
+}
+
+/// Memory that is registered with cuFile.
+#[derive(Debug)]
+struct Registered {
+    library: Library,
+    address: u64,
+}
+
+impl Drop for Registered {
+    fn drop(&mut self) {
+        // SAFETY: registered when this was made, and whoever read into it held the slot.
+        if let Err(failure) = unsafe { self.library.deregister_memory(self.address) } {
+            tracing::warn!("{failure}");
+        }
+    }
+}
+
+/// What there is of cuFile on this machine, without opening its driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CufileFacts {
+    /// For instance (1, 14), if the library says it.
+    pub version: Option<(u32, u32)>,
+    /// Whether reads would be known to pass through no memory of the host, because the library can be told to fail instead.
+    pub direct: Direct,
+}
+
+/// The cuFile of this machine, which is loaded.
+///
+/// # Errors
+/// [`ErrorKind::Device`] if there is none.
+pub fn cufile_facts() -> Result<CufileFacts> {
+    let library = Library::load()?;
+    let direct = if library.can_forbid_compat() { Direct::Known } else { Direct::Unknown };
+    Ok(CufileFacts { version: library.version(), direct })
+}

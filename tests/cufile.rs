@@ -1,0 +1,492 @@
+//! Loads through cuFile, on its twin: from storage into memory of a GPU and nowhere else. One test function for each process
+//! that is needed: what the twins are told and count is of the whole process.
+
+#[path = "support/cufile_twin.rs"]
+mod cufile_twin;
+#[path = "support/twin.rs"]
+mod twin;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use safetensors::tensor::{Dtype, TensorView};
+use shardlift::read::EngineChoice;
+use shardlift::{
+    Checkpoint, CufileMeasurement, Direct, ErrorKind, Loader, Memory, Plan, Rank, Report, Rules, Weights, World,
+};
+
+const RULES: &str = r#"
+rule = [
+  { match = "**.rows", shard = { dim = 0 } },
+  { match = "**.columns", shard = { dim = 1 } },
+  { match = "**.cast", cast = "bf16", replicate = true },
+  { match = "**.transposed", transpose = true, replicate = true },
+  { match = "**.turned", transpose = true, cast = "f32", shard = { dim = 0 } },
+  { match = "**", replicate = true },
+]
+"#;
+
+/// A model in which every way into a destination occurs, at offsets that no block starts on; with so many bytes besides.
+fn write(folder: &Path, more: usize) {
+    let shapes: [(&str, Dtype, &[usize]); 12] = [
+        ("a.odd", Dtype::U8, &[4097]),
+        ("b.rows", Dtype::BF16, &[64, 640]),
+        ("c.odd", Dtype::U8, &[3]),
+        ("d.columns", Dtype::BF16, &[96, 1024]),
+        ("e.cast", Dtype::F32, &[333, 77]),
+        ("f.transposed", Dtype::BF16, &[40, 24]),
+        ("g.turned", Dtype::BF16, &[132, 68]),
+        ("h.columns", Dtype::BF16, &[4096, 32]),
+        ("i.whole", Dtype::U8, &[1_234_567]),
+        ("j.rows", Dtype::U8, &[4, 500_001]),
+        ("k.empty", Dtype::U8, &[0, 5]),
+        ("l.more", Dtype::U8, &[more]),
+    ];
+    let mut state = 7u32;
+    let mut bytes = |count: usize| -> Vec<u8> {
+        let next = |_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        };
+        (0..count).map(next).collect()
+    };
+    for (file, part) in [("one", &shapes[..4]), ("two", &shapes[4..])] {
+        let width = |dtype| match dtype {
+            Dtype::F32 => 4,
+            Dtype::BF16 => 2,
+            _ => 1,
+        };
+        let data: BTreeMap<&str, (Dtype, &[usize], Vec<u8>)> = part
+            .iter()
+            .map(|&(name, dtype, shape)| (name, (dtype, shape, bytes(shape.iter().product::<usize>() * width(dtype)))))
+            .collect();
+        let views = data
+            .iter()
+            .map(|(name, (dtype, shape, bytes))| (*name, TensorView::new(*dtype, shape.to_vec(), bytes).unwrap()));
+        let path = folder.join(format!("{file}.safetensors"));
+        safetensors::serialize_to_file(views, None, &path).unwrap();
+        // Clean pages can be forgotten.
+        std::fs::File::open(&path).unwrap().sync_all().unwrap();
+    }
+}
+
+/// The model, and the plan of it for ranks on these GPUs.
+fn planned(gpus: &[u32], more: usize) -> (tempfile::TempDir, Plan) {
+    twin::load();
+    cufile_twin::load();
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), more);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let plan = plan_for(&checkpoint, World::local(gpus.iter().copied()));
+    (folder, plan)
+}
+
+fn plan_for(checkpoint: &Checkpoint, world: World) -> Plan {
+    Plan::new(checkpoint, &Rules::from_toml(RULES).unwrap(), &world).unwrap()
+}
+
+/// A loader that asks for cuFile, with slots that the model does not fit into.
+fn loader() -> Loader {
+    Loader::new().engine(EngineChoice::Cufile).staging(2 << 20)
+}
+
+/// Compares all tensors with what buffered reads bring into memory of the host.
+fn compare(plan: &Plan, weights: &Weights) {
+    let ranks = plan.world().size();
+    let host = plan_for(plan.checkpoint(), World::host(ranks));
+    let (expected, _) = Loader::new().engine(EngineChoice::Pread).load(&host).unwrap();
+    let mut compared = 0;
+    for tensor in weights.iter() {
+        let other = expected.tensor(tensor.rank(), tensor.name()).unwrap();
+        assert!(tensor.to_bytes().unwrap() == other.to_bytes().unwrap(), "{} {}", tensor.rank(), tensor.name());
+        compared += 1;
+    }
+    assert_eq!(compared, expected.iter().count());
+}
+
+/// That a report and the twins tell of reads that went nowhere but to the GPU.
+fn is_direct(report: &Report) {
+    assert_eq!((report.engine.as_str(), report.direct), ("cufile", Some(Direct::Known)));
+    let [direct, bounced, compat, _] = cufile_twin::bytes();
+    assert_eq!([bounced, compat], [0, 0], "through memory of the host");
+    assert!(direct >= report.needed_bytes && direct <= report.storage_bytes_read, "{direct} {report:?}");
+    let from_host: u64 = (0..4).map(|gpu| twin::bytes(gpu, 0)).sum();
+    assert_eq!((from_host, report.peak_pinned_bytes, twin::calls(Some("cuMemHostRegister"))), (0, 0, 0));
+    assert_eq!(report.warnings, Vec::<String>::new());
+    assert!(report.storage_bytes_read <= report.needed_bytes + 8192 * report.reads, "{report:?}");
+}
+
+fn nothing_is_left() {
+    assert_eq!([twin::live(), twin::violations(), cufile_twin::live(), cufile_twin::violations()], [0; 4]);
+}
+
+/// In a process of its own: every way into a destination is bit-exact, and all bytes came directly.
+#[test]
+#[ignore = "run by another test"]
+fn exact() {
+    for gpus in [&[0u32][..], &[2, 2], &[1, 1, 1, 1]] {
+        let (_folder, plan) = planned(gpus, 10_000_000);
+        for memory in [Memory::Blocks, Memory::PerTensor] {
+            let loader = loader().memory(memory).digests(memory == Memory::Blocks);
+            twin::reset_counts();
+            cufile_twin::reset_counts();
+            let (weights, report) = loader.load(&plan).unwrap();
+            is_direct(&report);
+            let reads = plan.report().reads;
+            assert!(
+                report.storage_bytes_read <= report.needed_bytes + 8192 * (reads + report.reads),
+                "{reads} {report:?}"
+            );
+            weights.check().unwrap();
+            weights.check_moved().unwrap();
+            compare(&plan, &weights);
+            // Slots stay, with their registrations, and the driver stays open.
+            let calls = |name| cufile_twin::calls(Some(name));
+            assert_eq!((calls("cuFileBufRegister"), calls("cuFileHandleRegister") > 0), (2, true));
+            let (again, _) = loader.load(&plan).unwrap();
+            assert_eq!((calls("cuFileBufRegister"), calls("cuFileBufDeregister")), (2, 0));
+            drop((weights, again));
+            loader.release();
+            assert_eq!(cufile_twin::live(), 0);
+            // A load into the host's memory gives them back, too.
+            loader.load(&plan).unwrap();
+            assert_eq!(cufile_twin::live(), 2);
+            let host = plan_for(plan.checkpoint(), World::host(1));
+            let loader = loader.engine(EngineChoice::Pread);
+            loader.load(&host).unwrap();
+            assert_eq!(cufile_twin::live(), 0);
+            drop(loader);
+            nothing_is_left();
+        }
+    }
+}
+
+/// In a process of its own: one rank of a world reads no more than with another engine, but for blocks.
+#[test]
+#[ignore = "run by another test"]
+fn member() {
+    let (_folder, plan) = planned(&[0, 1, 2, 3], 0);
+    for rank in 0..4 {
+        let world = World::local(0..4).driving(Rank(rank));
+        let plan = plan_for(plan.checkpoint(), world);
+        let (weights, report) = loader().load(&plan).unwrap();
+        weights.check().unwrap();
+        let (_, other) = Loader::new().engine(EngineChoice::Pread).staging(2 << 20).load(&plan).unwrap();
+        assert!(report.storage_bytes_read <= other.storage_bytes_read + 8192 * report.reads, "{report:?} {other:?}");
+        drop(weights);
+    }
+    nothing_is_left();
+}
+
+/// In a process of its own, whose cuFile brings a part of every third read only.
+#[test]
+#[ignore = "run by another test"]
+fn short() {
+    let (_folder, plan) = planned(&[0, 0], 10_000_000);
+    let (weights, report) = loader().load(&plan).unwrap();
+    assert!(report.reads > plan.report().reads.min(8), "{report:?}");
+    weights.check().unwrap();
+    compare(&plan, &weights);
+    drop(weights);
+    nothing_is_left();
+}
+
+/// In a process of its own, whose cuFile registers one slot and no more.
+#[test]
+#[ignore = "run by another test"]
+fn limited() {
+    let (_folder, plan) = planned(&[0], 10_000_000);
+    let loader = loader();
+    let (weights, report) = loader.load(&plan).unwrap();
+    let limited = |warning: &String| warning.contains("fewer slots") && warning.contains("5016");
+    assert!(report.warnings.iter().any(limited), "{:?}", report.warnings);
+    assert_eq!(cufile_twin::bytes()[3], 1 << 20);
+    compare(&plan, &weights);
+    drop((weights, loader));
+    nothing_is_left();
+}
+
+/// In a process of its own: each call of cuFile that a load makes fails in turn; who asked for it is told.
+#[test]
+#[ignore = "run by another test"]
+fn sweep() {
+    let (_folder, plan) = planned(&[0, 0], 1_000_000);
+    let load = |loader: &Loader| loader.load(&plan)?.0.check();
+    load(&loader()).unwrap();
+    cufile_twin::reset_counts();
+    load(&loader()).unwrap();
+    let calls = ["cuFileHandleRegister", "cuFileBufRegister", "cuFileRead", "cuFileBufDeregister"];
+    let counts = calls.map(|call| cufile_twin::calls(Some(call)));
+    assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
+    for (call, count) in calls.iter().zip(counts) {
+        for n in 1..=count {
+            for code in ["5011", "5030", "-5", "-22"] {
+                cufile_twin::fault(&format!("{call}@{n}={code}"));
+                let outcome = load(&loader());
+                cufile_twin::fault("");
+                let told = outcome.as_ref().map_err(ToString::to_string);
+                match *call {
+                    // Nobody is left to tell; one slot more or less is a warning.
+                    "cuFileBufDeregister" => assert!(told.is_ok(), "{call} {n} {code}: {told:?}"),
+                    "cuFileBufRegister" if n > 1 => assert!(told.is_ok(), "{call} {n} {code}: {told:?}"),
+                    "cuFileRead" => {
+                        let error = outcome.unwrap_err();
+                        let os = code.strip_prefix('-').map_or("cuFileRead", |_| "os error");
+                        assert!(error.to_string().contains(os), "{n} {code}: {error}");
+                        assert_eq!(error.kind(), ErrorKind::Io);
+                        assert!(error.tensor().is_some() && error.file().is_some(), "{error}");
+                    }
+                    call => assert!(told.is_err_and(|error| error.contains(call)), "{call} {n} {code}: {outcome:?}"),
+                }
+                nothing_is_left();
+            }
+        }
+    }
+}
+
+/// In a process of its own: a read that does not come back ends the load, and what it may still write is kept.
+#[test]
+#[ignore = "run by another test"]
+fn hanging() {
+    let (_folder, plan) = planned(&[0], 0);
+    let loader = loader().stall(Duration::from_millis(100), Duration::from_millis(400));
+    cufile_twin::fault("cuFileRead@2=hang");
+    let began = Instant::now();
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    let error = load.finish().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Stalled, "{error}");
+    assert!(error.file().is_some() && monitor.progress().abandoned_bytes > 0, "{error}");
+    assert!(began.elapsed() < Duration::from_secs(10));
+    loader.release();
+    assert_eq!([twin::violations(), cufile_twin::violations()], [0, 0]);
+    assert!(cufile_twin::live() > 0, "what is still read into was given back");
+}
+
+/// In a process of its own, whose cuFile takes long to open.
+#[test]
+#[ignore = "run by another test"]
+fn late() {
+    let (_folder, plan) = planned(&[0], 0);
+    let began = Instant::now();
+    let error = loader().stall(Duration::from_millis(50), Duration::from_millis(200)).load(&plan).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Stalled, "{error}");
+    assert!(error.to_string().contains("cuFileDriverOpen"), "{error}");
+    assert!(began.elapsed() < Duration::from_millis(1200), "{:?}", began.elapsed());
+    // Another engine never asks for it.
+    let began = Instant::now();
+    Loader::new().engine(EngineChoice::Pread).load(&plan).unwrap();
+    assert!(began.elapsed() < Duration::from_millis(1000), "{:?}", began.elapsed());
+    loader().load(&plan).unwrap().0.check().unwrap();
+    assert_eq!(cufile_twin::calls(Some("cuFileDriverOpen")), 1);
+}
+
+/// What a measurement of this plan's path could say.
+fn measurement(plan: &Plan, direct: Direct, cufile: f64) -> CufileMeasurement {
+    let file_system = plan.checkpoint().files()[0].identity.device;
+    CufileMeasurement { file_system, gpu: 0, direct, cufile_gb_per_s: cufile, staged_gb_per_s: 5.0 }
+}
+
+/// More than `auto` reads through the page cache as a matter of course.
+const MORE: usize = 68_000_000;
+
+/// Empties the page cache of a plan's files.
+fn cool(plan: &Plan) {
+    Loader::new().engine(EngineChoice::Pread).drop_page_cache(true).load(plan).unwrap();
+}
+
+/// In a process of its own: `auto` chooses cuFile where it was measured to be faster and known to be direct, and does without
+/// it where it fails.
+#[test]
+#[ignore = "run by another test"]
+fn automatic() {
+    let (_folder, plan) = planned(&[0], MORE);
+    let auto = |measurement| Loader::new().staging(2 << 20).drop_page_cache(true).cufile_measured(&[measurement]);
+    let fast = measurement(&plan, Direct::Known, 6.0);
+    let chosen = |measurement| {
+        // Whoever asks what is in the page cache brings some of it there.
+        cool(&plan);
+        auto(measurement).engine_for(&plan).0
+    };
+    if chosen(measurement(&plan, Direct::Known, 5.0)) != "uring" {
+        return println_result("SKIPPED: this file system is not read past the page cache");
+    }
+    assert_eq!(chosen(measurement(&plan, Direct::Unknown, 6.0)), "uring");
+    assert_eq!(chosen(CufileMeasurement { gpu: 1, ..fast.clone() }), "uring");
+    assert_eq!(chosen(CufileMeasurement { file_system: 0, ..fast.clone() }), "uring");
+    assert_eq!(chosen(fast.clone()), "cufile");
+    assert_eq!(cufile_twin::calls(None), 0, "cuFile was asked without being chosen");
+    cool(&plan);
+    let (weights, report) = auto(fast.clone()).load(&plan).unwrap();
+    assert_eq!((report.engine.as_str(), report.direct), ("cufile", Some(Direct::Known)));
+    assert!(report.engine_reason.contains("6.00 GB/s where staging had 5.00"), "{report:?}");
+    weights.check().unwrap();
+    drop(weights);
+    // Before it begins, and while it reads: the load goes on.
+    for (fault, engine) in [
+        ("cuFileHandleRegister@1=5008", "another"),
+        ("cuFileBufRegister@1=5010", "another"),
+        ("cuFileHandleRegister@2=5030", "cufile"),
+        ("cuFileRead@1=5030", "cufile"),
+        ("cuFileRead@7=-5", "cufile"),
+        ("cuFileRead@3=5011,cuFileRead@4=5011,cuFileRead@20=5034", "cufile"),
+    ] {
+        cool(&plan);
+        cufile_twin::fault(fault);
+        let (weights, report) = auto(fast.clone()).load(&plan).unwrap();
+        cufile_twin::fault("");
+        assert_eq!(report.engine == "cufile", engine == "cufile", "{fault}");
+        let cause = fault.split('=').nth(1).unwrap().split(',').next().unwrap();
+        let cause = cause.strip_prefix('-').map_or(cause.to_owned(), |errno| format!("os error {errno}"));
+        assert!(report.warnings.iter().any(|warning| warning.contains(&cause)), "{fault}: {:?}", report.warnings);
+        weights.check().unwrap();
+        drop(weights);
+        nothing_is_left();
+    }
+    // A file that is not there cannot be had by any way.
+    std::fs::OpenOptions::new().write(true).open(&plan.checkpoint().files()[1].path).unwrap().set_len(4096).unwrap();
+    let error = auto(fast).load(&plan).unwrap_err();
+    assert!(matches!(error.kind(), ErrorKind::Changed | ErrorKind::Truncated), "{error}");
+    nothing_is_left();
+}
+
+/// In a process of its own, without nvidia-fs: reads that are not direct fail, where that can be asked for.
+#[test]
+#[ignore = "run by another test"]
+fn compatible() {
+    let (_folder, plan) = planned(&[0], MORE);
+    let (weights, report) = match loader().load(&plan) {
+        Ok(loaded) => loaded,
+        Err(error) => {
+            assert_eq!(error.kind(), ErrorKind::Device);
+            assert!(error.to_string().contains("engine cufile") && error.to_string().contains("nvidia-fs"), "{error}");
+            cool(&plan);
+            let auto = Loader::new().cufile_measured(&[measurement(&plan, Direct::Known, 6.0)]);
+            let (weights, report) = auto.load(&plan).unwrap();
+            assert_ne!(report.engine, "cufile");
+            assert!(report.warnings.iter().all(|warning| warning.contains("nvidia-fs")), "{:?}", report.warnings);
+            weights.check().unwrap();
+            return println_result("refused");
+        }
+    };
+    assert_eq!((report.engine.as_str(), report.direct), ("cufile", Some(Direct::Unknown)));
+    let [direct, bounced, compat, _] = cufile_twin::bytes();
+    assert_eq!([direct, bounced], [0, 0]);
+    assert!(compat >= report.needed_bytes);
+    weights.check().unwrap();
+    println_result("unknown");
+}
+
+/// In a process of its own: both ways are measured, and what comes of it may be given to another loader.
+#[test]
+#[ignore = "run by another test"]
+fn measured() {
+    let (_folder, plan) = planned(&[3, 3], 5_000_000);
+    let found = Loader::new().staging(2 << 20).measure_cufile(&plan).unwrap();
+    assert_eq!((found.gpu, found.direct), (3, Direct::Known));
+    assert!(found.cufile_gb_per_s > 0.0 && found.staged_gb_per_s > 0.0, "{found:?}");
+    let several = plan_for(plan.checkpoint(), World::local(0..2));
+    assert_eq!(Loader::new().measure_cufile(&several).unwrap_err().kind(), ErrorKind::Usage);
+    nothing_is_left();
+}
+
+/// In a process of its own: where cuFile does not read to is told before it is opened.
+#[test]
+#[ignore = "run by another test"]
+fn elsewhere() {
+    let (_folder, plan) = planned(&[0, 1], 0);
+    let host = plan_for(plan.checkpoint(), World::host(2));
+    for (plan, found) in [(&plan, "cuda:0, cuda:1"), (&host, "host")] {
+        let error = loader().load(plan).unwrap_err();
+        assert_eq!((error.kind(), error.found()), (ErrorKind::Unsupported, Some(found)), "{error}");
+    }
+    assert_eq!(cufile_twin::calls(None), 0);
+    nothing_is_left();
+}
+
+/// In a process of its own, without cuFile.
+#[test]
+#[ignore = "run by another test"]
+fn missing() {
+    twin::load();
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), 0);
+    let plan = plan_for(&Checkpoint::open(folder.path()).unwrap(), World::local([0]));
+    if shardlift::read::cufile_facts().is_ok() {
+        return println_result("SKIPPED: this machine has a cuFile");
+    }
+    let error = loader().load(&plan).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Device);
+    assert!(error.to_string().contains("engine cufile: no cuFile: libcufile.so.0 not found"), "{error}");
+}
+
+#[expect(clippy::print_stdout, reason = "figures for whoever reads the test's output")]
+fn println_result(text: &str) {
+    println!("{text}");
+}
+
+/// Runs an ignored test of this file in a process of its own; its output.
+fn child(test: &str, settings: &[(&str, &str)]) -> String {
+    let mut command = twin::command(std::env::current_exe().unwrap());
+    // Loaded by the test itself, if at all.
+    command.env_remove("LD_LIBRARY_PATH");
+    command.args(["--ignored", "--exact", test, "--nocapture"]).envs(settings.iter().copied());
+    let output = command.output().unwrap();
+    let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
+    assert!(output.status.success() && text.contains("1 passed"), "{test} {settings:?}: {text}");
+    text
+}
+
+#[test]
+fn every_way_is_bit_exact_and_direct() {
+    child("exact", &[]);
+    child("member", &[]);
+}
+
+#[test]
+fn short_reads_are_continued() {
+    child("short", &[("SIMCUFILE_SHORT", "3")]);
+}
+
+#[test]
+fn what_can_be_registered_may_be_little() {
+    child("limited", &[("SIMCUFILE_REGISTER_MAX", "1500000")]);
+}
+
+#[test]
+fn every_call_of_cufile_can_fail() {
+    child("sweep", &[("SIMCUDA_POISON", "0")]);
+}
+
+#[test]
+fn a_read_that_hangs_ends_the_load() {
+    child("hanging", &[("SIMCUDA_LEAKS", "ignore")]);
+}
+
+#[test]
+fn a_driver_that_opens_late_is_not_waited_for() {
+    child("late", &[("SIMCUFILE_OPEN_MS", "1500")]);
+}
+
+#[test]
+fn auto_takes_it_where_it_is_known_to_be_better() {
+    child("automatic", &[]);
+}
+
+#[test]
+fn indirect_reads_are_refused_or_not_called_direct() {
+    assert!(child("compatible", &[("SIMCUFILE_MODE", "compat")]).contains("refused"));
+    assert!(child("compatible", &[("SIMCUFILE_MODE", "compat"), ("SIMCUFILE_PARAMETERS", "0")]).contains("unknown"));
+}
+
+#[test]
+fn both_ways_are_measured() {
+    child("measured", &[]);
+}
+
+#[test]
+fn other_destinations_are_refused() {
+    child("elsewhere", &[]);
+    child("missing", &[]);
+}
