@@ -228,12 +228,13 @@ impl Held {
                 check_shape(name, shape, &tensor)?;
                 return Ok(tensor);
             }
-            candle_core::bail!("tensor {name} ({}): what was loaded is no plain part of one tensor", self.rank);
+            candle_core::bail!("tensor {name} (rank {}): what was loaded is no plain part of one tensor", self.rank);
         };
         let lacks = |wanted: &str| {
             let part = |(range, size): &Loaded| format!("{}..{} of {size}", range.start, range.end);
             let held: Vec<String> = loaded.iter().map(part).collect();
-            let message = format!("tensor {name} ({}): {wanted} was not loaded, but [{}]", self.rank, held.join(", "));
+            let message =
+                format!("tensor {name} (rank {}): {wanted} was not loaded, but [{}]", self.rank, held.join(", "));
             Error::msg(message)
         };
         if all {

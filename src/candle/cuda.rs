@@ -24,7 +24,7 @@ pub(super) fn tensor(tensor: place::Tensor, device: &Device) -> Result<Taken> {
         return Ok(Taken::OfHost(tensor)); // candle has it as U32
     }
     let stream = cuda.cuda_stream();
-    let whose = format!("tensor {} ({})", tensor.name(), tensor.rank());
+    let whose = format!("tensor {} (rank {})", tensor.name(), tensor.rank());
     if stream.context().ordinal() != gpu as usize {
         candle_core::bail!("{whose}: it is on cuda:{gpu}, not on cuda:{}", stream.context().ordinal());
     }

@@ -106,7 +106,7 @@ fn check_dtype(tensor: &place::Tensor) -> Result<()> {
     let of = tensor.dtype();
     if dtype(of).is_none() && of != Dtype::U16 {
         candle_core::bail!(
-            "tensor {} ({}): candle has no elements of type {of}; shardlift::candle::bytes gives its bytes",
+            "tensor {} (rank {}): candle has no elements of type {of}; shardlift::candle::bytes gives its bytes",
             tensor.name(),
             tensor.rank()
         );

@@ -4,10 +4,15 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
+
 use super::{CopyError, Filled, Landing};
 use crate::device::Queue;
 use crate::error::{Error, Result};
 use crate::limits;
+
+/// What is done. Without an allocation if they are few, as they are: how many a look finds is chance.
+pub(super) type Done = SmallVec<[Filled; 4]>;
 
 /// A queue and the slots that its copies read from. A slot is in the list before its copies are submitted, and leaves
 /// it only when they are done (design invariant 7).
@@ -86,18 +91,18 @@ impl Copier {
     }
 
     /// Takes out what is done, if `least` were submitted since this was asked last.
-    pub(super) fn reap_after(&mut self, least: usize) -> Result<Vec<Filled>, CopyError> {
+    pub(super) fn reap_after(&mut self, least: usize) -> Result<Done, CopyError> {
         // What is not marked is not known to be done.
         if self.unasked < least || self.in_flight.len() == self.unmarked {
-            return Ok(Vec::new());
+            return Ok(Done::new());
         }
         self.reap()
     }
 
     /// Takes out what is done; of what is not marked, too, if nothing else comes or is under way, or it waits for long.
-    pub(super) fn reap_all(&mut self, fed: bool, group: usize) -> Result<Vec<Filled>, CopyError> {
+    pub(super) fn reap_all(&mut self, fed: bool, group: usize) -> Result<Done, CopyError> {
         if self.failed.is_some() || self.in_flight.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Done::new());
         }
         if fed || self.in_flight.len() == self.unmarked || self.is_late(group) {
             self.guarded(Copier::mark)?;
@@ -110,11 +115,11 @@ impl Copier {
         self.asked.elapsed() >= limits::COPY_TICK.max(self.pace * group as u32)
     }
 
-    fn reap(&mut self) -> Result<Vec<Filled>, CopyError> {
+    fn reap(&mut self) -> Result<Done, CopyError> {
         self.unasked = 0;
         self.asked = Instant::now();
         let finished = self.guarded(|copier| copier.queue.finished())?;
-        let mut filled = Vec::new();
+        let mut filled = Done::new();
         while let Some((_, done)) = self.in_flight.pop_front_if(|(ticket, _)| *ticket <= finished) {
             filled.push(done);
         }

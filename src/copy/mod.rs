@@ -16,7 +16,7 @@ use crate::limits::{self, CopyCosts};
 use crate::stage::Staged;
 use crate::sync::lock;
 
-use copier::Copier;
+use copier::{Copier, Done};
 pub(crate) use lower::{Part, lower};
 
 /// What copies cost whose sources are in memory of `from`.
@@ -164,7 +164,7 @@ impl Copies {
         };
         drop(guard);
         report(device, done, landed);
-        report(device, submitted.map(|()| Vec::new()), landed);
+        report(device, submitted.map(|()| Done::new()), landed);
         waited
     }
 
@@ -290,7 +290,7 @@ impl Device {
             return (false, None);
         };
         let asks = fed || hurry || copier.is_late(group);
-        let done = if asks { copier.reap_all(fed, group) } else { Ok(Vec::new()) };
+        let done = if asks { copier.reap_all(fed, group) } else { Ok(Done::new()) };
         let stalled = copier.failed.is_none() && copier.stalls(stall);
         let (over, abandoned) = match copier.failed {
             // A little at a time: other devices are waited for, too.
@@ -319,7 +319,7 @@ impl Device {
 }
 
 /// Tells who waits for it what has come of a device's copies; whether some are done.
-fn report(device: usize, done: Result<Vec<Filled>, CopyError>, landed: &dyn Landed) -> bool {
+fn report(device: usize, done: Result<Done, CopyError>, landed: &dyn Landed) -> bool {
     let filled = match done {
         Ok(filled) => filled,
         Err(error) => {
