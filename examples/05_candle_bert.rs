@@ -1,7 +1,7 @@
 //! Sentences as vectors: a BERT of candle's on weights that shardlift loaded, and once more on those of candle's own
 //! loader, which gives the same to the last bit.
 //!
-//! `cargo run --release --features candle --example 05_candle_bert -- MODEL [SENTENCE ...]`, where MODEL is a folder like
+//! `cargo run --release --features examples --example 05_candle_bert -- MODEL [SENTENCE ...]`, where MODEL is a folder like
 //! that of all-MiniLM-L6-v2, which `scripts/demo` fetches into `.cache/demo`.
 
 mod embedder;

@@ -1,7 +1,7 @@
 //! A Llama on 1, 2 and 4 tensor-parallel ranks, each a thread that holds only its partition: all give the logits of
 //! candle's own Llama, up to the order of additions.
 //!
-//! `cargo run --release --features candle --example 06_candle_llama_tp -- FOLDER` writes a small random model into FOLDER
+//! `cargo run --release --features examples --example 06_candle_llama_tp -- FOLDER` writes a small random model into FOLDER
 //! and loads it from there.
 
 use std::collections::HashMap;

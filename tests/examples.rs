@@ -32,7 +32,7 @@ fn fused_buffers() {
 }
 
 /// With weights that were trained, where they can be had.
-#[cfg(feature = "candle")]
+#[cfg(feature = "examples")]
 #[test]
 fn candle_bert() {
     let fetched = Command::new(script("fetch-minilm")).output().unwrap();
@@ -48,7 +48,7 @@ fn candle_bert() {
     assert!(text.contains("candle's own loader gives the same 1152 numbers"), "{text}");
 }
 
-#[cfg(feature = "candle")]
+#[cfg(feature = "examples")]
 #[test]
 fn candle_llama_tp() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
 //! The server of example 07, asked over HTTP while it changes its model.
-#![cfg(all(feature = "candle", feature = "cli"))]
+#![cfg(all(feature = "examples", feature = "cli"))]
 
 use std::collections::HashMap;
 use std::fs::{self, File};

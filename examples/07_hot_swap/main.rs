@@ -2,7 +2,7 @@
 //! between two requests, and the old one's memory is given back when its last request is answered. A load that fails, is
 //! cancelled, or would need more memory than the budget leaves the old one in its place.
 //!
-//! `cargo run --release --features candle --example 07_hot_swap -- MODEL [--listen ADDRESS] [--budget MB] [--throttle MB]`
+//! `cargo run --release --features examples --example 07_hot_swap -- MODEL [--listen ADDRESS] [--budget MB] [--throttle MB]`
 //!
 //! ```text
 //! curl -d '{"sentences": ["A crane lifts a container."]}' -H 'content-type: application/json' ADDRESS/embed
