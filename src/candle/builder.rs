@@ -36,7 +36,7 @@ pub fn var_builder(
 /// [`Sharded`].
 ///
 /// # Errors
-/// As [`var_builder`].
+/// As [`var_builder()`].
 pub fn sharded_var_builder(
     weights: &mut Weights,
     rank: Rank,
@@ -86,11 +86,11 @@ impl From<var_builder::Shard> for Shard {
 /// A [`VarBuilderArgs`] over [`Sharded`].
 pub type ShardedVarBuilder<'a> = VarBuilderArgs<'a, Sharded>;
 
-/// The backend of [`var_builder`].
+/// The backend of [`var_builder()`].
 #[derive(Debug)]
 pub struct Unsharded(Held);
 
-/// The backend of [`sharded_var_builder`]. A request for the part that was loaded gets that; one for a part of it gets a
+/// The backend of [`sharded_var_builder()`]. A request for the part that was loaded gets that; one for a part of it gets a
 /// copy; one for anything that this rank did not load is an error that says what it loaded.
 #[derive(Debug)]
 pub struct Sharded(Held);
