@@ -430,6 +430,22 @@ fn other_flags_of_a_rank_are_named_by_all() {
     });
 }
 
+/// When one rank has died launchers signal the others, sooner than a load looks: what is known by then is the error.
+#[test]
+fn a_cancel_after_a_failure_does_not_hide_it() {
+    let folder = tempfile::tempdir().unwrap();
+    rank_loads::write(folder.path());
+    let mut ranks = Setup::new(2).joined();
+    ranks[1].tell("read 2 kill");
+    ranks[1].is_ok();
+    tell_all(&mut ranks, &format!("share always {}", folder.path().display()));
+    ranks.iter().for_each(|rank| rank.is_ok());
+    ranks[0].tell("load doomed");
+    ranks[1].tell("load");
+    let error = ranks[0].error(LONG).text;
+    assert!(error.starts_with("peer a rank is gone") && error.ends_with(", rank 1"), "{error}");
+}
+
 /// Ctrl-C reaches a rank that waits for others: in sharing, at the start of the load, and at the end.
 #[test]
 fn a_signal_ends_every_wait_for_others() {

@@ -362,6 +362,8 @@ impl Job {
     pub(crate) fn cancel(&self) {
         self.cancelled.store(true, Ordering::Release);
         if !self.ended.load(Ordering::Acquire) {
+            // When one rank ends a launcher signals the others, sooner than anybody looked: why it ended is the error.
+            self.watch_peers();
             self.fail(cancelled());
         }
     }

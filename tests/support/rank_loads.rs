@@ -108,7 +108,7 @@ struct Seat {
 }
 
 impl Seat {
-    /// `share HOW FOLDER [FLAG..]`, `load [landed]`, `check`, `all HOW FOLDER` (these three, and finishes); `read N WHAT` and
+    /// `share HOW FOLDER [FLAG..]`, `load [landed|doomed]`, `check`, `all HOW FOLDER` (these three, and finishes); `read N WHAT` and
     /// `read N WHAT after FILE`, `driver FAULTS`, `nccl FAULTS`; `uncount`, `counts`, `left`.
     fn obey(&mut self, words: &[&str], group: Option<&Arc<Group>>) -> Option<Result<Option<String>>> {
         let done = || Some(Ok(None));
@@ -116,7 +116,8 @@ impl Seat {
             ["share", how, folder, ref flags @ ..] => {
                 Some(self.share(group?, how, Path::new(folder), flags).map(|()| None))
             }
-            ["load", ref flags @ ..] => Some(self.load(flags == ["landed"]).map(Some)),
+            ["load", "doomed"] => Some(self.load(false, group.cloned()).map(Some)),
+            ["load", ref flags @ ..] => Some(self.load(flags == ["landed"], None).map(Some)),
             ["check"] => Some(self.check().map(Some)),
             ["all", how, folder, ref flags @ ..] => Some(match group {
                 Some(group) => self.all(group, how, Path::new(folder), flags).map(Some),
@@ -160,7 +161,7 @@ impl Seat {
     fn all(&mut self, group: &Arc<Group>, how: &str, folder: &Path, flags: &[&str]) -> Result<String> {
         let outcome = (|| {
             self.share(group, how, folder, flags)?;
-            self.load(false)?;
+            self.load(false, None)?;
             let digest = self.check()?;
             group.finish()?;
             Ok(digest)
@@ -202,9 +203,19 @@ impl Seat {
         Ok(())
     }
 
-    fn load(&mut self, tells: bool) -> Result<String> {
+    /// With a group it is cancelled in the moment in which a failure is known there.
+    fn load(&mut self, tells: bool, doomed: Option<Arc<Group>>) -> Result<String> {
         let (loader, plan) = (self.loader.as_ref().unwrap(), self.plan.as_ref().unwrap());
         let mut load = loader.start(plan)?;
+        if let Some(group) = doomed {
+            let monitor = load.monitor();
+            std::thread::spawn(move || {
+                while group.failure().is_none() {
+                    std::thread::sleep(Duration::from_micros(100));
+                }
+                monitor.cancel();
+            });
+        }
         let all = plan.world().driven().iter().map(|rank: &Rank| plan.rank(*rank).dests.len()).sum::<usize>();
         let mut landed = 0;
         for tensor in &mut load {
