@@ -57,6 +57,10 @@ fn torchrun() {
     let (place, session) = meets(&launch);
     assert_eq!(place, "tcp://localhost:33122-33137");
     assert!(session.starts_with("torchrun/bd3af4cc-") && session.ends_with("/33121/0"), "{session}");
+
+    let launch = of("torchrun-2.15-standalone-1of2");
+    assert_eq!(who(&launch), ("torchrun", 1, 2, Some(1), Some(2)));
+    assert_eq!(meets(&launch).0, "tcp://localhost:44440-44455");
 }
 
 #[test]
@@ -102,6 +106,11 @@ fn slurm_steps() {
     let launch = of("sbatch-srun-22.05-pmi2-3of4");
     assert_eq!(who(&launch), ("Slurm", 3, 4, Some(1), Some(2)));
     assert_eq!((launch.node(), launch.session()), ("1", Some("slurm/3.1")));
+
+    // PMIx names nothing that is asked for here.
+    let launch = of("srun-22.05-pmix-1of2");
+    assert_eq!(who(&launch), ("Slurm", 1, 2, Some(1), Some(2)));
+    assert_eq!((launch.node(), launch.session()), ("0", Some("slurm/2.0")));
 }
 
 #[test]
@@ -117,6 +126,19 @@ fn outer_launchers_are_not_asked() {
     assert_eq!(who(&of("srun-22.05-torchrun-1of2")), ("torchrun", 1, 2, Some(1), Some(2)));
     assert_eq!(who(&of("srun-22.05-openmpi-1of2")), ("Open MPI", 1, 2, Some(1), Some(2)));
     assert_eq!(who(&of("srun-22.05-mpich-1of2")), ("PMI", 1, 2, Some(1), Some(2)));
+}
+
+/// The step that Slurm's variables are of has a daemon on each node, which knows the hosts, and the ranks are the daemons'.
+#[test]
+fn an_mpirun_over_the_nodes_of_an_allocation_needs_a_rendezvous() {
+    for (name, launcher) in
+        [("salloc-22.05-openmpi-two-nodes-1of2", "Open MPI"), ("salloc-22.05-mpich-two-nodes-1of2", "PMI")]
+    {
+        let launch = of(name);
+        assert_eq!(who(&launch), (launcher, 1, 2, Some(0), Some(1)));
+        let error = Place::of(&launch).unwrap_err();
+        assert_eq!(error.expected(), Some("--rendezvous tcp://host:port or file:///path"), "{error}");
+    }
 }
 
 #[test]
