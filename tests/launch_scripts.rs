@@ -1,7 +1,9 @@
-//! The launch scripts, and the example that a launcher starts: on host devices, and on the twins. A launcher that is not
-//! installed is said so.
+//! The launch scripts, and the example that a launcher starts: on host devices, and on the twins. The tests say which
+//! launchers are not here.
 #![cfg(all(feature = "cli", feature = "cuda"))]
 
+#[path = "support/launchers.rs"]
+mod launchers;
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
@@ -10,18 +12,22 @@ mod twin;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Write as _;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use launchers::is_there;
 use serde_json::Value;
 
 const RANKS: &str = "2";
 
+/// On host memory, and on GPUs that pass on what both want.
+const WAYS: [&[&str]; 2] = [&[], &["--devices", "cuda", "--cooperate", "always"]];
+
 /// A model of 13 MB and rules for it.
 fn model() -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
+    // Beside the program: where Slurm has other machines, they see both or none.
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     model::write(folder.path(), 1);
     fs::write(folder.path().join("rules.toml"), model::RULES).unwrap();
     folder
@@ -63,14 +69,6 @@ fn host_digests(model: &Path) -> BTreeSet<String> {
     digests(&objects(&command.output().unwrap()))
 }
 
-fn skip(what: &str) {
-    let _ = writeln!(std::io::stderr(), "skipped: {what}");
-}
-
-fn is_installed(program: &str) -> bool {
-    Command::new("sh").args(["-c", &format!("command -v {program}")]).output().unwrap().status.success()
-}
-
 #[test]
 fn plain_processes_load_on_the_host_and_together_on_gpus() {
     let model = model();
@@ -87,33 +85,67 @@ fn plain_processes_load_on_the_host_and_together_on_gpus() {
 }
 
 #[test]
-fn launchers_that_are_here_start_ranks_that_find_each_other() {
+fn mpirun_starts_ranks_that_find_each_other() {
     let model = model();
     let host = host_digests(model.path());
     for launcher in ["mpirun.openmpi", "mpirun.mpich"] {
-        if !is_installed(launcher) {
-            skip(&format!("{launcher} is not installed"));
+        if !is_there(launcher, &["--version"]) {
             continue;
         }
         let mpirun =
             if launcher.ends_with("openmpi") { format!("{launcher} --oversubscribe") } else { launcher.into() };
-        for flags in [&[][..], &["--devices", "cuda", "--cooperate", "always"]] {
+        for flags in WAYS {
             let output = script("mpirun", model.path(), flags).env("MPIRUN", &mpirun).output().unwrap();
             assert_eq!(digests(&objects(&output)), host, "{launcher} {flags:?}");
         }
     }
-    // Some packages of it do not run on the Python beside them.
-    let alone = ["--no_python", "--standalone", "--nproc_per_node", "1", "true"];
-    if Command::new("torchrun").args(alone).output().is_ok_and(|output| output.status.success()) {
-        let output =
-            script("torchrun", model.path(), &["--devices", "cuda", "--cooperate", "always"]).output().unwrap();
-        assert_eq!(digests(&objects(&output)), host, "torchrun");
-    } else {
-        skip("torchrun is not installed, or does not run");
+}
+
+#[test]
+fn torchrun_starts_ranks_that_find_each_other() {
+    if !is_there("torchrun", &launchers::TORCHRUN) {
+        return;
     }
-    if !is_installed("sbatch") || !Command::new("sinfo").output().is_ok_and(|output| output.status.success()) {
-        skip("no Slurm cluster answers here: sbatch was not tried");
+    let model = model();
+    let host = host_digests(model.path());
+    for flags in WAYS {
+        let output = script("torchrun", model.path(), flags).output().unwrap();
+        assert_eq!(digests(&objects(&output)), host, "{flags:?}");
     }
+    let refused = script("torchrun", model.path(), &["--no-such-flag"]).output().unwrap();
+    assert_eq!(refused.status.code(), Some(1), "torchrun has one status for all failures");
+}
+
+#[test]
+fn a_job_starts_ranks_that_find_each_other() {
+    if !is_there("srun", &launchers::srun("1")) {
+        return;
+    }
+    let model = model();
+    let host = host_digests(model.path());
+    for flags in WAYS {
+        assert_eq!(digests(&objects(&job(model.path(), "--nodes 1", flags))), host, "{flags:?}");
+    }
+    assert_eq!(job(model.path(), "--nodes 1", &["--no-such-flag"]).status.code(), Some(2));
+    if is_there("srun", &launchers::srun("2")) {
+        for flags in [&[][..], &["--devices", "cuda", "--cooperate", "cluster"]] {
+            let ranks = objects(&job(model.path(), "--nodes 2 --ntasks-per-node 1", flags));
+            assert_eq!(digests(&ranks), host, "two nodes, {flags:?}");
+        }
+    }
+}
+
+/// Waits for a job of the script, and tells what its ranks printed, each into files of its own.
+fn job(model: &Path, flags: &str, load: &[&str]) -> Output {
+    let file = |name: &str| model.join(name).display().to_string();
+    let flags = format!("--wait --overcommit {flags} --output {}", file("job"));
+    let mut sbatch = script("sbatch", model, load);
+    sbatch.env("SBATCH", flags).env("SRUN", format!("--output {} --error {}", file("out.%t"), file("err.%t")));
+    // Nodes of a test may be one machine, whose first GPU is then that of both.
+    let mut output = sbatch.env("NCCL_MULTI_RANK_GPU_ENABLE", "1").output().unwrap();
+    output.stdout = ["out.0", "out.1"].map(|name| fs::read(file(name)).unwrap_or_default()).concat();
+    output.stderr.extend(["job", "err.0", "err.1"].map(|name| fs::read(file(name)).unwrap_or_default()).concat());
+    output
 }
 
 /// What torchrun sets, without torchrun.
