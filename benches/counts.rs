@@ -21,7 +21,7 @@ use std::process::{Command, ExitCode};
 use serde_json::{Value, json};
 use shardlift::read::EngineChoice;
 use shardlift::{Checkpoint, Loader, Plan, Rules, World};
-use support::{ledger, twin, write_model};
+use support::{ledger, write_model};
 
 const PART: &str = "--part";
 const MIB: u64 = 1 << 20;
@@ -79,7 +79,7 @@ impl Way {
 
     /// Runs `part` for this way in a process of its own.
     fn child(&self, part: &str, model: &Path) -> io::Result<Command> {
-        let mut command = twin::command(std::env::current_exe()?);
+        let mut command = twins::cuda::command(std::env::current_exe()?);
         let way = WAYS.iter().position(|way| way.name == self.name).expect("one of the ways");
         command.args([PART, part, &way.to_string()]).arg(model);
         command.env("SIMCUDA_DEVICES", self.gpus().unwrap_or(1).to_string());
@@ -139,7 +139,7 @@ fn main() -> io::Result<ExitCode> {
 /// What a process of its own does; it prints what it has counted, if anything.
 fn run_part(part: &str, way: Way, model: &Path) -> io::Result<()> {
     if way.gpus().is_some() {
-        twin::load();
+        twins::cuda::load();
     }
     let plan = way.plan(model)?;
     let loader = Loader::new().engine(way.engine);
@@ -154,7 +154,7 @@ fn run_part(part: &str, way: Way, model: &Path) -> io::Result<()> {
             json!(allocator::so_far() - before)
         }
         "driver" => {
-            twin::reset_counts();
+            twins::cuda::reset_counts();
             loader.load(&plan).map_err(io::Error::other)?;
             ledger(model)?["calls_by_function"].clone()
         }

@@ -16,7 +16,7 @@ use rustix::time::ClockId;
 use serde_json::{Value, json};
 use shardlift::read::EngineChoice;
 use shardlift::{Checkpoint, Loader, Plan, Rules, World, limits};
-use support::{ledger, load_again, median, memory_of, seconds, twin, write_model};
+use support::{ledger, load_again, median, memory_of, seconds, write_model};
 
 /// Bytes per second.
 const STORAGE: f64 = 400e6;
@@ -80,7 +80,7 @@ fn main() -> io::Result<()> {
 
 /// One configuration, in a process of its own: the twin reads its settings once.
 fn measure(folder: &Path, way: &str, devices: u32, runs: usize) -> io::Result<Value> {
-    let output = twin::command(std::env::current_exe()?)
+    let output = twins::cuda::command(std::env::current_exe()?)
         .arg("--one")
         .arg(folder)
         .args([way, &devices.to_string(), &runs.to_string()])
@@ -99,7 +99,7 @@ fn measure(folder: &Path, way: &str, devices: u32, runs: usize) -> io::Result<Va
 
 /// Loads, and prints the medians and what they are held against.
 fn one(folder: &Path, way: &str, devices: u32, runs: usize) -> io::Result<()> {
-    twin::load();
+    twins::cuda::load();
     let checkpoint = Checkpoint::open(folder).map_err(io::Error::other)?;
     let rules = WAYS.iter().find(|(name, _)| *name == way).expect("a way").1;
     let rules = Rules::from_toml(rules).map_err(io::Error::other)?;
@@ -112,7 +112,7 @@ fn one(folder: &Path, way: &str, devices: u32, runs: usize) -> io::Result<()> {
     let (mut model, mut wall, mut busiest) = (Vec::new(), Vec::new(), 0);
     let memory = memory_of(&weights);
     for _ in 0..runs {
-        twin::reset_counts();
+        twins::cuda::reset_counts();
         let began = seconds(ClockId::Monotonic);
         load_again(&loader, &weights, &memory)?;
         wall.push(seconds(ClockId::Monotonic) - began);

@@ -20,7 +20,7 @@ use rustix::time::ClockId;
 use serde_json::{Value, json};
 use shardlift::read::{Engine, Next, Pread, Request, Work};
 use shardlift::{Checkpoint, Loader, Plan, Result, Rules, World};
-use support::{ledger, median, seconds, twin, write_model};
+use support::{ledger, median, seconds, write_model};
 
 /// What the pipeline may take for this many bytes, and what small tensors must keep of the speed of large ones.
 const PER_BYTES: f64 = (16 << 20) as f64;
@@ -133,7 +133,7 @@ fn mixture(layers: u64, experts: u64) -> Vec<(String, u64, u64)> {
 
 /// One configuration, in a process of its own: the twin reads its settings once.
 fn measure(folder: &Path, devices: u32, runs: usize) -> io::Result<Value> {
-    let output = twin::command(std::env::current_exe()?)
+    let output = twins::cuda::command(std::env::current_exe()?)
         .arg("--one")
         .arg(folder)
         .args([devices.to_string(), runs.to_string()])
@@ -149,7 +149,7 @@ fn measure(folder: &Path, devices: u32, runs: usize) -> io::Result<Value> {
 
 /// Loads row shards, and prints medians.
 fn one(folder: &Path, devices: u32, runs: usize) -> io::Result<()> {
-    twin::load();
+    twins::cuda::load();
     let checkpoint = Checkpoint::open(folder).map_err(io::Error::other)?;
     let rules = Rules::from_toml("rule = [{ match = \"**\", shard = { dim = 0 } }]").map_err(io::Error::other)?;
     let plan = Plan::new(&checkpoint, &rules, &World::local(0..devices)).map_err(io::Error::other)?;
@@ -164,7 +164,7 @@ fn one(folder: &Path, devices: u32, runs: usize) -> io::Result<()> {
     let (mut calls, mut read_bytes) = (0, 0);
     drop(weights);
     for _ in 0..runs {
-        twin::reset_counts();
+        twins::cuda::reset_counts();
         engine.nanoseconds.store(0, Ordering::Relaxed);
         let (began, cpu) = (Instant::now(), seconds(ClockId::ProcessCPUTime));
         let (weights, report) = loader.load(&plan).map_err(io::Error::other)?;

@@ -9,8 +9,6 @@
 //! this machine's processors, which has to fit into the model's time. `cargo test --bench together` does it once with 16 MB,
 //! and then checks that bytes are right and the time is not far off.
 
-#[path = "../tests/support/nccl_twin.rs"]
-mod nccl_twin;
 mod support;
 
 use std::io::{self, Write};
@@ -25,7 +23,7 @@ use shardlift::read::EngineChoice;
 use shardlift::{
     Checkpoint, Group, GroupOptions, Launch, LaunchOptions, Loader, Plan, Rank, Report, Result, Rules, World,
 };
-use support::{ledger, load_again, median, memory_of, seconds, twin, write_model};
+use support::{ledger, load_again, median, memory_of, seconds, write_model};
 
 const RANKS: u32 = 8;
 /// Bytes per second: of the storage that all share, of each rank's link to its GPU, and to the others.
@@ -108,7 +106,7 @@ fn main() -> io::Result<()> {
 
 /// One configuration, in a process of its own: the twins read their settings once.
 fn measure(folder: &Path, way: &str, how: &str, slow: f64, runs: usize) -> io::Result<Value> {
-    let output = twin::command(std::env::current_exe()?)
+    let output = twins::cuda::command(std::env::current_exe()?)
         .arg("--one")
         .arg(folder)
         .args([way, how, &slow.to_string(), &runs.to_string()])
@@ -128,8 +126,8 @@ fn measure(folder: &Path, way: &str, how: &str, slow: f64, runs: usize) -> io::R
 
 /// Loads by all ranks, and prints the medians and what they are held against.
 fn one(folder: &Path, way: &str, together: bool, slow: f64, runs: usize) -> io::Result<()> {
-    twin::load();
-    nccl_twin::load();
+    twins::cuda::load();
+    twins::nccl::load();
     let checkpoint = Checkpoint::open(folder).map_err(io::Error::other)?;
     let (_, rules, stages, staging) = *WAYS.iter().find(|(name, ..)| *name == way).expect("a way");
     let rules = Rules::from_toml(rules).map_err(io::Error::other)?;
@@ -210,7 +208,7 @@ fn load(rank: Rank, case: &Case<'_>, line: &Barrier, url: &str, folder: &Path) -
     let (mut model, mut wall) = (Vec::new(), Vec::new());
     for _ in 0..runs {
         if line.wait().is_leader() {
-            twin::reset_counts();
+            twins::cuda::reset_counts();
         }
         line.wait();
         let began = seconds(ClockId::Monotonic);

@@ -5,8 +5,6 @@
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
-#[path = "support/twin.rs"]
-mod twin;
 
 use std::fs;
 use std::path::Path;
@@ -19,7 +17,7 @@ use shardlift::{Checkpoint, Loader, Rules, World};
 /// Loads 13 MB by the command line, on GPUs with links of so many GB/s.
 fn load(folder: &Path, link: &str, args: &[&str]) -> Value {
     let rules = folder.join("rules.toml");
-    let output = twin::command(env!("CARGO_BIN_EXE_shardlift"))
+    let output = twins::cuda::command(env!("CARGO_BIN_EXE_shardlift"))
         .args(["load", "--json", "--engine", "pread", "--rules"])
         .args([&rules, folder])
         .args(args)

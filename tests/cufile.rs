@@ -1,11 +1,6 @@
 //! Loads through cuFile, on its twin: from storage into memory of a GPU and nowhere else. One test function for each process
 //! that is needed: what the twins are told and count is of the whole process.
 
-#[path = "support/cufile_twin.rs"]
-mod cufile_twin;
-#[path = "support/twin.rs"]
-mod twin;
-
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -73,8 +68,8 @@ fn write(folder: &Path, more: usize) {
 
 /// The model, and the plan of it for ranks on these GPUs.
 fn planned(gpus: &[u32], more: usize) -> (tempfile::TempDir, Plan) {
-    twin::load();
-    cufile_twin::load();
+    twins::cuda::load();
+    twins::cufile::load();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), more);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
@@ -108,17 +103,20 @@ fn compare(plan: &Plan, weights: &Weights) {
 /// That a report and the twins tell of reads that went nowhere but to the GPU.
 fn is_direct(report: &Report) {
     assert_eq!((report.engine.as_str(), report.direct), ("cufile", Some(Direct::Known)));
-    let [direct, bounced, compat, _] = cufile_twin::bytes();
+    let [direct, bounced, compat, _] = twins::cufile::bytes();
     assert_eq!([bounced, compat], [0, 0], "through memory of the host");
     assert!(direct >= report.needed_bytes && direct <= report.storage_bytes_read, "{direct} {report:?}");
-    let from_host: u64 = (0..4).map(|gpu| twin::bytes(gpu, 0)).sum();
-    assert_eq!((from_host, report.peak_pinned_bytes, twin::calls(Some("cuMemHostRegister"))), (0, 0, 0));
+    let from_host: u64 = (0..4).map(|gpu| twins::cuda::bytes(gpu, 0)).sum();
+    assert_eq!((from_host, report.peak_pinned_bytes, twins::cuda::calls(Some("cuMemHostRegister"))), (0, 0, 0));
     assert_eq!(report.warnings, Vec::<String>::new());
     assert!(report.storage_bytes_read <= report.needed_bytes + 8192 * report.reads, "{report:?}");
 }
 
 fn nothing_is_left() {
-    assert_eq!([twin::live(), twin::violations(), cufile_twin::live(), cufile_twin::violations()], [0; 4]);
+    assert_eq!(
+        [twins::cuda::live(), twins::cuda::violations(), twins::cufile::live(), twins::cufile::violations()],
+        [0; 4]
+    );
 }
 
 /// In a process of its own: every way into a destination is bit-exact, and all bytes came directly.
@@ -129,8 +127,8 @@ fn exact() {
         let (_folder, plan) = planned(gpus, 10_000_000);
         for memory in [Memory::Blocks, Memory::PerTensor] {
             let loader = loader().memory(memory).digests(memory == Memory::Blocks);
-            twin::reset_counts();
-            cufile_twin::reset_counts();
+            twins::cuda::reset_counts();
+            twins::cufile::reset_counts();
             let (weights, report) = loader.load(&plan).unwrap();
             is_direct(&report);
             let reads = plan.report().reads;
@@ -142,20 +140,20 @@ fn exact() {
             weights.check_moved().unwrap();
             compare(&plan, &weights);
             // Slots stay, with their registrations, and the driver stays open.
-            let calls = |name| cufile_twin::calls(Some(name));
+            let calls = |name| twins::cufile::calls(Some(name));
             assert_eq!((calls("cuFileBufRegister"), calls("cuFileHandleRegister") > 0), (2, true));
             let (again, _) = loader.load(&plan).unwrap();
             assert_eq!((calls("cuFileBufRegister"), calls("cuFileBufDeregister")), (2, 0));
             drop((weights, again));
             loader.release();
-            assert_eq!(cufile_twin::live(), 0);
+            assert_eq!(twins::cufile::live(), 0);
             // A load into the host's memory gives them back, too.
             loader.load(&plan).unwrap();
-            assert_eq!(cufile_twin::live(), 2);
+            assert_eq!(twins::cufile::live(), 2);
             let host = plan_for(plan.checkpoint(), World::host(1));
             let loader = loader.engine(EngineChoice::Pread);
             loader.load(&host).unwrap();
-            assert_eq!(cufile_twin::live(), 0);
+            assert_eq!(twins::cufile::live(), 0);
             drop(loader);
             nothing_is_left();
         }
@@ -201,7 +199,7 @@ fn limited() {
     let (weights, report) = loader.load(&plan).unwrap();
     let limited = |warning: &String| warning.contains("fewer slots") && warning.contains("5016");
     assert!(report.warnings.iter().any(limited), "{:?}", report.warnings);
-    assert_eq!(cufile_twin::bytes()[3], 1 << 20);
+    assert_eq!(twins::cufile::bytes()[3], 1 << 20);
     compare(&plan, &weights);
     drop((weights, loader));
     nothing_is_left();
@@ -214,17 +212,17 @@ fn sweep() {
     let (_folder, plan) = planned(&[0, 0], 1_000_000);
     let load = |loader: &Loader| loader.load(&plan)?.0.check();
     load(&loader()).unwrap();
-    cufile_twin::reset_counts();
+    twins::cufile::reset_counts();
     load(&loader()).unwrap();
     let calls = ["cuFileHandleRegister", "cuFileBufRegister", "cuFileRead", "cuFileBufDeregister"];
-    let counts = calls.map(|call| cufile_twin::calls(Some(call)));
+    let counts = calls.map(|call| twins::cufile::calls(Some(call)));
     assert!(counts.iter().all(|count| *count > 0), "{counts:?}");
     for (call, count) in calls.iter().zip(counts) {
         for n in 1..=count {
             for code in ["5011", "5030", "-5", "-22"] {
-                cufile_twin::fault(&format!("{call}@{n}={code}"));
+                twins::cufile::fault(&format!("{call}@{n}={code}"));
                 let outcome = load(&loader());
-                cufile_twin::fault("");
+                twins::cufile::fault("");
                 let told = outcome.as_ref().map_err(ToString::to_string);
                 match *call {
                     // Nobody is left to tell; one slot more or less is a warning.
@@ -251,7 +249,7 @@ fn sweep() {
 fn hanging() {
     let (_folder, plan) = planned(&[0], 0);
     let loader = loader().stall(Duration::from_millis(100), Duration::from_millis(400));
-    cufile_twin::fault("cuFileRead@2=hang");
+    twins::cufile::fault("cuFileRead@2=hang");
     let began = Instant::now();
     let load = loader.start(&plan).unwrap();
     let monitor = load.monitor();
@@ -260,8 +258,8 @@ fn hanging() {
     assert!(error.file().is_some() && monitor.progress().abandoned_bytes > 0, "{error}");
     assert!(began.elapsed() < Duration::from_secs(10));
     loader.release();
-    assert_eq!([twin::violations(), cufile_twin::violations()], [0, 0]);
-    assert!(cufile_twin::live() > 0, "what is still read into was given back");
+    assert_eq!([twins::cuda::violations(), twins::cufile::violations()], [0, 0]);
+    assert!(twins::cufile::live() > 0, "what is still read into was given back");
 }
 
 /// In a process of its own, whose cuFile takes long to open.
@@ -279,7 +277,7 @@ fn late() {
     Loader::new().engine(EngineChoice::Pread).load(&plan).unwrap();
     assert!(began.elapsed() < Duration::from_millis(1000), "{:?}", began.elapsed());
     loader().load(&plan).unwrap().0.check().unwrap();
-    assert_eq!(cufile_twin::calls(Some("cuFileDriverOpen")), 1);
+    assert_eq!(twins::cufile::calls(Some("cuFileDriverOpen")), 1);
 }
 
 /// What a measurement of this plan's path could say.
@@ -316,7 +314,7 @@ fn automatic() {
     assert_eq!(chosen(CufileMeasurement { gpu: 1, ..fast.clone() }), "uring");
     assert_eq!(chosen(CufileMeasurement { file_system: 0, ..fast.clone() }), "uring");
     assert_eq!(chosen(fast.clone()), "cufile");
-    assert_eq!(cufile_twin::calls(None), 0, "cuFile was asked without being chosen");
+    assert_eq!(twins::cufile::calls(None), 0, "cuFile was asked without being chosen");
     cool(&plan);
     let (weights, report) = auto(fast.clone()).load(&plan).unwrap();
     assert_eq!((report.engine.as_str(), report.direct), ("cufile", Some(Direct::Known)));
@@ -333,9 +331,9 @@ fn automatic() {
         ("cuFileRead@3=5011,cuFileRead@4=5011,cuFileRead@20=5034", "cufile"),
     ] {
         cool(&plan);
-        cufile_twin::fault(fault);
+        twins::cufile::fault(fault);
         let (weights, report) = auto(fast.clone()).load(&plan).unwrap();
-        cufile_twin::fault("");
+        twins::cufile::fault("");
         assert_eq!(report.engine == "cufile", engine == "cufile", "{fault}");
         let cause = fault.split('=').nth(1).unwrap().split(',').next().unwrap();
         let cause = cause.strip_prefix('-').map_or(cause.to_owned(), |errno| format!("os error {errno}"));
@@ -371,7 +369,7 @@ fn compatible() {
         }
     };
     assert_eq!((report.engine.as_str(), report.direct), ("cufile", Some(Direct::Unknown)));
-    let [direct, bounced, compat, _] = cufile_twin::bytes();
+    let [direct, bounced, compat, _] = twins::cufile::bytes();
     assert_eq!([direct, bounced], [0, 0]);
     assert!(compat >= report.needed_bytes);
     weights.check().unwrap();
@@ -401,7 +399,7 @@ fn elsewhere() {
         let error = loader().load(plan).unwrap_err();
         assert_eq!((error.kind(), error.found()), (ErrorKind::Unsupported, Some(found)), "{error}");
     }
-    assert_eq!(cufile_twin::calls(None), 0);
+    assert_eq!(twins::cufile::calls(None), 0);
     nothing_is_left();
 }
 
@@ -409,7 +407,7 @@ fn elsewhere() {
 #[test]
 #[ignore = "run by another test"]
 fn missing() {
-    twin::load();
+    twins::cuda::load();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), 0);
     let plan = plan_for(&Checkpoint::open(folder.path()).unwrap(), World::local([0]));
@@ -428,7 +426,7 @@ fn println_result(text: &str) {
 
 /// Runs an ignored test of this file in a process of its own; its output.
 fn child(test: &str, settings: &[(&str, &str)]) -> String {
-    let mut command = twin::command(std::env::current_exe().unwrap());
+    let mut command = twins::cuda::command(std::env::current_exe().unwrap());
     // Loaded by the test itself, if at all.
     command.env_remove("LD_LIBRARY_PATH");
     command.args(["--ignored", "--exact", test, "--nocapture"]).envs(settings.iter().copied());

@@ -7,8 +7,6 @@ mod launchers;
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
-#[path = "support/twin.rs"]
-mod twin;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -36,7 +34,7 @@ fn model() -> tempfile::TempDir {
 /// A script of `scripts/launch` that starts the binary of the tests, on the twins if it asks for GPUs.
 fn script(name: &str, model: &Path, flags: &[&str]) -> Command {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/launch").join(name);
-    let mut command = twin::command(path);
+    let mut command = twins::cuda::command(path);
     command.env("SHARDLIFT", env!("CARGO_BIN_EXE_shardlift")).env("SIMCUDA_LEAKS", "abort");
     // Both refuse to run as root unless told.
     command.envs([("OMPI_ALLOW_RUN_AS_ROOT", "1"), ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")]);
@@ -158,7 +156,7 @@ fn the_example_of_several_processes() {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let ranks: Vec<_> = (0..2)
             .map(|rank: u32| {
-                let mut command = twin::command(example());
+                let mut command = twins::cuda::command(example());
                 command.arg(folder.path()).arg(devices).envs(settings);
                 let rank = rank.to_string();
                 command.envs([

@@ -1,12 +1,8 @@
 //! Loads into GPUs of the driver twin: what the driver is asked for, what it gets back, and every one of its calls
 //! failing in turn. One test function for each process that is needed: faults and counts are of the whole process.
 
-#[path = "support/cufile_twin.rs"]
-mod cufile_twin;
 #[path = "support/driver_calls.rs"]
 mod driver_calls;
-#[path = "support/twin.rs"]
-mod twin;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -130,8 +126,8 @@ const CODES: [(u32, &str); 4] = [(1, ""), (2, ""), (700, "!"), (46, "!")];
 #[ignore = "run by another test"]
 fn sweep() {
     let (way, (code, lost)) = (WAYS[told_by_parent("SWEEP_WAY")], CODES[told_by_parent("SWEEP_CODE")]);
-    twin::load();
-    cufile_twin::load();
+    twins::cuda::load();
+    twins::cufile::load();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path());
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
@@ -139,11 +135,11 @@ fn sweep() {
     let plan = Plan::new(&checkpoint, &Rules::from_toml(RULES).unwrap(), &world).unwrap();
     // The first initialises the driver.
     load(&plan, way).unwrap();
-    twin::reset_counts();
+    twins::cuda::reset_counts();
     load(&plan, way).unwrap();
-    assert_eq!((twin::live(), twin::violations(), cufile_twin::live()), (0, 0, 0));
+    assert_eq!((twins::cuda::live(), twins::cuda::violations(), twins::cufile::live()), (0, 0, 0));
     let ledger = folder.path().join("ledger.json");
-    twin::ledger(&ledger);
+    twins::cuda::ledger(&ledger);
     let ledger: Value = serde_json::from_slice(&std::fs::read(&ledger).unwrap()).unwrap();
     let calls: BTreeMap<String, u64> = serde_json::from_value(ledger["calls_by_function"].clone()).unwrap();
     let (mut tried, mut failed) = (0, 0);
@@ -151,19 +147,19 @@ fn sweep() {
     for (call, &count) in &calls {
         let count = if ASKED_OFTEN.contains(&call.as_str()) { count.min(12) } else { count };
         for n in 1..=count {
-            twin::reset_counts();
-            twin::fault(&format!("{call}@{n}={code}{lost}"));
+            twins::cuda::reset_counts();
+            twins::cuda::fault(&format!("{call}@{n}={code}{lost}"));
             let began = Instant::now();
             let outcome = load(&plan, way);
-            let fired = twin::calls(Some(call)) >= n;
-            twin::fault("");
+            let fired = twins::cuda::calls(Some(call)) >= n;
+            twins::cuda::fault("");
             tried += 1;
             failed += usize::from(outcome.is_err());
             let problem = if began.elapsed() > Duration::from_secs(30) {
                 "took too long"
-            } else if twin::violations() > 0 {
+            } else if twins::cuda::violations() > 0 {
                 "broke a rule of the driver"
-            } else if twin::live() > 0 || cufile_twin::live() > 0 {
+            } else if twins::cuda::live() > 0 || twins::cufile::live() > 0 {
                 "something was not given back"
             } else {
                 told(&outcome, call, fired, !lost.is_empty(), way)
@@ -198,7 +194,7 @@ fn told(outcome: &Result<()>, call: &str, fired: bool, lost: bool, way: Way) -> 
 
 /// A folder with the model, the plan of it on these GPUs, and a loader for small models.
 fn rig(gpus: &[u32], engine: EngineChoice) -> (tempfile::TempDir, Plan, Loader) {
-    twin::load();
+    twins::cuda::load();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path());
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
@@ -212,13 +208,13 @@ fn rig(gpus: &[u32], engine: EngineChoice) -> (tempfile::TempDir, Plan, Loader) 
 #[ignore = "run by another test"]
 fn counted() {
     let (_folder, plan, loader) = rig(&[2, 2, 2, 2], EngineChoice::Pread);
-    assert_eq!(twin::current_context(), 0);
+    assert_eq!(twins::cuda::current_context(), 0);
     let (weights, report) = loader.load(&plan).unwrap();
-    assert_eq!(twin::current_context(), 0, "the caller's context is another one now");
-    let calls = |name| twin::calls(Some(name));
+    assert_eq!(twins::cuda::current_context(), 0, "the caller's context is another one now");
+    let calls = |name| twins::cuda::calls(Some(name));
     // One GPU in use, whatever the number of ranks on it: one context, one queue of two streams.
     assert_eq!((calls("cuDevicePrimaryCtxRetain"), calls("cuStreamCreate")), (1, 2));
-    assert!((0..4).all(|gpu| (twin::bytes(gpu, 0) > 0) == (gpu == 2)));
+    assert!((0..4).all(|gpu| (twins::cuda::bytes(gpu, 0) > 0) == (gpu == 2)));
     // Two small files are at most two slots, and so few events.
     assert!((1..=2).contains(&calls("cuEventCreate")), "{}", calls("cuEventCreate"));
     assert_eq!(calls("cuMemHostRegister"), 1);
@@ -226,7 +222,7 @@ fn counted() {
     assert_eq!(report.peak_pinned_bytes, 1 << 20);
     drop(weights);
     // What is kept for the next load: a pinned slot, and the context with its kernels.
-    let kept = twin::live();
+    let kept = twins::cuda::live();
     assert!((1..=4).contains(&kept), "{kept}");
     let (weights, _) = loader.load(&plan).unwrap();
     assert_eq!((calls("cuMemHostRegister"), calls("cuModuleLoadData")), (1, 1));
@@ -238,12 +234,12 @@ fn counted() {
     let tensor = weights.tensor(Rank(3), "b.columns").unwrap().clone();
     drop(weights);
     loader.release();
-    assert!(twin::live() > 0, "a tensor lives");
+    assert!(twins::cuda::live() > 0, "a tensor lives");
     assert_eq!(tensor.to_bytes().unwrap().len(), tensor.nbytes());
     assert!(tensor.as_bytes().is_none());
     drop(tensor);
     drop(loader);
-    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
 }
 
 /// In a process of its own: copies straight from a mapping pin the mapping, and no slot.
@@ -254,7 +250,7 @@ fn mapped() {
     let (weights, report) = loader.load(&plan).unwrap();
     let registers = told_by_parent("MAPPED_REGISTERS") == 1;
     // Two windows, one for each small file.
-    assert_eq!(twin::calls(Some("cuMemHostRegister")), if registers { 2 } else { 0 });
+    assert_eq!(twins::cuda::calls(Some("cuMemHostRegister")), if registers { 2 } else { 0 });
     weights.check().unwrap();
     let files: u64 = plan.checkpoint().files().iter().map(|file| file.identity.size).sum();
     let most = if registers { files } else { 0 };
@@ -262,9 +258,9 @@ fn mapped() {
     assert_eq!(report.storage_bytes_read, report.needed_bytes);
     drop(weights);
     if registers {
-        twin::fault("cuMemHostRegister_v2@1=1,cuMemHostRegister_v2@2=801");
+        twins::cuda::fault("cuMemHostRegister_v2@1=1,cuMemHostRegister_v2@2=801");
         let (weights, report) = loader.load(&plan).unwrap();
-        twin::fault("");
+        twins::cuda::fault("");
         weights.check().unwrap();
         let refused = |code: &&String| code.contains("copied instead of pinned") && code.contains("cuda:0");
         assert_eq!(report.warnings.iter().filter(refused).count(), 2, "{:?}", report.warnings);
@@ -275,7 +271,7 @@ fn mapped() {
     let error = loader.load(&plan).unwrap_err();
     assert!(matches!(error.kind(), ErrorKind::Changed | ErrorKind::Truncated), "{error}");
     drop((loader, folder));
-    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
 }
 
 /// In a process of its own: a copy that fails while it runs is an error that names a tensor.
@@ -284,15 +280,15 @@ fn mapped() {
 fn failing_late() {
     let (_folder, plan, loader) = rig(&[0, 1], EngineChoice::Pread);
     for n in 1..=6 {
-        twin::fault(&format!("run:copy@{n}=700!"));
+        twins::cuda::fault(&format!("run:copy@{n}=700!"));
         let error = loader.load(&plan).unwrap_err();
-        twin::fault("");
+        twins::cuda::fault("");
         let message = error.to_string();
         assert_eq!(error.kind(), ErrorKind::Device, "{message}");
         assert!(message.contains("CUDA_ERROR_ILLEGAL_ADDRESS") && message.contains("cuda:"), "{message}");
         assert!(error.tensor().is_some() && error.at().rank.is_some(), "{message}");
         loader.release();
-        assert_eq!((twin::live(), twin::violations()), (0, 0));
+        assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
     }
     loader.load(&plan).unwrap().0.check().unwrap();
 }
@@ -311,9 +307,9 @@ fn stalled() {
     assert_eq!(error.kind(), ErrorKind::Stalled, "{error}");
     assert!(error.tensor().is_some() && monitor.progress().abandoned_bytes > 0, "{error}");
     drop(loader);
-    assert_eq!(twin::violations(), 0);
+    assert_eq!(twins::cuda::violations(), 0);
     // Nothing that a copy may still write to was given back.
-    assert!(twin::live() > 0);
+    assert!(twins::cuda::live() > 0);
 }
 
 /// In a process of its own: a driver that does not come back from a call ends the load, and what it may still use is kept.
@@ -323,7 +319,7 @@ fn hanging() {
     let (_folder, plan, loader) = rig(&[0, 1], EngineChoice::Pread);
     let loader = loader.stall(Duration::from_millis(100), Duration::from_millis(300));
     let call = HANGING[told_by_parent("HANGING_CALL")];
-    twin::fault(&format!("{call}@1=hangs"));
+    twins::cuda::fault(&format!("{call}@1=hang"));
     let began = Instant::now();
     let load = loader.start(&plan).unwrap();
     let monitor = load.monitor();
@@ -332,7 +328,7 @@ fn hanging() {
     assert_eq!(error.kind(), ErrorKind::Stalled, "{call}: {error}");
     assert!(monitor.progress().abandoned_bytes > 0, "{call}: {error}");
     drop(loader);
-    assert_eq!(twin::violations(), 0);
+    assert_eq!(twins::cuda::violations(), 0);
     println_result(&format!("{call}: {error}"));
 }
 
@@ -345,7 +341,7 @@ fn hanging_later() {
     let (weights, _) = loader.load(&plan).unwrap();
     let tensor = weights.tensor(Rank(0), "e.whole").unwrap().clone();
     assert_eq!(tensor.digest().unwrap(), Digest::of(&tensor.to_bytes().unwrap()));
-    twin::fault(["run:copy@1=hangs", "run:kernel@1=hangs"][told_by_parent("HANGING_CALL")]);
+    twins::cuda::fault(["run:copy@1=hang", "run:kernel@1=hang"][told_by_parent("HANGING_CALL")]);
     let began = Instant::now();
     for error in [tensor.digest().unwrap_err(), tensor.to_bytes().unwrap_err()] {
         assert_eq!((error.kind(), error.tensor()), (ErrorKind::Stalled, Some("e.whole")), "{error}");
@@ -353,8 +349,8 @@ fn hanging_later() {
     }
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     drop((tensor, weights, loader));
-    assert!(twin::live() > 0, "memory that is still read was given back");
-    assert_eq!(twin::violations(), 0);
+    assert!(twins::cuda::live() > 0, "memory that is still read was given back");
+    assert_eq!(twins::cuda::violations(), 0);
 }
 
 /// In a process of its own: new values land in memory that the caller has on the GPU already.
@@ -383,7 +379,7 @@ fn refreshed() {
         assert_eq!(unsafe { loader.start_into(&plan, &[wrong]) }.unwrap_err().kind(), ErrorKind::Usage);
     }
     drop(loader);
-    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
 }
 
 /// In a process of its own: a cancel and a drop leave nothing behind, and two loads share a loader.
@@ -400,13 +396,13 @@ fn cancelled() {
     drop(loader.start(&plan).unwrap());
     assert!(began.elapsed() < Duration::from_secs(2), "{:?}", began.elapsed());
     loader.release();
-    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
     let loader = Loader::new().staging(2 << 20);
     let (one, other) = (loader.start(&plan).unwrap(), loader.start(&plan).unwrap());
     other.finish().unwrap().0.check().unwrap();
     one.finish().unwrap().0.check().unwrap();
     drop((loader, folder));
-    assert_eq!((twin::live(), twin::violations()), (0, 0));
+    assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
 }
 
 #[expect(clippy::print_stdout, reason = "figures for whoever reads the test's output")]
@@ -422,7 +418,7 @@ fn told_by_parent(name: &str) -> usize {
 
 /// Runs an ignored test of this file in a process of its own.
 fn child(test: &str, env: &[(&str, String)]) {
-    let mut command = twin::command(std::env::current_exe().unwrap());
+    let mut command = twins::cuda::command(std::env::current_exe().unwrap());
     command.args(["--ignored", "--exact", test, "--nocapture"]);
     command.envs(env.iter().map(|(name, value)| (*name, value.as_str())));
     let output = command.output().unwrap();

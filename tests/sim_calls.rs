@@ -2,9 +2,6 @@
 //! for each small tensor. One process for each number of devices.
 #![cfg(feature = "cuda")]
 
-#[path = "support/twin.rs"]
-mod twin;
-
 use std::fs;
 use std::path::Path;
 
@@ -49,17 +46,17 @@ fn count(folder: &Path, way: &str, devices: u32) -> [u64; 3] {
     let loader = Loader::new().engine(EngineChoice::Pread).staging(STAGING);
     // Slots are pinned and contexts made before anything is counted.
     drop(loader.load(&plan).unwrap());
-    twin::reset_counts();
+    twins::cuda::reset_counts();
     let (weights, _) = loader.load(&plan).unwrap();
-    let copies = ["cuMemcpyHtoDAsync_v2", "cuMemcpy2DAsync_v2"].map(|name| twin::calls(Some(name)));
-    [twin::calls(None), copies.iter().sum(), weights.iter().count() as u64]
+    let copies = ["cuMemcpyHtoDAsync_v2", "cuMemcpy2DAsync_v2"].map(|name| twins::cuda::calls(Some(name)));
+    [twins::cuda::calls(None), copies.iter().sum(), weights.iter().count() as u64]
 }
 
 /// In a process of its own: what twice the tensors cost more is the cost of slots, without that of starting and ending.
 #[test]
 #[ignore = "run by another test"]
 fn of_slots() {
-    twin::load();
+    twins::cuda::load();
     let devices = told_by_parent();
     let folder = tempfile::tempdir().unwrap();
     let [few, many] = [8, 40].map(|tensors| (folder.path().join(tensors.to_string()), tensors));
@@ -81,7 +78,7 @@ fn of_slots() {
 #[test]
 #[ignore = "run by another test"]
 fn of_small_tensors() {
-    twin::load();
+    twins::cuda::load();
     let devices = told_by_parent();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path(), (0..20_000).map(|at| (8 * (1 + at % 3), 24 + at % 7)));
@@ -115,7 +112,7 @@ fn told_by_parent() -> u32 {
 
 /// Runs an ignored test of this file in a process of its own.
 fn child(test: &str, devices: u32) {
-    let output = twin::command(std::env::current_exe().unwrap())
+    let output = twins::cuda::command(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", test, "--nocapture"])
         .env("SIMCUDA_DEVICES", devices.to_string())
         // Late copies would keep slots, and what is checked of them takes time in which others are asked.

@@ -6,8 +6,6 @@
 mod model;
 #[path = "support/schema.rs"]
 mod schema;
-#[path = "support/twin.rs"]
-mod twin;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -51,7 +49,7 @@ impl Model {
 }
 
 fn run(settings: &[(&str, &str)], args: &[&str], status: i32) -> Value {
-    let mut command = twin::command(env!("CARGO_BIN_EXE_shardlift"));
+    let mut command = twins::cuda::command(env!("CARGO_BIN_EXE_shardlift"));
     command.env("SIMCUDA_LEAKS", "abort").envs(settings.iter().copied());
     schema::run(&mut command, args, status)
 }

@@ -2,9 +2,6 @@
 //! the slower of the two alone. `benches/overlap.rs` measures it closely.
 #![cfg(all(feature = "cli", feature = "cuda"))]
 
-#[path = "support/twin.rs"]
-mod twin;
-
 use std::fs;
 
 use serde_json::{Value, json};
@@ -56,7 +53,7 @@ fn the_slower_side_decides() {
 /// Seconds of a load by the command line.
 fn load(model: &std::path::Path, rules: &std::path::Path, devices: &str) -> f64 {
     let gpus = devices.matches(',').count() + 1;
-    let output = twin::command(env!("CARGO_BIN_EXE_shardlift"))
+    let output = twins::cuda::command(env!("CARGO_BIN_EXE_shardlift"))
         .args(["load", "--json"])
         .arg(model)
         .args([

@@ -8,8 +8,6 @@ mod loading;
 mod model;
 #[path = "support/released/mod.rs"]
 mod released;
-#[path = "support/twin.rs"]
-mod twin;
 
 use std::fs;
 use std::path::Path;

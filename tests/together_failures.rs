@@ -7,8 +7,6 @@ mod loading;
 #[path = "support/model.rs"]
 #[allow(dead_code, reason = "only the files are wanted")]
 mod model;
-#[path = "support/twin.rs"]
-mod twin;
 
 use std::fs;
 use std::path::{Path, PathBuf};

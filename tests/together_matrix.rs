@@ -23,16 +23,12 @@
 
 #[path = "support/driver_calls.rs"]
 mod driver_calls;
-#[path = "support/nccl_twin.rs"]
-mod nccl_twin;
 #[path = "support/rank_loads.rs"]
 mod rank_loads;
 #[path = "support/ranks.rs"]
 mod ranks;
 #[path = "support/team.rs"]
 mod team;
-#[path = "support/twin.rs"]
-mod twin;
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -464,7 +460,7 @@ fn a_signal_ends_every_wait_for_others() {
         let long = Duration::from_secs(100);
         let setup = Setup { join_timeout: long, fail_timeout: long, ..Setup::new(2) };
         let mut other = setup.start(1 - victim);
-        let mut command = twin::command(env!("CARGO_BIN_EXE_shardlift"));
+        let mut command = twins::cuda::command(env!("CARGO_BIN_EXE_shardlift"));
         command.arg("load").arg(folder.path()).arg("--rules").arg(&rules).args(["--json", "--tp", "2"]);
         command.args(["--rank", &victim.to_string(), "--devices", &format!("cuda:{victim}")]);
         command.args(["--rendezvous", &setup.rendezvous, "--cooperate", "always"]);

@@ -2,16 +2,12 @@
 //! other over NCCL goes through memory that they share, so that a cut link cuts the connections of their groups and nothing else.
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
-#[path = "support/nccl_twin.rs"]
-mod nccl_twin;
 #[path = "support/network.rs"]
 mod network;
 #[path = "support/rank_loads.rs"]
 mod rank_loads;
 #[path = "support/ranks.rs"]
 mod ranks;
-#[path = "support/twin.rs"]
-mod twin;
 
 use std::fs;
 use std::path::Path;

@@ -2,9 +2,6 @@
 
 #![allow(dead_code, reason = "each bench uses its own part")]
 
-#[path = "../../tests/support/twin.rs"]
-pub(crate) mod twin;
-
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
@@ -80,7 +77,7 @@ pub(crate) fn load_again(loader: &Loader, weights: &Weights, memory: &[CallerMem
 /// The twin's ledger as it is now.
 pub(crate) fn ledger(folder: &Path) -> io::Result<Value> {
     let file = folder.join(format!("ledger.{}.json", std::process::id()));
-    twin::ledger(&file);
+    twins::cuda::ledger(&file);
     let text = std::fs::read(&file)?;
     std::fs::remove_file(&file)?;
     let ledger: Value = serde_json::from_slice(&text)?;

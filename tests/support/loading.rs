@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::{model, twin};
+use crate::model;
 
 /// A model of 13 MB and rules for it.
 pub(crate) struct Model {
@@ -45,7 +45,7 @@ impl Model {
     }
 
     fn command(&self, name: &str) -> Command {
-        let mut command = twin::command(env!("CARGO_BIN_EXE_shardlift"));
+        let mut command = twins::cuda::command(env!("CARGO_BIN_EXE_shardlift"));
         command.arg(name).arg(self.path()).arg("--rules").arg(&self.rules).arg("--json");
         command
     }

@@ -19,7 +19,6 @@ use shardlift::read::{Engine, Next, Pread, Request, Work};
 use shardlift::{Checkpoint, Error, Group, Loader, Plan, Rank, Result, Rules, Sharing, Weights, World};
 
 use crate::ranks::{self, Process, say};
-use crate::{nccl_twin, twin};
 
 pub(crate) const RULES: &str = r#"
 rule = [
@@ -90,8 +89,8 @@ pub(crate) struct Counts {
 
 /// The other side: what the ignored test `rank` of a test binary runs.
 pub(crate) fn run() {
-    twin::load();
-    nccl_twin::load();
+    twins::cuda::load();
+    twins::nccl::load();
     let mut seat = Seat::default();
     ranks::run_with(&mut |words, group| seat.obey(words, group));
 }
@@ -129,21 +128,22 @@ impl Seat {
                 done()
             }
             ["driver", faults] => {
-                twin::fault(faults.trim_matches('-'));
+                twins::cuda::fault(faults.trim_matches('-'));
                 done()
             }
             ["nccl", faults] => {
-                nccl_twin::fault(faults.trim_matches('-'));
+                twins::nccl::fault(faults.trim_matches('-'));
                 done()
             }
             ["uncount"] => {
-                twin::reset_counts();
-                nccl_twin::reset_counts();
+                twins::cuda::reset_counts();
+                twins::nccl::reset_counts();
                 done()
             }
             ["counts"] => Some(Ok(Some(serde_json::to_string(&self.counts()).unwrap()))),
             ["left"] => {
-                let left = [twin::live(), twin::violations(), nccl_twin::live(), nccl_twin::violations()];
+                let left =
+                    [twins::cuda::live(), twins::cuda::violations(), twins::nccl::live(), twins::nccl::violations()];
                 Some(Ok(Some(format!("{left:?}"))))
             }
             ["drop"] => {
@@ -237,8 +237,8 @@ impl Seat {
     fn counts(&self) -> Counts {
         let folder = tempfile::tempdir().unwrap();
         let [driver, nccl] = ["driver", "nccl"].map(|name| folder.path().join(name));
-        twin::ledger(&driver);
-        nccl_twin::ledger(&nccl);
+        twins::cuda::ledger(&driver);
+        twins::nccl::ledger(&nccl);
         let [driver, nccl] =
             [driver, nccl].map(|path| serde_json::from_slice::<serde_json::Value>(&fs::read(path).unwrap()).unwrap());
         let of = |ledger: &serde_json::Value, field: &str| serde_json::from_value(ledger[field].clone()).unwrap();

@@ -6,7 +6,8 @@ use std::fs;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::config::Leaks;
+use twins::settings::Leaks;
+
 use crate::device_memory::Kind;
 use crate::link::Span;
 use crate::sim::{Sim, lock};

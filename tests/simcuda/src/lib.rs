@@ -19,7 +19,7 @@
 //! | `SIMCUDA_HOST_PAGE_TABLES=1` | attribute 100 on: pageable memory is read when a copy runs |
 //! | `SIMCUDA_SEED`, `SIMCUDA_JITTER` | seed of the delays, and the longest in microseconds (300; 0 for none) |
 //! | `SIMCUDA_LINK` | `GB/s[,latency_us][,root=GB/s]`: each device's link, per direction, and what all share |
-//! | `SIMCUDA_FAULT` | `call@n=code[!]`, comma-separated; `*` is any call, `run:copy` a copy that runs, `!` loses the device, the code `hangs` never comes back |
+//! | `SIMCUDA_FAULT` | `call@n=code[!]`, comma-separated; `*` is any call, `run:copy` a copy that runs, `!` loses the device, the code `hang` never comes back |
 //! | `SIMCUDA_CHECK` | 0: sources are not compared; 1: samples of them (default); 2: all of them |
 //! | `SIMCUDA_POISON=0` | fresh memory is not filled with 0xCD |
 //! | `SIMCUDA_POPULATE=1` | memory has all its pages from the start, as a device's has: copies cost no page faults |

@@ -4,11 +4,13 @@ use std::ops::{Deref, DerefMut};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use twins::settings::die;
+
 use crate::code::{Code, HANGS, INVALID_CONTEXT, INVALID_HANDLE, NOT_INITIALIZED, OUT_OF_MEMORY, Result, SUCCESS};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::context::{Context, Device, top};
 use crate::device_memory::{self, DeviceMemory, Kind as MemoryKind, Use};
-use crate::faults::{Faults, hang};
+use crate::faults::{Due, Faults, hang};
 use crate::handle::{Handle, Kind, Missing, Table};
 use crate::hazard::{Clock, FlightId, Flights, QueueId};
 use crate::host_memory::HostMemory;
@@ -71,9 +73,9 @@ pub(crate) fn lock() -> MutexGuard<'static, Sim> {
 
 impl Sim {
     fn new(config: Config) -> Sim {
-        let expected = "call@n=code[!], comma-separated";
+        let expected = "call@n=code[!], comma-separated; hang is a code";
         let faults =
-            Faults::parse(&config.fault).unwrap_or_else(|| config::die("SIMCUDA_FAULT", &config.fault, expected));
+            Faults::parse(&config.fault, Due::read).unwrap_or_else(|| die("SIMCUDA_FAULT", &config.fault, expected));
         let mut pools = Table::new(Kind::Pool);
         let devices = (0..config.devices)
             .map(|index| Device { pool: pools.insert(0, index), ..Device::default() })

@@ -3,9 +3,6 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "calls of the driver, whose twin checks what it gets")]
 #![allow(clippy::disallowed_methods, reason = "settings of the processes that the tests start")]
 
-#[path = "../../support/twin.rs"]
-mod twin;
-
 use std::{env, fs, path::Path, time::Duration};
 
 use cudarc::driver::result::stream::{self, StreamKind};
@@ -23,7 +20,7 @@ fn code<T>(result: Result<T, DriverError>) -> u32 {
 fn run(body: &str, settings: &[(&str, &str)]) -> (String, Value) {
     let folder = tempfile::tempdir().unwrap();
     let ledger = folder.path().join("ledger.json");
-    let mut command = twin::command(env::current_exe().unwrap());
+    let mut command = twins::cuda::command(env::current_exe().unwrap());
     command.args([body, "--exact", "--ignored", "--nocapture"]).env("SIMCUDA_LEDGER", &ledger);
     command.env("SIMCUDA_TEST", "1").env("RUST_BACKTRACE", "0").envs(settings.iter().copied());
     let output = command.output().unwrap();
@@ -92,14 +89,14 @@ fn every_call_fails_in_turn() {
     if !started() {
         return;
     }
-    twin::load();
+    twins::cuda::load();
     load().unwrap();
-    let calls = twin::calls(None);
-    assert!(calls > 15 && twin::calls(Some("cuMemcpyHtoDAsync")) == 3, "{calls}");
+    let calls = twins::cuda::calls(None);
+    assert!(calls > 15 && twins::cuda::calls(Some("cuMemcpyHtoDAsync")) == 3, "{calls}");
     for wanted in [1, 2, 700, 719] {
         for call in 1.. {
-            twin::reset_counts();
-            twin::fault(&format!("*@{call}={wanted}"));
+            twins::cuda::reset_counts();
+            twins::cuda::fault(&format!("*@{call}={wanted}"));
             let found = code(load());
             // How often the event is asked for is a matter of time.
             if found == 0 {
@@ -107,8 +104,8 @@ fn every_call_fails_in_turn() {
                 break;
             }
             assert_eq!(found, wanted, "call {call}");
-            twin::fault("");
-            assert_eq!(twin::live(), 0, "call {call} with code {wanted} left something");
+            twins::cuda::fault("");
+            assert_eq!(twins::cuda::live(), 0, "call {call} with code {wanted} left something");
         }
     }
 }
@@ -126,7 +123,7 @@ fn lost_while_it_runs() {
     if !started() {
         return;
     }
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(0).unwrap();
     context.bind_to_thread().unwrap();
     unsafe {
@@ -172,7 +169,7 @@ fn leaves_things() {
     if !started() {
         return;
     }
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(1).unwrap();
     context.bind_to_thread().unwrap();
     unsafe {
@@ -183,11 +180,14 @@ fn leaves_things() {
         sys::cuMemsetD8Async(memory, 1, 10, queue).result().unwrap();
         stream::synchronize(queue).unwrap();
         let midway = env::temp_dir().join(format!("simcuda-ledger-{}", std::process::id()));
-        twin::ledger(&midway);
+        twins::cuda::ledger(&midway);
         assert!(read(&midway)["calls"].as_u64().unwrap() > 5);
         fs::remove_file(midway).unwrap();
     }
-    assert_eq!((twin::bytes(1, 0), twin::bytes(1, 1), twin::bytes(1, 2)), (BYTES as u64, 1000, 10));
+    assert_eq!(
+        (twins::cuda::bytes(1, 0), twins::cuda::bytes(1, 1), twins::cuda::bytes(1, 2)),
+        (BYTES as u64, 1000, 10)
+    );
     std::mem::forget(context);
 }
 
@@ -223,7 +223,7 @@ fn times_of_a_link() {
     if !started() {
         return;
     }
-    twin::load();
+    twins::cuda::load();
     let bytes = 20_000_000;
     let contexts: Vec<_> = (0..4).map(|device| CudaContext::new(device).unwrap()).collect();
     let parts: Vec<_> = contexts
@@ -290,7 +290,7 @@ fn old_and_small() {
     if !started() {
         return;
     }
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(0).unwrap();
     context.bind_to_thread().unwrap();
     let mut version = 0;

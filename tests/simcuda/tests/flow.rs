@@ -2,9 +2,6 @@
 
 #![allow(clippy::undocumented_unsafe_blocks, reason = "calls of the driver, whose twin checks what it gets")]
 
-#[path = "../../support/twin.rs"]
-mod twin;
-
 use cudarc::driver::result::{event, stream};
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
@@ -14,7 +11,7 @@ fn code(result: Result<(), DriverError>) -> u32 {
 
 #[test]
 fn copies_through_the_safe_layer_arrive() {
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(0).unwrap();
     assert_eq!(CudaContext::device_count().unwrap(), 4);
     assert_eq!(context.compute_capability().unwrap(), (9, 0));
@@ -41,7 +38,7 @@ fn copies_through_the_safe_layer_arrive() {
 
 #[test]
 fn fresh_memory_is_poisoned_and_counted() {
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(1).unwrap();
     context.bind_to_thread().unwrap();
     let (free, total) = result::mem_get_info().unwrap();
@@ -58,7 +55,7 @@ fn fresh_memory_is_poisoned_and_counted() {
 
 #[test]
 fn registered_memory_strided_copies_and_events() {
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(3).unwrap();
     context.bind_to_thread().unwrap();
     let mut source: Vec<u8> = (0..64 * 1000).map(|i| (i % 251) as u8).collect();
@@ -107,7 +104,7 @@ fn registered_memory_strided_copies_and_events() {
 
 #[test]
 fn virtual_memory_is_exported_and_imported() {
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(0).unwrap();
     context.bind_to_thread().unwrap();
     let location = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE, id: 0 };

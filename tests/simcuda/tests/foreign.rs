@@ -3,9 +3,6 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "calls of the driver, whose twin checks what it gets")]
 #![allow(clippy::disallowed_methods, reason = "settings of the processes that the tests start")]
 
-#[path = "../../support/twin.rs"]
-mod twin;
-
 use std::env;
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
@@ -63,7 +60,7 @@ extern "C" fn skip(data: *mut c_void) {
 /// Puts one into a stream of device 0; gives the driver's status and the place.
 fn submit(queue: sys::CUstream, op: &Op, after: [u64; 2]) -> (u32, [u64; 2]) {
     type Submit = extern "C" fn(i32, u64, &Operation, &mut [u64; 2]) -> u32;
-    let submit: Submit = unsafe { twin::function(c"simcuda_submit") };
+    let submit: Submit = unsafe { twins::cuda::function(c"simcuda_submit") };
     let touched = [Touched { start: op.memory, bytes: BYTES as u64, writes: 1 }];
     let data = std::ptr::from_ref(op).cast_mut().cast();
     let call = c"anOperation".as_ptr();
@@ -75,7 +72,7 @@ fn submit(queue: sys::CUstream, op: &Op, after: [u64; 2]) -> (u32, [u64; 2]) {
 
 /// Runs one of the functions below in a process of its own.
 fn process(body: &str, settings: &[(&str, &str)]) -> String {
-    let mut command = twin::command(env::current_exe().unwrap());
+    let mut command = twins::cuda::command(env::current_exe().unwrap());
     command.args([body, "--exact", "--ignored", "--nocapture"]).env("SIMCUDA_TEST", "1").env("RUST_BACKTRACE", "0");
     let output = command.env("SIMCUDA_LEAKS", "abort").envs(settings.iter().copied()).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -87,7 +84,7 @@ fn process(body: &str, settings: &[(&str, &str)]) -> String {
 /// The context of device 0, in a process that `process` started.
 fn context() -> Option<Arc<CudaContext>> {
     env::var_os("SIMCUDA_TEST")?;
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(0).unwrap();
     context.bind_to_thread().unwrap();
     Some(context)
@@ -143,7 +140,7 @@ fn lost() {
         let queue = stream::create(StreamKind::NonBlocking).unwrap();
         let op = Op { memory: result::malloc_sync(BYTES).unwrap(), ..Op::default() };
         assert_eq!(submit(queue, &op, [0; 2]).0, 0);
-        twin::fault("cuStreamQuery@1=700");
+        twins::cuda::fault("cuStreamQuery@1=700");
         assert_eq!(sys::cuStreamQuery(queue) as u32, 700);
         while op.skips.load(SeqCst) == 0 {
             std::thread::yield_now();

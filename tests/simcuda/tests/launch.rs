@@ -3,9 +3,6 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "calls of the driver, whose twin checks what it gets")]
 #![allow(clippy::disallowed_methods, reason = "settings of the processes that the tests start")]
 
-#[path = "../../support/twin.rs"]
-mod twin;
-
 use std::ffi::{CString, c_void};
 use std::os::unix::process::ExitStatusExt;
 use std::{env, fs};
@@ -52,7 +49,7 @@ fn digest(bytes: &[u8], claimed: u64) -> u64 {
 
 #[test]
 fn a_kernel_runs_on_its_stream() {
-    twin::load();
+    twins::cuda::load();
     let bytes: Vec<u8> = (0..100_003_u32).map(|i| (i * 7 + i / 251) as u8).collect();
     let mut expected = 0_u64;
     for (index, chunk) in (1_u64..).zip(bytes.chunks(8)) {
@@ -71,14 +68,14 @@ fn a_kernel_runs_on_its_stream() {
 #[ignore = "run by the test below, in a process that must die"]
 fn overrun() {
     if env::var_os("SIMCUDA_TEST").is_some() {
-        twin::load();
+        twins::cuda::load();
         digest(&[1; 1000], 1 << 20);
     }
 }
 
 #[test]
 fn a_kernel_that_leaves_its_memory_dies_with_its_name() {
-    let mut command = twin::command(env::current_exe().unwrap());
+    let mut command = twins::cuda::command(env::current_exe().unwrap());
     command.args(["overrun", "--exact", "--ignored", "--nocapture"]).env("SIMCUDA_TEST", "1");
     let output = command.output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);

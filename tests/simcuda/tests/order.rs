@@ -3,9 +3,6 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "calls of the driver, whose twin checks what it gets")]
 #![allow(clippy::disallowed_methods, reason = "settings of the processes that the tests start")]
 
-#[path = "../../support/twin.rs"]
-mod twin;
-
 use std::env;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,7 +15,7 @@ const BYTES: usize = 1 << 20;
 
 /// Runs one of the functions below in a process of its own, where operations run seconds late unless somebody waits for them.
 fn late(body: &str, seed: &str) {
-    let mut command = twin::command(env::current_exe().unwrap());
+    let mut command = twins::cuda::command(env::current_exe().unwrap());
     command.args([body, "--exact", "--ignored", "--nocapture"]).env("SIMCUDA_TEST", "1").env("RUST_BACKTRACE", "0");
     command.env("SIMCUDA_JITTER", "5000000").env("SIMCUDA_SEED", seed).env("SIMCUDA_LEAKS", "abort");
     let output = command.output().unwrap();
@@ -29,7 +26,7 @@ fn late(body: &str, seed: &str) {
 /// The context of a device, in a process that `late` started.
 fn context(device: usize) -> Option<std::sync::Arc<CudaContext>> {
     env::var_os("SIMCUDA_TEST")?;
-    twin::load();
+    twins::cuda::load();
     let context = CudaContext::new(device).unwrap();
     context.bind_to_thread().unwrap();
     Some(context)
@@ -178,7 +175,7 @@ fn slots_are_reused_under_several_devices() {
     const SLOT: usize = 64 << 10;
     const SLOTS: usize = 4;
     const ROUNDS: usize = 200;
-    twin::load();
+    twins::cuda::load();
     let contexts = [0, 1, 2, 3].map(|device| CudaContext::new(device).unwrap());
     contexts[0].bind_to_thread().unwrap();
     let ring = unsafe { result::malloc_host(contexts.len() * SLOTS * SLOT, 1) }.unwrap() as usize;

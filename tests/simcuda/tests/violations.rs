@@ -3,9 +3,6 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "calls of the driver, whose twin checks what it gets")]
 #![allow(clippy::disallowed_methods, reason = "settings of the processes that the tests start")]
 
-#[path = "../../support/twin.rs"]
-mod twin;
-
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::{env, ptr, thread, time::Duration};
@@ -168,13 +165,13 @@ impl Parts {
 #[ignore = "run by the test below, in a process that must die"]
 fn defect() {
     let Ok(name) = env::var("SIMCUDA_TEST_DEFECT") else { return };
-    twin::load();
+    twins::cuda::load();
     (CASES.iter().find(|case| case.name == name).unwrap().run)(&Parts::new());
     thread::sleep(Duration::from_millis(200));
 }
 
 fn run(case: &Case, strict: bool) -> (std::process::ExitStatus, String) {
-    let mut command: Command = twin::command(env::current_exe().unwrap());
+    let mut command: Command = twins::cuda::command(env::current_exe().unwrap());
     command.args(["defect", "--exact", "--ignored", "--nocapture"]).env("SIMCUDA_TEST_DEFECT", case.name);
     // Late enough that what follows the submission always comes first.
     command.env("SIMCUDA_JITTER", "5000000").env("SIMCUDA_LEAKS", "ignore").env("RUST_BACKTRACE", "0");

@@ -1,7 +1,8 @@
 //! The settings, read from the environment once.
 
-use std::env;
 use std::time::Duration;
+
+use twins::settings::{die, number, text};
 
 /// What the environment asks for; the table is in the crate's documentation.
 pub(crate) struct Config {
@@ -19,7 +20,7 @@ pub(crate) struct Config {
 impl Config {
     pub(crate) fn from_env() -> Config {
         Config {
-            compat: match setting("SIMCUFILE_MODE").as_deref() {
+            compat: match text("SIMCUFILE_MODE").as_deref() {
                 None | Some("direct") => false,
                 Some("compat") => true,
                 Some(other) => die("SIMCUFILE_MODE", other, "direct or compat"),
@@ -29,24 +30,9 @@ impl Config {
             open: Duration::from_millis(number("SIMCUFILE_OPEN_MS").unwrap_or(0)),
             register_max: number("SIMCUFILE_REGISTER_MAX").unwrap_or(u64::MAX),
             short: number("SIMCUFILE_SHORT").unwrap_or(0),
-            fault: setting("SIMCUFILE_FAULT").unwrap_or_default(),
+            fault: text("SIMCUFILE_FAULT").unwrap_or_default(),
             strict: number("SIMCUFILE_STRICT") != Some(0),
-            ledger: setting("SIMCUFILE_LEDGER"),
+            ledger: text("SIMCUFILE_LEDGER"),
         }
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "the twin is set up by its environment, as cuFile is")]
-fn setting(name: &str) -> Option<String> {
-    env::var(name).ok().filter(|text| !text.is_empty())
-}
-
-fn number(name: &str) -> Option<u64> {
-    setting(name).map(|text| text.parse().unwrap_or_else(|_| die(name, &text, "a number")))
-}
-
-/// A setting that means nothing would make a test prove nothing.
-pub(crate) fn die(name: &str, found: &str, expected: &str) -> ! {
-    eprintln!("simcufile: {name}={found}: expected {expected}");
-    std::process::abort()
 }

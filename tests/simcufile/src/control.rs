@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char};
 use std::fs;
 
-use crate::faults::Faults;
+use crate::faults::{Due, Faults};
 use crate::sim::lock;
 
 /// A string of a test's. The C contract: null, or a C string.
@@ -51,7 +51,7 @@ pub extern "C" fn simcufile_bytes(kind: u32) -> u64 {
 /// Replaces all faults, as `SIMCUFILE_FAULT` has them; counting starts now. Not 0 if it means nothing.
 #[unsafe(no_mangle)]
 pub extern "C" fn simcufile_fault(faults: Text) -> i32 {
-    match text(faults).as_deref().map_or(Some(Faults::default()), Faults::parse) {
+    match text(faults).as_deref().map_or(Some(Faults::default()), |text| Faults::parse(text, Due::read)) {
         Some(faults) => {
             lock().faults = faults;
             0

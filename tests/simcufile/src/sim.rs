@@ -6,7 +6,9 @@ use std::sync::{Mutex, MutexGuard, Once, OnceLock, PoisonError};
 use std::time::Duration;
 use std::{fs, thread};
 
-use crate::config::{self, Config};
+use twins::settings::die;
+
+use crate::config::Config;
 use crate::faults::{Due, Faults};
 
 /// Everything there is.
@@ -59,7 +61,7 @@ pub(crate) fn lock() -> MutexGuard<'static, Sim> {
     static SIM: OnceLock<Mutex<Sim>> = OnceLock::new();
     let sim = SIM.get_or_init(|| {
         let (fault, expected) = (&config().fault, "call@n=code, comma-separated");
-        let faults = Faults::parse(fault).unwrap_or_else(|| config::die("SIMCUFILE_FAULT", fault, expected));
+        let faults = Faults::parse(fault, Due::read).unwrap_or_else(|| die("SIMCUFILE_FAULT", fault, expected));
         Mutex::new(Sim {
             faults,
             open: false,

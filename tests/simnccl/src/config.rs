@@ -1,7 +1,8 @@
 //! The settings, read from the environment once.
 
-use std::env;
 use std::time::Duration;
+
+use twins::settings::{Leaks, die, number, text};
 
 /// What the environment asks for; the table is in the crate's documentation.
 pub(crate) struct Config {
@@ -25,17 +26,9 @@ pub(crate) struct Rate {
     pub(crate) latency_ns: u64,
 }
 
-/// What happens at exit when a communicator was not destroyed.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Leaks {
-    Ignore,
-    Report,
-    Abort,
-}
-
 impl Config {
     pub(crate) fn from_env() -> Config {
-        let link = setting("SIMNCCL_LINK")
+        let link = text("SIMNCCL_LINK")
             .map(|text| Rate::parse(&text).unwrap_or_else(|| die("SIMNCCL_LINK", &text, "GB/s[,latency_us]")));
         Config {
             version: number("SIMNCCL_VERSION").unwrap_or(23003) as i32,
@@ -43,17 +36,12 @@ impl Config {
             // Under a model of the links the times are the model's alone.
             jitter_us: if link.is_some() { 0 } else { number("SIMNCCL_JITTER").unwrap_or(300) },
             link,
-            fault: setting("SIMNCCL_FAULT").unwrap_or_default(),
+            fault: text("SIMNCCL_FAULT").unwrap_or_default(),
             timeout: number("SIMNCCL_TIMEOUT").map(Duration::from_millis),
             seed: number("SIMNCCL_SEED").unwrap_or(0),
             strict: number("SIMNCCL_STRICT") != Some(0),
-            ledger: setting("SIMNCCL_LEDGER"),
-            leaks: match setting("SIMNCCL_LEAKS").as_deref() {
-                None => Leaks::Report,
-                Some("ignore") => Leaks::Ignore,
-                Some("abort") => Leaks::Abort,
-                Some(other) => die("SIMNCCL_LEAKS", other, "ignore or abort"),
-            },
+            ledger: text("SIMNCCL_LEDGER"),
+            leaks: Leaks::of("SIMNCCL_LEAKS"),
         }
     }
 }
@@ -64,21 +52,6 @@ impl Rate {
         let bytes_per_ns = rate.trim().parse().ok().filter(|rate: &f64| *rate > 0.0 && rate.is_finite())?;
         Some(Rate { bytes_per_ns, latency_ns: (latency.trim().parse::<f64>().ok()? * 1e3) as u64 })
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "the twin is set up by its environment, as NCCL is")]
-fn setting(name: &str) -> Option<String> {
-    env::var(name).ok().filter(|text| !text.is_empty())
-}
-
-fn number(name: &str) -> Option<u64> {
-    setting(name).map(|text| text.parse().unwrap_or_else(|_| die(name, &text, "a number")))
-}
-
-/// A setting that means nothing would make a test prove nothing.
-pub(crate) fn die(name: &str, found: &str, expected: &str) -> ! {
-    eprintln!("simnccl: {name}={found}: expected {expected}");
-    std::process::abort()
 }
 
 #[cfg(test)]

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use std::fs;
 use std::sync::Once;
 
-use crate::config::Leaks;
+use twins::settings::Leaks;
+
 use crate::sim::{Sim, config, lock};
 
 /// The counters.

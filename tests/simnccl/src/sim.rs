@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use twins::settings::die;
+
 use crate::abi::{Code, Handle, INVALID_ARGUMENT, Result};
 use crate::comm::Comm;
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::faults::{Due, Faults};
 use crate::ledger::Ledger;
 
@@ -38,7 +40,7 @@ pub(crate) fn lock() -> MutexGuard<'static, Sim> {
     static SIM: OnceLock<Mutex<Sim>> = OnceLock::new();
     let sim = SIM.get_or_init(|| {
         let (fault, expected) = (&config().fault, "call@n=code, comma-separated; hang is a code");
-        let faults = Faults::parse(fault).unwrap_or_else(|| config::die("SIMNCCL_FAULT", fault, expected));
+        let faults = Faults::parse(fault, Due::read).unwrap_or_else(|| die("SIMNCCL_FAULT", fault, expected));
         let (comms, files, random) = (BTreeMap::new(), HashMap::new(), config().seed);
         Mutex::new(Sim { faults, ledger: Ledger::default(), comms, made: 0, files, random })
     });

@@ -24,17 +24,17 @@ fn calls_fail() {
     assert_eq!(ncclGetVersion(&mut version), INVALID_USAGE);
     assert_eq!(ncclGetVersion(&mut version), SUCCESS);
     assert_eq!(version, 23003);
-    nccl::fault("ncclCommInitRankConfig@1=3");
+    twins::nccl::fault("ncclCommInitRankConfig@1=3");
     let mut rank = Rank::alone(0, 0, 1);
     let id = new_id();
     assert_eq!(init_later(&mut rank.comm, 1, id, 0), 3);
-    assert_eq!((nccl::live(), rank.comm), (0, 0));
+    assert_eq!((twins::nccl::live(), rank.comm), (0, 0));
     assert_eq!(init_later(&mut rank.comm, 1, id, 0), IN_PROGRESS);
     assert_eq!(settled(rank.comm), SUCCESS);
     // Of a group: none of it is done, and it is over.
     let memory = rank.memory(&[0; BYTES]);
     for fault in ["ncclSend@1=2", "ncclGroupEnd@1=2"] {
-        nccl::fault(fault);
+        twins::nccl::fault(fault);
         assert_eq!(ncclGroupStart(), SUCCESS);
         ncclSend(memory, 1, BYTE, 0, rank.comm, rank.stream);
         ncclRecv(memory + 1, 1, BYTE, 0, rank.comm, rank.stream);
@@ -42,9 +42,9 @@ fn calls_fail() {
         assert!(rank.is_idle(), "{fault}");
     }
     // What gives back does so even if it is made to fail.
-    nccl::fault("ncclCommAbort@1=1");
+    twins::nccl::fault("ncclCommAbort@1=1");
     assert_eq!(ncclCommAbort(rank.comm), CUDA_ERROR);
-    assert_eq!(nccl::live(), 0);
+    assert_eq!(twins::nccl::live(), 0);
     rank.free(memory);
     rank.synchronize();
     unsafe { cudarc::driver::result::stream::destroy(rank.stream as cudarc::driver::sys::CUstream) }.unwrap();
@@ -68,7 +68,7 @@ fn operations_fail() {
         rank.ok(ncclBroadcast(memory, memory, BYTES, BYTE, 0, rank.comm, rank.stream));
         rank.synchronize();
         if rank.rank == 0 {
-            nccl::fault(&setting("SIMNCCL_TEST_RUN"));
+            twins::nccl::fault(&setting("SIMNCCL_TEST_RUN"));
             // It may have failed before anybody asks how the call went.
             assert_eq!(ncclSend(memory, BYTES, BYTE, 1, rank.comm, rank.stream), IN_PROGRESS);
         } else {

@@ -142,9 +142,9 @@ fn counted() {
             rank.free(memory);
             rank.part();
         });
-        assert_eq!(nccl::calls(Some("ncclBroadcast")), 4);
-        assert_eq!((nccl::bytes(1, 0), nccl::bytes(1, 1)), (3000 + 100, 1000 + 3000 + 100));
-        assert_eq!((nccl::live(), nccl::violations()), (0, 0));
+        assert_eq!(twins::nccl::calls(Some("ncclBroadcast")), 4);
+        assert_eq!((twins::nccl::bytes(1, 0), twins::nccl::bytes(1, 1)), (3000 + 100, 1000 + 3000 + 100));
+        assert_eq!((twins::nccl::live(), twins::nccl::violations()), (0, 0));
     }
 }
 

@@ -90,7 +90,7 @@ fn timed() {
         let events = [(); 2].map(|()| event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).unwrap());
         together.wait();
         if rank.rank == 0 {
-            twin::reset_counts();
+            twins::cuda::reset_counts();
         }
         together.wait();
         event_record(events[0], &rank);

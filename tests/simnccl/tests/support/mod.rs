@@ -4,11 +4,6 @@
 #![allow(clippy::undocumented_unsafe_blocks, reason = "calls of driver and NCCL, whose twins check what they get")]
 #![allow(clippy::disallowed_methods, reason = "settings of the processes that the tests start")]
 
-#[path = "../../../support/nccl_twin.rs"]
-pub(crate) mod nccl;
-#[path = "../../../support/twin.rs"]
-pub(crate) mod twin;
-
 use std::ffi::CStr;
 use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -54,7 +49,7 @@ macro_rules! functions {
             #[expect(non_snake_case, reason = "NCCL's names")]
             pub(crate) fn $name($($argument: $type),*) -> i32 {
                 let name = CStr::from_bytes_with_nul(concat!(stringify!($name), "\0").as_bytes()).unwrap();
-                let function = unsafe { nccl::function::<extern "C" fn($($type),*) -> i32>(name) };
+                let function = unsafe { twins::nccl::function::<extern "C" fn($($type),*) -> i32>(name) };
                 function($($argument),*)
             }
         )*
@@ -87,7 +82,7 @@ pub(crate) fn init_later(comm: &mut u64, size: usize, id: Id, rank: usize) -> i3
     let mut config =
         Config { size: size_of::<Config>(), magic: 0xcafe_beef, version: 21400, blocking: 0, padding: i32::MIN };
     type Init = extern "C" fn(&mut u64, i32, Id, i32, &mut Config) -> i32;
-    let function = unsafe { nccl::function::<Init>(c"ncclCommInitRankConfig") };
+    let function = unsafe { twins::nccl::function::<Init>(c"ncclCommInitRankConfig") };
     function(comm, size as i32, id, rank as i32, &mut config)
 }
 
@@ -98,7 +93,8 @@ pub(crate) fn new_id() -> Id {
 }
 
 pub(crate) fn last_error() -> String {
-    let function = unsafe { nccl::function::<extern "C" fn(u64) -> *const std::ffi::c_char>(c"ncclGetLastError") };
+    let function =
+        unsafe { twins::nccl::function::<extern "C" fn(u64) -> *const std::ffi::c_char>(c"ncclGetLastError") };
     unsafe { CStr::from_ptr(function(0)) }.to_string_lossy().into_owned()
 }
 
@@ -226,8 +222,8 @@ pub(crate) fn ranks(size: usize, body: impl Fn(Rank) + Sync) {
 
 /// Loads both twins.
 pub(crate) fn load() {
-    twin::load();
-    nccl::load();
+    twins::cuda::load();
+    twins::nccl::load();
 }
 
 /// Whether this process is one that the functions below started; bodies do nothing otherwise.
@@ -247,7 +243,7 @@ pub(crate) fn number<T: FromStr<Err: Debug>>(name: &str) -> T {
 
 /// A process that runs one body of this test binary.
 pub(crate) fn process(body: &str, settings: &[(&str, &str)]) -> Command {
-    let mut command = twin::command(env::current_exe().unwrap());
+    let mut command = twins::cuda::command(env::current_exe().unwrap());
     command.args([body, "--exact", "--ignored", "--nocapture"]);
     command.envs([
         ("SIMNCCL_TEST", "1"),

@@ -1,0 +1,9 @@
+//! How tests hold the twins of CUDA, NCCL and cuFile ([`cuda`], [`nccl`], [`cufile`]), and what these have in common
+//! ([`faults`], [`settings`]).
+
+pub mod cuda;
+pub mod cufile;
+pub mod faults;
+mod library;
+pub mod nccl;
+pub mod settings;
