@@ -432,13 +432,11 @@ fn child(test: &str, env: &[(&str, String)]) {
 fn every_call_of_a_load_can_fail() {
     // Side by side: mostly they wait for devices that were lost.
     std::thread::scope(|scope| {
-        for way in 0..WAYS.len() {
+        for (way, code) in (0..WAYS.len()).flat_map(|way| (0..CODES.len()).map(move |code| (way, code))) {
             scope.spawn(move || {
-                for code in 0..CODES.len() {
-                    let (way, code) = (way.to_string(), code.to_string());
-                    // Fresh memory is not what this is about, and filling it takes most of the time.
-                    child("sweep", &[("SWEEP_WAY", way), ("SWEEP_CODE", code), ("SIMCUDA_POISON", "0".into())]);
-                }
+                let (way, code) = (way.to_string(), code.to_string());
+                // Fresh memory is not what this is about, and filling it takes most of the time.
+                child("sweep", &[("SWEEP_WAY", way), ("SWEEP_CODE", code), ("SIMCUDA_POISON", "0".into())]);
             });
         }
     });

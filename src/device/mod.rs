@@ -66,7 +66,7 @@ pub(crate) enum Op {
     Copy(RawCopy),
     /// Bytes that land in the device's own scratch memory as they are, and are put in place from there: the copies'
     /// sources lie in `src..src + bytes`.
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "read by GPUs only"))]
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code, reason = "read by GPUs only"))]
     Cut {
         /// The first byte.
         src: *const u8,

@@ -1,4 +1,4 @@
-//! Tiny checkpoints with random bytes, and what each rank should hold, by index arithmetic over single bytes.
+//! Tiny checkpoints with random bytes, and what each rank should hold, by index arithmetic.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -69,7 +69,7 @@ pub(crate) fn write(folder: &Path, seed: u64) -> Vec<TestTensor> {
     tensors
 }
 
-/// The bytes of `rank` of `ranks`: each destination byte is looked up in the source on its own.
+/// The bytes of `rank` of `ranks`.
 pub(crate) fn expected(tensor: &TestTensor, rank: usize, ranks: usize) -> Vec<u8> {
     let part = |size: usize| (size / ranks * rank, size / ranks * (rank + 1));
     let row: usize = tensor.shape.iter().skip(1).product::<usize>() * 2;
@@ -77,17 +77,11 @@ pub(crate) fn expected(tensor: &TestTensor, rank: usize, ranks: usize) -> Vec<u8
         Cut::Whole => tensor.bytes.clone(),
         Cut::Rows => {
             let (from, to) = part(tensor.shape[0]);
-            (from * row..to * row).map(|index| tensor.bytes[index]).collect()
+            tensor.bytes[from * row..to * row].to_vec()
         }
         Cut::Columns => {
             let (from, to) = part(tensor.shape[1]);
-            let mut bytes = Vec::new();
-            for i in 0..tensor.shape[0] {
-                for j in from * 2..to * 2 {
-                    bytes.push(tensor.bytes[i * row + j]);
-                }
-            }
-            bytes
+            (0..tensor.shape[0]).flat_map(|i| &tensor.bytes[i * row..][from * 2..to * 2]).copied().collect()
         }
     }
 }

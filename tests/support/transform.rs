@@ -4,6 +4,7 @@
 
 use half::{bf16, f16};
 use shardlift::Dtype;
+use smallvec::SmallVec;
 
 /// A tensor as a file has it.
 #[derive(Debug, Clone)]
@@ -54,9 +55,9 @@ impl Source {
 }
 
 /// One element in another type.
-pub(crate) fn element(from: Dtype, to: Dtype, bytes: &[u8]) -> Vec<u8> {
+pub(crate) fn element(from: Dtype, to: Dtype, bytes: &[u8]) -> SmallVec<[u8; 8]> {
     if from == to {
-        return bytes.to_vec();
+        return bytes.into();
     }
     let two = |bytes: &[u8]| u16::from_le_bytes(bytes.try_into().unwrap());
     let wide: f32 = match from {
@@ -68,9 +69,9 @@ pub(crate) fn element(from: Dtype, to: Dtype, bytes: &[u8]) -> Vec<u8> {
         other => panic!("no cast of {other}"),
     };
     match to {
-        Dtype::F32 => wide.to_bits().to_le_bytes().to_vec(),
-        Dtype::F16 => f16::from_f32(wide).to_bits().to_le_bytes().to_vec(),
-        Dtype::Bf16 => bf16::from_f32(wide).to_bits().to_le_bytes().to_vec(),
+        Dtype::F32 => wide.to_bits().to_le_bytes().as_slice().into(),
+        Dtype::F16 => f16::from_f32(wide).to_bits().to_le_bytes().as_slice().into(),
+        Dtype::Bf16 => bf16::from_f32(wide).to_bits().to_le_bytes().as_slice().into(),
         other => panic!("no cast to {other}"),
     }
 }

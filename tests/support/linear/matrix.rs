@@ -22,7 +22,7 @@ impl Matrix {
         let size = dtype.bits() as usize / 8;
         let value = |bytes: &[u8]| match dtype {
             Dtype::Bf16 | Dtype::F16 | Dtype::F32 | Dtype::F8E4M3 => {
-                f64::from(f32::from_le_bytes(element(dtype, Dtype::F32, bytes).try_into().unwrap()))
+                f64::from(f32::from_le_bytes(element(dtype, Dtype::F32, bytes)[..].try_into().unwrap()))
             }
             Dtype::U8 => f64::from(bytes[0]),
             Dtype::I32 => f64::from(u32::from_le_bytes(bytes.try_into().unwrap())),

@@ -139,7 +139,7 @@ impl Array {
                     let bits: Vec<u8> =
                         (at * width..(at + 1) * width).map(|bit| bytes[bit as usize / 8] >> (bit % 8) & 1).collect();
                     let own = packed(&bits);
-                    cast.map_or_else(|| own.clone(), |to| element(*dtype, to, &own))
+                    cast.map_or_else(|| own.clone(), |to| element(*dtype, to, &own).to_vec())
                 }
             };
             bits.extend((0..width).map(|bit| bytes[bit / 8] >> (bit % 8) & 1));
@@ -316,7 +316,7 @@ impl Oracle<'_> {
                     if !castable || bytes.len() * 8 != from.bits() as usize {
                         return Err("bytes are not of this type".into());
                     }
-                    *bytes = element(from, to, bytes);
+                    *bytes = element(from, to, bytes).to_vec();
                 }
                 Value::Filled(_) => {}
             }
