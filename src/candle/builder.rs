@@ -52,6 +52,7 @@ pub fn sharded_var_builder(
 /// [candle's](candle_nn::var_builder::Shard), which converts to it. Indices and sizes are those of the whole tensor in the
 /// checkpoint, in elements, and dimension 0 is the outermost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Shard {
     /// One of `world_size` equal parts of dimension `dim`: all of the tensor if that is 1.
     Simple {
@@ -91,7 +92,7 @@ pub type ShardedVarBuilder<'a> = VarBuilderArgs<'a, Sharded>;
 
 /// The backend of [`var_builder()`].
 #[derive(Debug)]
-pub struct Unsharded(Held);
+struct Unsharded(Held);
 
 /// The backend of [`sharded_var_builder()`]. A request for the part that was loaded gets that; one for a part of it gets a
 /// copy; one for anything that this rank did not load is an error that says what it loaded.
