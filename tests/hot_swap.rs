@@ -81,15 +81,16 @@ impl Server {
 
     fn wait_until_loading(&self, bytes: u64) {
         let began = Instant::now();
-        loop {
-            let (_, body) = self.ask("GET", "/status", None);
-            let status: Value = serde_json::from_str(&body).unwrap();
-            if status["loading"]["bytes"].as_u64().is_some_and(|done| done >= bytes) {
-                return;
-            }
-            assert!(began.elapsed() < LIMIT, "{body}");
+        while self.loading().is_none_or(|done| done < bytes) {
+            assert!(began.elapsed() < LIMIT, "no load has {bytes} bytes");
             thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Bytes that were loaded of the model that is on its way, if one is.
+    fn loading(&self) -> Option<u64> {
+        let (_, body) = self.ask("GET", "/status", None);
+        serde_json::from_str::<Value>(&body).unwrap()["loading"]["bytes"].as_u64()
     }
 
     /// Whether a swap was under way to be cancelled.
@@ -110,6 +111,11 @@ impl Drop for Server {
 
 /// Writes a model of random weights; its folder and the bytes of its weights.
 fn model(folder: &Path, name: &str) -> (PathBuf, u64) {
+    model_of_words(folder, name, 0)
+}
+
+/// The same with so many words more, in a type that the model converts when it is made.
+fn model_of_words(folder: &Path, name: &str, more: usize) -> (PathBuf, u64) {
     let folder = folder.join(name);
     fs::create_dir(&folder).unwrap();
     let words = ["[UNK]", "a", "crane", "lifts", "it", "rained"];
@@ -123,7 +129,7 @@ fn model(folder: &Path, name: &str) -> (PathBuf, u64) {
     fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let (hidden, inner, layers) = (32, 48, 2);
     let config = json!({
-        "architectures": ["BertModel"], "model_type": "bert", "vocab_size": words.len(), "hidden_size": hidden,
+        "architectures": ["BertModel"], "model_type": "bert", "vocab_size": words.len() + more, "hidden_size": hidden,
         "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": inner, "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0, "max_position_embeddings": 16, "type_vocab_size": 2, "initializer_range": 0.02,
         "layer_norm_eps": 1e-12, "pad_token_id": 0,
@@ -155,8 +161,12 @@ fn model(folder: &Path, name: &str) -> (PathBuf, u64) {
             random(format!("encoder.layer.{layer}.{name}.bias"), &[rows]);
         }
     }
+    if more > 0 {
+        let words = Tensor::zeros((words.len() + more, hidden), DType::F64, &Device::Cpu).unwrap();
+        tensors.insert("embeddings.word_embeddings.weight".into(), words);
+    }
     tensors.insert("unused".into(), Tensor::zeros(UNUSED / 4, DType::F32, &Device::Cpu).unwrap());
-    let bytes = tensors.values().map(|tensor| tensor.elem_count() as u64 * 4).sum();
+    let bytes = tensors.values().map(|tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64).sum();
     candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
     (folder, bytes)
 }
@@ -283,6 +293,19 @@ fn a_swap_that_was_cancelled_does_not_take_over() {
     assert_eq!(server.metric("weights_bytes"), bytes as f64);
     fs::remove_file(&tokenizer).unwrap();
     fs::write(&tokenizer, &text).unwrap();
+
+    // After the load, while a model is made of it.
+    let (slow, of_slow) = model_of_words(folder.path(), "slow", 400_000);
+    for _ in 0..3 {
+        let (told, (status, answer)) = thread::scope(|scope| {
+            let swap = scope.spawn(|| server.swap(&slow));
+            while !swap.is_finished() && server.loading().is_none_or(|done| done < of_slow) {}
+            (server.cancel(), swap.join().unwrap())
+        });
+        assert_eq!(status, if told { 422 } else { 200 }, "{answer}");
+        assert_eq!(server.embed().0, if told { &a } else { &slow }.to_str().unwrap());
+        assert_eq!(server.swap(&a).0, 200);
+    }
 
     // And whenever else: who is told that it is cancelled finds the old one, who is not the new one.
     let mut cancelled = [0; 2];
