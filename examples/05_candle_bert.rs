@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
 use candle_nn::VarBuilder;
-use embedder::Embedder;
+use embedder::{Embedder, Parts};
 use shardlift::{Checkpoint, Loader, Memory, Plan, Rank, Rules, World, candle};
 
 fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
@@ -24,8 +24,8 @@ fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
             ["A crane lifts a container.", "A crane raises a box.", "It rained all day."].map(String::from).into();
     }
 
-    let vectors = Embedder::new(&model, ours(&model)?)?.embed(&sentences)?;
-    let theirs = Embedder::new(&model, candles(&model)?)?.embed(&sentences)?;
+    let vectors = Embedder::new(Parts::read(&model)?, ours(&model)?)?.embed(&sentences)?;
+    let theirs = Embedder::new(Parts::read(&model)?, candles(&model)?)?.embed(&sentences)?;
 
     let mut out = io::stdout().lock();
     for (at, vector) in vectors.iter().enumerate() {

@@ -55,7 +55,8 @@
 //! # Further
 //!
 //! The [`guide`] has a page for each concept. Features: `cuda` (GPUs and NCCL, found at run time) and `cli` (the binary), both on
-//! by default. The library prints nothing, installs no subscriber, and starts no runtime.
+//! by default; `candle` (weights for candle's models) and `candle-cuda` (the same on GPUs, which needs `nvcc` to build). The library
+//! prints nothing, installs no subscriber, and starts no runtime.
 //!
 //! The folders are the journey of a byte: `format -> plan -> read -> stage -> copy -> place`; `ARCHITECTURE.md` says
 //! what each may know.
@@ -106,6 +107,10 @@ pub use shape::Shape;
 
 /// A page for each concept.
 pub mod guide {
+    // Its example needs candle-transformers, too.
+    #[cfg(feature = "candle")]
+    #[cfg_attr(any(not(doctest), feature = "examples"), doc = include_str!("../docs/candle.md"))]
+    pub mod candle {}
     #[doc = include_str!("../docs/engines.md")]
     pub mod engines {}
     #[doc = include_str!("../docs/errors.md")]

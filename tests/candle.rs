@@ -139,8 +139,10 @@ fn a_builder_gives_what_candles_own_gives() {
         assert!(error.contains("b.rows"), "{error}");
     }
     // Nobody can have twice what was given away.
-    let error = var_builder(&mut weights, Rank(1), DType::F32, &CPU).map(|_| ()).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::NotFound);
+    for rank in [0, 1] {
+        let error = var_builder(&mut weights, Rank(rank), DType::F32, &CPU).map(|_| ()).unwrap_err();
+        assert_eq!((error.kind(), error.at().rank), (ErrorKind::NotFound, Some(Rank(rank))));
+    }
 }
 
 #[test]
@@ -204,6 +206,7 @@ fn parts_are_what_candles_sharded_builder_cuts() {
                 by_number(offset + 1, part).unwrap_err(),
                 by_number(usize::MAX, 2).unwrap_err(),
                 ours.get(shape, name).unwrap_err(),
+                ours.get_unchecked(name).unwrap_err(),
                 ours.get_with_hints(shape, name, Shard::Offset { dim: 1 - dim, offset: 0, len: 3 }).unwrap_err(),
                 ours.get_with_hints(shape, name, Shard::Simple { dim, rank: (rank + 1) % 3, world_size: 3 })
                     .unwrap_err(),
@@ -216,6 +219,7 @@ fn parts_are_what_candles_sharded_builder_cuts() {
         // What every rank has whole can be cut by who asks for it; 7 rows by 3 ranks cannot.
         let whole = theirs.get((1000, 333), "f.whole").unwrap();
         assert_eq!(raw(&ours.get((1000, 333), "f.whole").unwrap()).0, raw(&whole).0);
+        assert_eq!(raw(&ours.get_unchecked("f.whole").unwrap()).0, raw(&whole).0);
         let third = Shard::Simple { dim: 1, rank, world_size: 3 };
         let third = ours.get_with_hints((1000, 333), "f.whole", third).unwrap();
         assert_eq!(raw(&third).0, raw(&whole.narrow(1, 111 * rank, 111).unwrap().force_contiguous().unwrap()).0);
@@ -224,6 +228,34 @@ fn parts_are_what_candles_sharded_builder_cuts() {
         assert!(error.contains("[7, 5]") && error.contains('3'), "{error}");
         let error = ours.get_with_hints((7, 5), "c.whole", Shard::Offset { dim: 2, offset: 0, len: 1 }).unwrap_err();
         assert!(error.to_string().contains("no dimension 2"), "{error}");
+        let error = ours.get_with_hints((), "h.scalar", third_of(rank)).unwrap_err();
+        assert!(error.to_string().contains("no dimension 0"), "{error}");
+        for (part, world_size) in [(3, 3), (0, 0)] {
+            let none = Shard::Simple { dim: 1, rank: part, world_size };
+            let error = ours.get_with_hints((1000, 333), "f.whole", none).unwrap_err().to_string();
+            assert!(error.contains(&format!("no part {part} of {world_size}")), "{error}");
+        }
+        // Of nothing everybody has nothing.
+        assert_eq!(ours.get_with_hints((0, 4), "i.empty", third_of(rank)).unwrap().dims(), [0, 4]);
+        let columns = Shard::Offset { dim: 1, offset: 1, len: 2 };
+        assert_eq!(ours.get_with_hints((0, 4), "i.empty", columns).unwrap().dims(), [0, 2]);
+    }
+}
+
+fn third_of(rank: usize) -> Shard {
+    Shard::Simple { dim: 0, rank, world_size: 3 }
+}
+
+#[test]
+fn what_candle_cannot_cut_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    of_all_types(folder.path());
+    let mut weights = load(folder.path(), &Rules::replicate_all(), &World::host(1), Memory::PerTensor);
+    let builder = sharded_var_builder(&mut weights, Rank(0), DType::F32, &CPU).unwrap();
+    for dtype in [Dtype::F4, Dtype::F6E2M3, Dtype::F6E3M2, Dtype::F8E8M0] {
+        let half = Shard::Simple { dim: 0, rank: 1, world_size: 2 };
+        let error = builder.get_with_hints((2, 12), &format!("of.{dtype}"), half).unwrap_err().to_string();
+        assert!(error.contains(&format!("cuts no {dtype}")), "{error}");
     }
 }
 
@@ -231,10 +263,25 @@ fn parts_are_what_candles_sharded_builder_cuts() {
 fn what_is_no_plain_part_is_given_as_it_is_and_cut_by_nobody() {
     let folder = tempfile::tempdir().unwrap();
     support::model::write(folder.path(), 6);
-    let rules = Rules::new().replicate("a.rows").transpose().skip("**");
-    let mut weights = load(folder.path(), &rules, &World::host(1), Memory::PerTensor);
-    let builder = sharded_var_builder(&mut weights, Rank(0), DType::F32, &CPU).unwrap();
-    assert_eq!(builder.get((24, 48), "a.rows").unwrap().dims(), [24, 48]);
-    let error = builder.get_with_hints((24, 48), "a.rows", Shard::Simple { dim: 0, rank: 0, world_size: 2 });
-    assert!(error.unwrap_err().to_string().contains("no plain part"));
+    for (made, shape) in [
+        ("replicate = true, transpose = true", &[24, 48][..]),
+        // Their indices are not those of the tensor, though what they have of it is a plain part.
+        ("steps = [{ view = [6, 8, 24] }]", &[6, 8, 24]),
+        ("steps = [{ pad = { dim = 0, to = 50, fill = \"zero\" } }]", &[50, 24]),
+    ] {
+        let rules = format!("rule = [{{ match = \"a.rows\", {made} }}, {{ match = \"**\", skip = true }}]");
+        let rules = Rules::from_toml(&rules).unwrap();
+        let mut weights = load(folder.path(), &rules, &World::host(1), Memory::PerTensor);
+        let builder = sharded_var_builder(&mut weights, Rank(0), DType::F32, &CPU).unwrap();
+        assert_eq!(builder.get(shape, "a.rows").unwrap().dims(), shape);
+        assert_eq!(builder.get_unchecked("a.rows").unwrap().dims(), shape);
+        for part in [
+            Shard::Simple { dim: 0, rank: 0, world_size: 2 },
+            Shard::Offset { dim: 0, offset: 0, len: 48 },
+            Shard::Offset { dim: 1, offset: 0, len: 24 },
+        ] {
+            let error = builder.get_with_hints((48, 24), "a.rows", part).unwrap_err().to_string();
+            assert!(error.contains("no plain part"), "{made} {part:?}: {error}");
+        }
+    }
 }

@@ -54,7 +54,12 @@ fn candle_llama_tp() {
     let folder = tempfile::tempdir().unwrap();
     let text = output(Command::new(built("06_candle_llama_tp")).arg(folder.path()));
     for (line, ranks) in text.lines().zip([1, 2, 4]) {
-        assert!(line.starts_with(&format!("{ranks} ranks: ")) && line.contains("logits differ by"), "{text}");
+        let numbers: Vec<usize> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
+        let [of, held, whole] = numbers[..] else { panic!("{text}") };
+        assert!(of == ranks && line.contains("logits differ by"), "{text}");
+        // All is divided but the 7 norms, of 64 numbers, and embeddings and head, of 256 rows of as many.
+        let same = (7 + 2 * 256) * 64 * 4;
+        assert_eq!(held, (whole - same) / ranks + same, "{text}");
     }
     assert_eq!(text.lines().count(), 3, "{text}");
 }

@@ -26,7 +26,9 @@ struct Server {
 impl Server {
     fn start(model: &Path, options: &[&str]) -> Server {
         let folder = Path::new(env!("CARGO_BIN_EXE_shardlift")).parent().unwrap().join("examples");
-        let mut command = Command::new(folder.join("07_hot_swap"));
+        let example = folder.join("07_hot_swap");
+        assert!(example.exists(), "`cargo test` builds {}, `cargo test --test hot_swap` does not", example.display());
+        let mut command = Command::new(example);
         command.arg(model).args(["--listen", "127.0.0.1:0"]).args(options).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let mut line = String::new();
@@ -55,7 +57,11 @@ impl Server {
 
     /// The model that answered, and its vectors.
     fn embed(&self) -> (String, Value) {
-        let (status, body) = self.ask("POST", "/embed", Some(json!({ "sentences": ["a crane lifts", "it rained"] })));
+        self.embed_all(&["a crane lifts", "it rained"])
+    }
+
+    fn embed_all(&self, sentences: &[&str]) -> (String, Value) {
+        let (status, body) = self.ask("POST", "/embed", Some(json!({ "sentences": sentences })));
         assert_eq!(status, 200, "{body}");
         let mut answer: Value = serde_json::from_str(&body).unwrap();
         (answer["model"].as_str().unwrap().into(), answer["vectors"].take())
@@ -73,16 +79,26 @@ impl Server {
         line.unwrap_or_else(|| panic!("no {name} in {text}")).rsplit(' ').next().unwrap().parse().unwrap()
     }
 
-    fn wait_until_loading(&self) {
+    fn wait_until_loading(&self, bytes: u64) {
         let began = Instant::now();
-        loop {
-            let (_, body) = self.ask("GET", "/status", None);
-            if serde_json::from_str::<Value>(&body).unwrap()["loading"]["bytes"].as_u64().is_some_and(|done| done > 0) {
-                return;
-            }
-            assert!(began.elapsed() < LIMIT, "{body}");
+        while self.loading().is_none_or(|done| done < bytes) {
+            assert!(began.elapsed() < LIMIT, "no load has {bytes} bytes");
             thread::sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Bytes that were loaded of the model that is on its way, if one is.
+    fn loading(&self) -> Option<u64> {
+        let (_, body) = self.ask("GET", "/status", None);
+        serde_json::from_str::<Value>(&body).unwrap()["loading"]["bytes"].as_u64()
+    }
+
+    /// Whether a swap was under way to be cancelled.
+    fn cancel(&self) -> bool {
+        let (status, body) = self.ask("POST", "/cancel", None);
+        let answer: Value = serde_json::from_str(&body).unwrap();
+        assert!(status == 200 && answer.as_object().unwrap().len() == 1, "{body}");
+        answer["cancelled"].as_bool().unwrap()
     }
 }
 
@@ -95,6 +111,11 @@ impl Drop for Server {
 
 /// Writes a model of random weights; its folder and the bytes of its weights.
 fn model(folder: &Path, name: &str) -> (PathBuf, u64) {
+    model_of_words(folder, name, 0)
+}
+
+/// The same with so many words more, in a type that the model converts when it is made.
+fn model_of_words(folder: &Path, name: &str, more: usize) -> (PathBuf, u64) {
     let folder = folder.join(name);
     fs::create_dir(&folder).unwrap();
     let words = ["[UNK]", "a", "crane", "lifts", "it", "rained"];
@@ -108,7 +129,7 @@ fn model(folder: &Path, name: &str) -> (PathBuf, u64) {
     fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
     let (hidden, inner, layers) = (32, 48, 2);
     let config = json!({
-        "architectures": ["BertModel"], "model_type": "bert", "vocab_size": words.len(), "hidden_size": hidden,
+        "architectures": ["BertModel"], "model_type": "bert", "vocab_size": words.len() + more, "hidden_size": hidden,
         "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": inner, "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0, "max_position_embeddings": 16, "type_vocab_size": 2, "initializer_range": 0.02,
         "layer_norm_eps": 1e-12, "pad_token_id": 0,
@@ -140,8 +161,12 @@ fn model(folder: &Path, name: &str) -> (PathBuf, u64) {
             random(format!("encoder.layer.{layer}.{name}.bias"), &[rows]);
         }
     }
+    if more > 0 {
+        let words = Tensor::zeros((words.len() + more, hidden), DType::F64, &Device::Cpu).unwrap();
+        tensors.insert("embeddings.word_embeddings.weight".into(), words);
+    }
     tensors.insert("unused".into(), Tensor::zeros(UNUSED / 4, DType::F32, &Device::Cpu).unwrap());
-    let bytes = tensors.values().map(|tensor| tensor.elem_count() as u64 * 4).sum();
+    let bytes = tensors.values().map(|tensor| (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64).sum();
     candle_core::safetensors::save(&tensors, folder.join("model.safetensors")).unwrap();
     (folder, bytes)
 }
@@ -218,30 +243,128 @@ fn a_load_that_fails_or_is_cancelled_leaves_the_old_model() {
     let why = refused(&cut);
     assert!(why.contains("model.safetensors"), "{why}");
     still_a(&why);
-    // Weights without a tokenizer are read for nothing.
+    // Weights without a tokenizer are not read.
     fs::remove_file(cut.join("tokenizer.json")).unwrap();
     fs::copy(b.join("model.safetensors"), &weights).unwrap();
     let why = refused(&cut);
+    assert!(why.contains("cut"), "{why}");
     still_a(&why);
 
     // Cancelled, and a second swap meanwhile refused.
     thread::scope(|scope| {
         let swap = scope.spawn(|| server.swap(&b));
-        server.wait_until_loading();
+        server.wait_until_loading(1);
         let (status, answer) = server.swap(&a);
         assert_eq!(status, 409, "{answer}");
         assert_eq!(server.embed(), of_a);
-        let (status, answer) = server.ask("POST", "/cancel", None);
-        assert_eq!((status, answer.as_str()), (200, r#"{"cancelled":true}"#));
+        assert!(server.cancel());
         let (status, answer) = swap.join().unwrap();
         assert_eq!(status, 422);
         assert!(answer["error"].as_str().unwrap().contains("cancelled"), "{answer}");
     });
     still_a("cancelled");
-    assert_eq!(server.ask("POST", "/cancel", None).1, r#"{"cancelled":false}"#);
+    assert!(!server.cancel());
     // And then it works.
     assert_eq!(server.swap(&b).0, 200);
     assert_ne!(server.embed().1, of_a.1);
+}
+
+#[test]
+fn a_swap_that_was_cancelled_does_not_take_over() {
+    let folder = tempfile::tempdir().unwrap();
+    let [(a, bytes), (b, _)] = ["a", "b"].map(|name| model(folder.path(), name));
+    let server = Server::start(&a, &[]);
+    let of_a = server.embed();
+
+    // Before there is a load: whoever reads the tokenizer waits for somebody who writes it.
+    let tokenizer = b.join("tokenizer.json");
+    let text = fs::read(&tokenizer).unwrap();
+    fs::remove_file(&tokenizer).unwrap();
+    assert!(Command::new("mkfifo").arg(&tokenizer).status().unwrap().success());
+    thread::scope(|scope| {
+        let swap = scope.spawn(|| server.swap(&b));
+        server.wait_until_loading(0);
+        assert!(server.cancel());
+        fs::write(&tokenizer, &text).unwrap();
+        let (status, answer) = swap.join().unwrap();
+        assert!(status == 422 && answer["error"].as_str().unwrap().contains("cancelled"), "{answer}");
+    });
+    assert_eq!(server.embed(), of_a);
+    assert_eq!(server.metric("weights_bytes"), bytes as f64);
+    fs::remove_file(&tokenizer).unwrap();
+    fs::write(&tokenizer, &text).unwrap();
+
+    // After the load, while a model is made of it.
+    let (slow, of_slow) = model_of_words(folder.path(), "slow", 400_000);
+    for _ in 0..3 {
+        let (told, (status, answer)) = thread::scope(|scope| {
+            let swap = scope.spawn(|| server.swap(&slow));
+            while !swap.is_finished() && server.loading().is_none_or(|done| done < of_slow) {}
+            (server.cancel(), swap.join().unwrap())
+        });
+        assert_eq!(status, if told { 422 } else { 200 }, "{answer}");
+        assert_eq!(server.embed().0, if told { &a } else { &slow }.to_str().unwrap());
+        assert_eq!(server.swap(&a).0, 200);
+    }
+
+    // And whenever else: who is told that it is cancelled finds the old one, who is not the new one.
+    let mut cancelled = [0; 2];
+    let mut serving = a.clone();
+    for turn in 0..40 {
+        let next = if serving == a { &b } else { &a };
+        let (told, (status, answer)) = thread::scope(|scope| {
+            let swap = scope.spawn(|| server.swap(next));
+            thread::sleep(Duration::from_millis(turn));
+            (server.cancel(), swap.join().unwrap())
+        });
+        assert_eq!(status, if told { 422 } else { 200 }, "{answer}");
+        serving = if told { serving } else { next.clone() };
+        assert_eq!(server.embed().0, serving.to_str().unwrap());
+        assert_eq!(server.metric("weights_bytes"), bytes as f64);
+        cancelled[usize::from(told)] += 1;
+    }
+    assert!(cancelled[1] > 0, "{cancelled:?}");
+}
+
+#[test]
+fn a_sentence_without_words_has_zeros() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, _) = model(folder.path(), "a");
+    let server = Server::start(&a, &[]);
+    assert_eq!(server.embed_all(&[]).1, json!([]));
+    let vectors = server.embed_all(&["a crane lifts", ""]).1;
+    assert_eq!(vectors[1], json!(vec![0.0; 32]));
+    assert!(vectors[0].as_array().unwrap().iter().all(|number| number.as_f64().is_some()), "{vectors}");
+}
+
+#[test]
+fn metrics_are_what_prometheus_reads() {
+    let folder = tempfile::tempdir().unwrap();
+    let (a, _) = model(folder.path(), "a");
+    let server = Server::start(&a, &[]);
+    let (status, text) = server.ask("GET", "/metrics", None);
+    assert!(status == 200 && text.ends_with('\n'), "{text}");
+    // Of each metric one line of help, one of its type, and then all of its samples.
+    let mut lines = text.lines().peekable();
+    let mut seen = Vec::new();
+    while let Some(help) = lines.next() {
+        let (name, _) = help.strip_prefix("# HELP ").unwrap().split_once(' ').unwrap();
+        let is_name = |byte: u8| byte.is_ascii_lowercase() || byte == b'_';
+        assert!(name.starts_with("shardlift_") && name.bytes().all(is_name) && !seen.contains(&name), "{name}");
+        let kind = lines.next().unwrap().strip_prefix(&format!("# TYPE {name} ")).unwrap();
+        assert_eq!(kind, if name.ends_with("_total") { "counter" } else { "gauge" }, "{name}");
+        let mut samples = 0;
+        while let Some(sample) = lines.next_if(|line| !line.starts_with('#')) {
+            let (of, value) = sample.rsplit_once(' ').unwrap();
+            let labels = of.strip_prefix(name).unwrap();
+            assert!(labels.is_empty() || (labels.starts_with("{stage=\"") && labels.ends_with("\"}")), "{sample}");
+            assert!(value.parse::<f64>().unwrap().is_finite(), "{sample}");
+            samples += 1;
+        }
+        assert!(samples > 0, "{name}");
+        seen.push(name);
+    }
+    assert_eq!(seen.len(), 7);
 }
 
 #[test]

@@ -153,7 +153,7 @@ fn a_load_is_a_span_with_files_stages_and_an_outcome() {
     let heard = hear(&|| drop(Loader::new().load(&plan).unwrap_err()));
     assert_eq!(heard.spans[1].fields["outcome"], "failed");
     let failed = heard.events.iter().find(|event| event.name == "load failed").unwrap();
-    assert_eq!((failed.level, failed.parent, &*failed.fields["kind"]), (Level::ERROR, Some(1), "Truncated"));
+    assert_eq!((failed.level, failed.parent, &*failed.fields["kind"]), (Level::ERROR, Some(1), "truncated"));
     assert!(failed.fields["error"].contains("two.safetensors"), "{failed:?}");
 
     // Before anything moves, too.

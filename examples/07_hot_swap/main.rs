@@ -4,6 +4,9 @@
 //!
 //! `cargo run --release --features examples --example 07_hot_swap -- MODEL [--listen ADDRESS] [--budget MB] [--throttle MB]`
 //!
+//! MODEL is a folder like that of all-MiniLM-L6-v2, which `scripts/demo` fetches into `.cache/demo`. The budget is for the weights
+//! of all models, in megabytes; the throttle is what a load may read of them in a second.
+//!
 //! ```text
 //! curl -d '{"sentences": ["A crane lifts a container."]}' -H 'content-type: application/json' ADDRESS/embed
 //! curl -d '{"model": "OTHER"}' -H 'content-type: application/json' ADDRESS/swap
@@ -42,7 +45,7 @@ async fn main() -> Result<(), BoxError> {
     let (mut listen, mut budget, mut throttle) = ("127.0.0.1:8080".to_owned(), u64::MAX, None);
     while let Some(option) = words.next() {
         let value = words.next().ok_or(USAGE)?;
-        let bytes = || value.parse::<u64>().map(|megabytes| megabytes * 1_000_000);
+        let bytes = || value.parse::<u64>().map(|megabytes| megabytes.saturating_mul(1_000_000));
         match option.as_str() {
             "--listen" => listen = value,
             "--budget" => budget = bytes()?,
@@ -97,7 +100,7 @@ async fn swap(State(models): State<Arc<Models>>, Json(Model { model }): Json<Mod
             let status = match &failure {
                 Failure::Busy => StatusCode::CONFLICT,
                 Failure::Budget { .. } => StatusCode::INSUFFICIENT_STORAGE,
-                Failure::Load(_) | Failure::Model(_) => StatusCode::UNPROCESSABLE_ENTITY,
+                Failure::Load(_) | Failure::Cancelled | Failure::Model(_) => StatusCode::UNPROCESSABLE_ENTITY,
             };
             (status, Json(json!({ "error": failure.to_string() }))).into_response()
         }

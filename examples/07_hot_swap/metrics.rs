@@ -48,15 +48,20 @@ impl Metrics {
             "Loads that failed or were cancelled.",
             &[("", counts.failures as f64)],
         );
-        metric("load_seconds_total", "counter", "Seconds of loads.", &[("", counts.seconds)]);
-        metric("load_bytes_total", "counter", "Bytes that landed.", &[("", counts.bytes as f64)]);
+        metric("load_seconds_total", "counter", "Seconds of loads that did not fail.", &[("", counts.seconds)]);
+        metric("load_bytes_total", "counter", "Bytes that they landed.", &[("", counts.bytes as f64)]);
         let stages = [(r#"{stage="read"}"#, counts.read_busy), (r#"{stage="copy"}"#, counts.copy_busy)];
         metric("stage_busy_seconds_total", "counter", "Seconds that stages were busy, over their threads.", &stages);
-        metric("last_load_gb_per_second", "gauge", "Throughput of the last load.", &[("", counts.last_gb_per_s)]);
+        metric(
+            "last_load_gb_per_second",
+            "gauge",
+            "Throughput of the last of them, in 1e9 bytes.",
+            &[("", counts.last_gb_per_s)],
+        );
         metric(
             "weights_bytes",
             "gauge",
-            "Bytes of the weights of all models in memory.",
+            "Bytes of the weights of all models, those on their way included.",
             &[("", weights_bytes as f64)],
         );
         text

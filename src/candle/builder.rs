@@ -1,6 +1,7 @@
 //! Builders that hand loaded tensors to models by name.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -9,7 +10,7 @@ use candle_nn::Init;
 use candle_nn::var_builder::{self, Backend, SimpleBackend, VarBuilder, VarBuilderArgs};
 
 use super::{check_dtype, tensor, wrapped};
-use crate::error;
+use crate::error::{self, ErrorKind};
 use crate::extent::Rank;
 use crate::place::{self, Weights};
 use crate::plan::Plan;
@@ -21,7 +22,8 @@ use crate::sync::lock;
 /// part of a tensor has that part: a model's shapes are those of the rank.
 ///
 /// # Errors
-/// [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) for a rank whose tensors are not in these weights.
+/// [`ErrorKind::NotFound`] for a rank that is not driven here, and one whose tensors were all taken out before, by another
+/// builder for instance.
 pub fn var_builder(
     weights: &mut Weights,
     rank: Rank,
@@ -47,14 +49,16 @@ pub fn sharded_var_builder(
 }
 
 /// What a layer wants of a tensor: with the same fields as in mistral.rs, and as
-/// [candle's](candle_nn::var_builder::Shard), which converts to it.
+/// [candle's](candle_nn::var_builder::Shard), which converts to it. Indices and sizes are those of the whole tensor in the
+/// checkpoint, in elements, and dimension 0 is the outermost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Shard {
     /// One of `world_size` equal parts of dimension `dim`: all of the tensor if that is 1.
     Simple {
         /// The dimension.
         dim: usize,
-        /// Which part.
+        /// Which part, counted from 0.
         rank: usize,
         /// How many there are.
         world_size: usize,
@@ -88,7 +92,7 @@ pub type ShardedVarBuilder<'a> = VarBuilderArgs<'a, Sharded>;
 
 /// The backend of [`var_builder()`].
 #[derive(Debug)]
-pub struct Unsharded(Held);
+struct Unsharded(Held);
 
 /// The backend of [`sharded_var_builder()`]. A request for the part that was loaded gets that; one for a part of it gets a
 /// copy; one for anything that this rank did not load is an error that says what it loaded.
@@ -119,8 +123,9 @@ impl Backend for Sharded {
         self.0.part(shape, name, shard, device)?.to_dtype(dtype)
     }
 
+    /// As there all of the tensor: an error if this rank loaded a part of it.
     fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
-        self.0.tensor(name, device)?.0.to_dtype(dtype)
+        self.0.whole(name, device)?.to_dtype(dtype)
     }
 
     fn contains_tensor(&self, name: &str) -> bool {
@@ -166,8 +171,12 @@ enum State {
 impl Held {
     fn new(weights: &mut Weights, rank: Rank) -> error::Result<Held> {
         let plan = weights.plan().clone();
+        let taken = weights.take_rank(rank)?;
+        if taken.is_empty() && !plan.rank(rank).dests.is_empty() {
+            return Err(error::Error::new(ErrorKind::NotFound, "its tensors were taken out").with_rank(rank));
+        }
         let mut tensors = HashMap::new();
-        for tensor in weights.take_rank(rank)? {
+        for tensor in taken {
             let param = tensor.param_position();
             if plan.params()[param].alias_of.is_none() {
                 let entry = Entry { dest: tensor.position(), state: State::Loaded(tensor) };
@@ -194,10 +203,12 @@ impl Held {
         if let State::Loaded(loaded) = &entry.state {
             check_dtype(loaded)?; // it stays what it is
         }
-        let failed = State::Failed(format!("tensor {name}: it was lost when it was first asked for"));
-        let made = match std::mem::replace(&mut entry.state, failed) {
+        let lost = |why: &dyn Display| format!("tensor {name} was lost when it was first asked for: {why}");
+        let made = match std::mem::replace(&mut entry.state, State::Failed(lost(&"a panic"))) {
             State::Made(made) => made,
-            State::Loaded(loaded) => tensor(loaded, device)?,
+            State::Loaded(loaded) => {
+                tensor(loaded, device).inspect_err(|why| entry.state = State::Failed(lost(why)))?
+            }
             State::Failed(why) => {
                 entry.state = State::Failed(why.clone());
                 return Err(Error::msg(why));
@@ -213,43 +224,53 @@ impl Held {
         let [leaf] = leaves.as_slice() else { return Ok(None) };
         let shape = &self.plan.tensor(leaf.tensor).shape;
         let Some(ranges) = leaf.ranges(shape) else { return Ok(None) };
+        // Viewed in other dimensions, or filled up, its indices are not those of the tensor.
+        let has = self.plan.rank(self.rank).dests[dest].shape.iter().copied();
+        if !has.eq(ranges.iter().map(|range| range.end - range.start)) {
+            return Ok(None);
+        }
         let sizes = shape.iter().map(|&size| size as usize);
         Ok(Some(ranges.into_iter().map(|range| range.start as usize..range.end as usize).zip(sizes).collect()))
     }
 
+    /// The error that this rank has other indices of a tensor than are wanted.
+    fn lacks(&self, name: &str, loaded: &[Loaded], wanted: &str) -> Error {
+        let part = |(range, size): &Loaded| format!("{}..{} of {size}", range.start, range.end);
+        let held = loaded.iter().map(part).collect::<Vec<_>>().join(", ");
+        Error::msg(format!("tensor {name} (rank {}): {wanted} was not loaded, but [{held}]", self.rank))
+    }
+
+    /// All of a tensor. What is made of several, filled up, or turned around is what it is.
+    fn whole(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let (tensor, dest) = self.tensor(name, device)?;
+        match self.loaded(dest)? {
+            Some(loaded) if loaded.iter().any(|(range, size)| *range != (0..*size)) => {
+                Err(self.lacks(name, &loaded, "all of it"))
+            }
+            _ => Ok(tensor),
+        }
+    }
+
     /// The part of a tensor that is wanted, if this rank has it.
     fn part(&self, shape: Shape, name: &str, shard: Shard, device: &Device) -> Result<Tensor> {
-        let (tensor, dest) = self.tensor(name, device)?;
-        let loaded = self.loaded(dest)?;
-        let all = matches!(shard, Shard::Simple { world_size: 1, .. });
-        let Some(loaded) = loaded else {
-            // Made of several tensors, padded, or turned around: it is what it is.
-            if all {
-                check_shape(name, shape, &tensor)?;
-                return Ok(tensor);
-            }
-            candle_core::bail!("tensor {name} (rank {}): what was loaded is no plain part of one tensor", self.rank);
-        };
-        let lacks = |wanted: &str| {
-            let part = |(range, size): &Loaded| format!("{}..{} of {size}", range.start, range.end);
-            let held: Vec<String> = loaded.iter().map(part).collect();
-            let message =
-                format!("tensor {name} (rank {}): {wanted} was not loaded, but [{}]", self.rank, held.join(", "));
-            Error::msg(message)
-        };
-        if all {
-            if loaded.iter().any(|(range, size)| *range != (0..*size)) {
-                return Err(lacks("all of it"));
-            }
+        if matches!(shard, Shard::Simple { world_size: 1, .. }) {
+            let tensor = self.whole(name, device)?;
             check_shape(name, shape, &tensor)?;
             return Ok(tensor);
         }
+        let (tensor, dest) = self.tensor(name, device)?;
+        let Some(loaded) = self.loaded(dest)? else {
+            candle_core::bail!("tensor {name} (rank {}): what was loaded is no plain part of one tensor", self.rank);
+        };
         let (Shard::Simple { dim, .. } | Shard::Offset { dim, .. }) = shard;
         let Some((held, size)) = loaded.get(dim) else {
             candle_core::bail!("tensor {name} has {} dimensions, and no dimension {dim}", loaded.len());
         };
         let wanted = match shard {
-            Shard::Simple { rank, world_size, .. } if world_size > 0 && size % world_size == 0 && rank < world_size => {
+            Shard::Simple { rank, world_size, .. } if rank >= world_size => {
+                candle_core::bail!("tensor {name}: no part {rank} of {world_size}, which are counted from 0");
+            }
+            Shard::Simple { rank, world_size, .. } if size % world_size == 0 => {
                 let part = size / world_size;
                 rank * part..(rank + 1) * part
             }
@@ -262,10 +283,15 @@ impl Held {
         let others = loaded.iter().enumerate().filter(|(at, _)| *at != dim);
         let whole = others.map(|(_, part)| part).all(|(range, size)| *range == (0..*size));
         if !whole || wanted.start < held.start || wanted.end > held.end {
-            return Err(lacks(&format!("{}..{} of dimension {dim}", wanted.start, wanted.end)));
+            let wanted = format!("{}..{} of dimension {dim}", wanted.start, wanted.end);
+            return Err(self.lacks(name, &loaded, &wanted));
         }
         if wanted == *held {
             return Ok(tensor);
+        }
+        if matches!(tensor.dtype(), DType::F4 | DType::F6E2M3 | DType::F6E3M2 | DType::F8E8M0) {
+            let dtype = self.plan.params()[self.plan.rank(self.rank).dests[dest].param as usize].dtype;
+            candle_core::bail!("tensor {name} (rank {}): candle cuts no {dtype}; rules can load the part", self.rank);
         }
         tensor.narrow(dim, wanted.start - held.start, wanted.len())?.force_contiguous()
     }

@@ -30,6 +30,8 @@ pub(super) fn tensor(tensor: place::Tensor, device: &Device) -> Result<Taken> {
     }
     let (dtype, bytes) = (tensor.dtype(), tensor.nbytes());
     let shape: Vec<usize> = tensor.shape().iter().map(|&size| size as usize).collect();
+    // A slice has events, and making one of a device that is lost is an error here, and a panic there.
+    drop(stream.context().new_event(None).map_err(candle_core::Error::wrap)?);
     let Ok(address) = tensor.into_gpu_memory() else {
         candle_core::bail!("{whose}: memory that others share cannot become candle's; load with Memory::PerTensor");
     };
@@ -56,7 +58,8 @@ pub(super) fn tensor(tensor: place::Tensor, device: &Device) -> Result<Taken> {
         Dtype::F6E2M3 => CudaStorageSlice::F6E2M3(slice!(u8)),
         Dtype::F6E3M2 => CudaStorageSlice::F6E3M2(slice!(u8)),
         Dtype::F4 => CudaStorageSlice::F4(slice!(u8)),
-        _ => CudaStorageSlice::F8E8M0(slice!(u8)),
+        Dtype::F8E8M0 => CudaStorageSlice::F8E8M0(slice!(u8)),
+        other => unreachable!("bug in shardlift: candle has no {other}"),
     };
     let storage = Storage::Cuda(CudaStorage { slice, device: cuda.clone() });
     Ok(Taken::Made(Tensor::from_storage(storage, shape, BackpropOp::none(), false)))

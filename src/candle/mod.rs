@@ -40,14 +40,14 @@ use crate::dtype::Dtype;
 use crate::place;
 use crate::place::Element;
 
-pub use builder::{Shard, Sharded, ShardedVarBuilder, Unsharded, sharded_var_builder, var_builder};
+pub use builder::{Shard, Sharded, ShardedVarBuilder, sharded_var_builder, var_builder};
 
 // SAFETY: a transparent wrapper of a byte, of which every value is a number of the type.
 unsafe impl Element for float8::F8E4M3 {
     const DTYPES: &'static [Dtype] = &[Dtype::F8E4M3];
 }
 
-/// candle's name of an element type, if it has one.
+/// candle's name of an element type, if it has one. It has none of `U16`, of which [`tensor`] makes `U32`.
 pub fn dtype(of: Dtype) -> Option<DType> {
     Some(match of {
         Dtype::U8 => DType::U8,
@@ -64,7 +64,14 @@ pub fn dtype(of: Dtype) -> Option<DType> {
         Dtype::F6E3M2 => DType::F6E3M2,
         Dtype::F4 => DType::F4,
         Dtype::F8E8M0 => DType::F8E8M0,
-        _ => return None,
+        Dtype::Bool
+        | Dtype::I8
+        | Dtype::U16
+        | Dtype::U64
+        | Dtype::C64
+        | Dtype::F8E5M2
+        | Dtype::F8E4M3Fnuz
+        | Dtype::F8E5M2Fnuz => return None,
     })
 }
 
@@ -96,7 +103,8 @@ pub fn tensor(tensor: place::Tensor, device: &Device) -> Result<Tensor> {
         Dtype::F6E2M3 => CpuStorage::F6E2M3(vector(tensor)?),
         Dtype::F6E3M2 => CpuStorage::F6E3M2(vector(tensor)?),
         Dtype::F4 => CpuStorage::F4(vector(tensor)?),
-        _ => CpuStorage::F8E8M0(vector(tensor)?),
+        Dtype::F8E8M0 => CpuStorage::F8E8M0(vector(tensor)?),
+        other => unreachable!("bug in shardlift: candle has no {other}"),
     };
     Tensor::from_storage(Storage::Cpu(storage), shape, BackpropOp::none(), false).to_device(device)
 }

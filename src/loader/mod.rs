@@ -383,6 +383,7 @@ impl Loader {
 /// A load in progress: an iterator over tensors in the order in which they become complete. Dropping it cancels the
 /// load and waits for its threads.
 #[derive(Debug)]
+#[must_use = "a load that is dropped is cancelled: `finish` waits for it"]
 pub struct Load {
     plan: Plan,
     running: Running,

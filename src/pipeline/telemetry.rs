@@ -48,7 +48,7 @@ fn failed_by(span: &Span, kind: ErrorKind, why: &dyn Display) {
         }
         kind => {
             span.record("outcome", "failed");
-            error!(parent: span, ?kind, error = %why, "load failed");
+            error!(parent: span, kind = kind.name(), error = %why, "load failed");
         }
     }
 }

@@ -86,8 +86,14 @@ impl Leaf {
     /// The indices that it takes of each dimension of its tensor, which has this shape; `None` if they are not consecutive,
     /// or lie in another order at the destination.
     pub fn ranges(&self, shape: &Shape) -> Option<SmallVec<[Range<u64>; 4]>> {
-        if !self.order.is_sorted() || self.factors.iter().any(|factor| factor.len == 0) {
+        // Factors of one index are of no dimension in particular: whose it is that has none of it cannot be told.
+        if !self.order.is_sorted() || self.factors.iter().any(|factor| (factor.size, factor.len) == (1, 0)) {
             return None;
+        }
+        if shape.contains(&0) {
+            // Nor which factors an empty dimension has; of nothing everybody has all.
+            let whole = self.factors.iter().all(|factor| factor.len == factor.size);
+            return whole.then(|| shape.iter().map(|&size| 0..size).collect());
         }
         let mut factors = self.factors.iter().filter(|factor| factor.size > 1);
         let mut ranges = SmallVec::new();
@@ -95,13 +101,15 @@ impl Leaf {
             let (mut seen, mut range) = (1, 0..1);
             while seen < size {
                 let Factor { size, start, len, step } = *factors.next()?;
-                // A part of an inner factor is consecutive only below one index of the outer ones.
-                let (single, whole) = (range.end - range.start == 1, len == size);
-                if (step != 1 && len > 1) || !(single || whole) {
+                range = if len == size {
+                    range.start * size..range.end * size
+                } else if range.end - range.start == 1 && (step == 1 || len < 2) {
+                    let start = range.start * size + start;
+                    start..start + len
+                } else {
+                    // A part of an inner factor is consecutive only below one index of the outer ones.
                     return None;
-                }
-                let (first, last) = (range.start * size, (range.end - 1) * size);
-                range = first + start..last + start + len;
+                };
                 seen *= size;
             }
             ranges.push(range);
