@@ -133,7 +133,7 @@ pub extern "C" fn cuFileSetParameterBool(parameter: c_int, value: bool) -> Statu
 #[unsafe(no_mangle)]
 pub extern "C" fn cuFileGetParameterBool(parameter: c_int, value: Option<&mut bool>) -> Status {
     let due = count("cuFileGetParameterBool");
-    let found = || lock().parameters.get(&parameter).copied();
+    let found = || lock().parameters.get(&parameter).copied().filter(|_| config().parameters);
     answer(|| value.zip(found()).map(|(value, found)| *value = found).ok_or(INVALID_VALUE), due)
 }
 
