@@ -106,6 +106,57 @@ fn cufile_reads_into_one_gpu_and_says_how() {
     assert_eq!(planned["direct"], "known");
 }
 
+#[expect(clippy::print_stdout, reason = "a skip says so")]
+#[test]
+fn what_the_doctor_measured_of_cufile_is_what_auto_goes_by() {
+    let folder = tempfile::tempdir().unwrap();
+    let [model, measured] = ["model.safetensors", "doctor.json"].map(|name| folder.path().join(name));
+    let bytes = vec![7; 70_000_000];
+    let view = safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![bytes.len()], &bytes).unwrap();
+    safetensors::serialize_to_file([("a", view)], None, &model).unwrap();
+    // Clean pages can be forgotten.
+    fs::File::open(&model).unwrap().sync_all().unwrap();
+    let model = model.to_str().unwrap();
+    let load = |args: &[&str]| {
+        run(&[], &["load", model, "--page-cache", "drop"], 0);
+        run(&[], &[&["load", model, "--page-cache", "drop", "--staging", "16M"], args].concat(), 0)
+    };
+
+    let mut doctor = run(&[("SIMCUDA_DEVICES", "2")], &["doctor", model], 0);
+    let found = doctor["cufile"]["measured"].as_array_mut().unwrap();
+    assert_eq!(found.len(), 2, "{found:?}");
+    for (one, gpu) in found.iter_mut().zip(0..) {
+        assert_eq!(one["gpu"], gpu);
+        // Which of them is faster depends on the machine.
+        (one["cufile_gb_per_s"], one["staged_gb_per_s"]) = (json!(6 - 2 * gpu), json!(5));
+    }
+    assert_eq!(doctor["cufile"]["measured_why"], Value::Null);
+    fs::write(&measured, doctor.to_string()).unwrap();
+    let measured = ["--doctor", measured.to_str().unwrap()];
+    let on = |gpu, more: &[&str]| load(&[&["--devices", gpu], more].concat());
+    let without = on("cuda:0", &[]);
+    if without["engine"] != "uring" {
+        println!("SKIPPED: this file system is not read past the page cache");
+        return;
+    }
+    let with = on("cuda:0", &measured);
+    assert_eq!((&with["engine"], &with["direct"], &with["warnings"]), (&json!("cufile"), &json!("known"), &json!([])));
+    assert!(with["engine_reason"].as_str().unwrap().ends_with("6.00 GB/s where staging had 5.00"), "{with}");
+    for (gpu, why) in [("cuda:1", "; cufile was no faster"), ("cuda:2", "; cufile was measured elsewhere")] {
+        let with = on(gpu, &measured);
+        assert_eq!(with["engine"], "uring");
+        assert!(with["engine_reason"].as_str().unwrap().ends_with(why), "{with}");
+    }
+    // Without nvidia-fs it is tried, and done without.
+    run(&[], &["load", model, "--page-cache", "drop"], 0);
+    let args = [&["load", model, "--page-cache", "drop", "--devices", "cuda:0"], &measured[..]].concat();
+    let failed = run(&[("SIMCUFILE_MODE", "compat")], &args, 0);
+    assert_eq!((&failed["engine"], &failed["direct"]), (&json!("uring"), &Value::Null));
+    assert!(failed["warnings"][0].as_str().unwrap().contains("cufile is not used"), "{failed}");
+    let wrong = run(&[], &["load", model, "--doctor", model], 2);
+    assert!(error(&wrong).contains("no rates in this file"), "{wrong}");
+}
+
 #[test]
 fn one_rank_of_several_takes_the_device_that_it_is_given() {
     let model = Model::new();
@@ -247,7 +298,7 @@ fn the_doctor_looks_at_every_device() {
     assert_eq!(doctor["nccl"], json!({ "usable": true, "why": null, "version": "2.30.3" }));
     let why = "less than 67108864 bytes of tensors";
     let cufile = json!({
-        "usable": true, "why": null, "version": "1.14", "direct": "known", "measured": null, "measured_why": why,
+        "usable": true, "why": null, "version": "1.14", "direct": "known", "measured": [], "measured_why": why,
     });
     assert_eq!(doctor["cufile"], cufile);
     let without = run(&[("SIMCUFILE_MODE", "compat")], &["doctor", model.path().to_str().unwrap()], 0);

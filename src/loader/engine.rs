@@ -1,7 +1,10 @@
 //! Which engine a load reads with, and into which slots.
 
 use std::collections::BTreeMap;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use super::{EngineSource, Loader};
 use crate::error::{Error, ErrorKind, Result};
@@ -13,7 +16,7 @@ use crate::plan::{DeviceSpec, Plan};
 use crate::read::Cufile;
 #[cfg(target_os = "linux")]
 use crate::read::Uring;
-use crate::read::{Engine, EngineChoice, Mmap, Pread, Throttled, choose, default_threads};
+use crate::read::{Choice, Engine, EngineChoice, Mmap, Pread, Throttled, choose, choose_cold, default_threads};
 #[cfg(feature = "cuda")]
 use crate::source::SourceFile;
 use crate::sync::lock;
@@ -51,8 +54,8 @@ pub(super) struct Chosen {
     pub(super) ring: Ring,
     pub(super) direct: Option<Direct>,
     pub(super) maker: Option<Arc<SlotMaker>>,
-    /// Failed reads are repeated through memory of the host.
-    pub(super) falls_back: bool,
+    /// What `auto` would have chosen instead of cuFile: then also failed reads are repeated through memory of the host.
+    pub(super) otherwise: Option<Choice>,
     pub(super) warnings: Vec<String>,
 }
 
@@ -73,8 +76,8 @@ impl Loader {
         self
     }
 
-    /// Loads a plan several times through cuFile and through pinned memory, in turn and past the page cache. All that it reads
-    /// lies on one file system, and its ranks on one GPU.
+    /// Loads a plan several times through cuFile and through pinned memory, in turn and past the page cache; the latter by the
+    /// engine that [`EngineChoice::Auto`] would choose. All that it reads lies on one file system, and its ranks on one GPU.
     ///
     /// # Errors
     /// As of such loads; [`ErrorKind::Usage`] for a plan of several file systems or devices.
@@ -89,7 +92,7 @@ impl Loader {
             let loader = Loader::new().engine(engine).staging(self.staging).drop_page_cache(true);
             loader.stall(self.stall_warning, self.stall_error)
         };
-        let loaders = [loader(EngineChoice::Cufile), loader(EngineChoice::Uring)];
+        let loaders = [loader(EngineChoice::Cufile), loader(choose_cold(plan))];
         let (mut best, mut direct) = ([0f64; 2], Direct::Unknown);
         // The first round makes slots, opens the driver, and empties the page cache.
         for round in 0..=MEASURED_ROUNDS {
@@ -108,31 +111,39 @@ impl Loader {
     /// [`Report`](crate::Report) would hold, unless cuFile turns out not to be usable.
     pub fn engine_for(&self, plan: &Plan) -> (&'static str, String) {
         match self.decide(plan) {
-            (Some(EngineChoice::Cufile), reason) => ("cufile", reason),
-            (choice, reason) => {
+            (Some(EngineChoice::Cufile), reason, _) => ("cufile", reason),
+            (choice, reason, _) => {
                 let (engine, reason) = self.staging_engine(choice, reason);
                 (engine.name(), reason)
             }
         }
     }
 
-    /// What to read with, and why; no choice is the caller's own engine.
-    fn decide(&self, plan: &Plan) -> (Option<EngineChoice>, String) {
+    /// What to read with, and why; no choice is the caller's own engine. And what to read with where that fails.
+    fn decide(&self, plan: &Plan) -> (Option<EngineChoice>, String, Option<Choice>) {
         let choice = match &self.engine {
-            EngineSource::Custom(_) => return (None, "the caller's own engine".into()),
+            EngineSource::Custom(_) => return (None, "the caller's own engine".into(), None),
             EngineSource::Choice(choice) => *choice,
         };
         if choice != EngineChoice::Auto {
-            return (Some(choice), "asked for".into());
+            return (Some(choice), "asked for".into(), None);
         }
         let on = path(plan);
-        let measured = |one: &&CufileMeasurement| on == Some((one.file_system, one.gpu)) && one.is_faster();
-        let faster =
-            self.measured.iter().find(measured).map(|one| {
-                format!("direct, {:.2} GB/s where staging had {:.2}", one.cufile_gb_per_s, one.staged_gb_per_s)
-            });
-        let (choice, reason) = choose(plan, faster);
-        (Some(choice), reason)
+        let mut here = self.measured.iter().filter(|one| on == Some((one.file_system, one.gpu)));
+        let faster = here
+            .clone()
+            .find(|one| one.is_faster())
+            .map(|one| format!("direct, {:.2} GB/s where staging had {:.2}", one.cufile_gb_per_s, one.staged_gb_per_s));
+        let better = faster.is_some();
+        let ((choice, reason), otherwise) = choose(plan, faster);
+        // Whoever measured wants to know what became of that.
+        let why_not = match here.next() {
+            _ if better || self.measured.is_empty() => "",
+            None => "; cufile was measured elsewhere",
+            Some(one) if one.direct != Direct::Known => "; cufile is not known to be direct",
+            Some(_) => "; cufile was no faster",
+        };
+        (Some(choice), reason + why_not, otherwise)
     }
 
     /// The engine that a load into these devices reads with, and its slots.
@@ -140,20 +151,28 @@ impl Loader {
     /// # Errors
     /// Of an engine that was asked for and cannot be had.
     pub(super) fn choose_engine(&self, plan: &Plan, devices: &[Arc<dyn Device>]) -> Result<Chosen> {
-        let (choice, reason) = self.decide(plan);
-        let automatic = matches!(self.engine, EngineSource::Choice(EngineChoice::Auto));
-        if choice == Some(EngineChoice::Cufile) {
-            match self.cufile(plan, devices, reason) {
-                Ok(chosen) => return Ok(Chosen { falls_back: automatic, ..chosen }),
-                Err(error) if automatic => {
-                    let (choice, reason) = choose(plan, None);
-                    let chosen = self.staged(Some(choice), reason, devices)?;
-                    return Ok(Chosen { warnings: vec![format!("cufile is not used: {error}")], ..chosen });
-                }
-                Err(error) => return Err(error),
-            }
+        let (choice, reason, otherwise) = self.decide(plan);
+        if choice != Some(EngineChoice::Cufile) {
+            return self.staged(choice, reason, devices);
         }
-        self.staged(choice, reason, devices)
+        match (self.cufile(plan, devices, reason), otherwise) {
+            (Err(error), Some(otherwise)) => self.instead_of_cufile(otherwise, devices, &error),
+            (chosen, otherwise) => Ok(Chosen { otherwise, ..chosen? }),
+        }
+    }
+
+    /// What a load reads with where `auto` chose cuFile, which cannot be used because of this error.
+    ///
+    /// # Errors
+    /// As [`choose_engine`](Loader::choose_engine).
+    pub(super) fn instead_of_cufile(
+        &self,
+        (choice, reason): Choice,
+        devices: &[Arc<dyn Device>],
+        error: &Error,
+    ) -> Result<Chosen> {
+        let chosen = self.staged(Some(choice), reason, devices)?;
+        Ok(Chosen { warnings: vec![format!("cufile is not used: {error}")], ..chosen })
     }
 
     fn staged(&self, choice: Option<EngineChoice>, reason: String, devices: &[Arc<dyn Device>]) -> Result<Chosen> {
@@ -175,27 +194,33 @@ impl Loader {
             let slot = self.device_ring.slot_bytes();
             let fresh = || Ring::on_device(self.staging, slot);
             ring = lock(&self.slots_on_gpus).entry(device.name()).or_insert_with(fresh).clone();
-            let made = SlotMaker::new(device, registrar);
-            made.try_out(&ring)?;
-            maker = Some(Arc::new(made));
+            let made = Arc::new(SlotMaker::new(device, registrar));
+            let (first, slots) = (Arc::clone(&made), ring.clone());
+            within(self.stall_error, "registering a slot", move || first.try_out(&slots))?;
+            maker = Some(made);
         }
         let engine = match self.throttle {
             Some(rate) => Arc::new(Throttled::new(engine, rate)),
             None => engine,
         };
-        Ok(Chosen { engine, reason, ring, direct, maker, falls_back: false, warnings: Vec::new() })
+        Ok(Chosen { engine, reason, ring, direct, maker, otherwise: None, warnings: Vec::new() })
     }
 
     #[cfg(feature = "cuda")]
     fn cufile(&self, plan: &Plan, devices: &[Arc<dyn Device>], reason: String) -> Result<Chosen> {
-        only_gpu("cufile", devices)?;
-        let located = |error: Error| Error::new(error.kind(), format!("engine cufile: {error}"));
-        let engine = Cufile::new(limits::CUFILE_THREADS, self.stall_error).map_err(located)?;
-        if let Some(file) = plan.checkpoint().files().first().filter(|_| plan.storage_bytes() > 0) {
-            engine.try_out(&Arc::new(SourceFile::reopen(&file.path, file.identity)?)).map_err(located)?;
+        let device = only_gpu("cufile", devices)?;
+        let named = |error: Error| error.in_context("engine cufile");
+        let engine = Arc::new(Cufile::new(limits::CUFILE_THREADS, self.stall_error).map_err(named)?);
+        if let Some(file) = plan.first_read() {
+            let (engine, path, identity) = (Arc::clone(&engine), file.path.clone(), file.identity);
+            let try_out = move || {
+                let _current = device.current()?;
+                engine.try_out(&Arc::new(SourceFile::reopen(path, identity)?))
+            };
+            within(self.stall_error, "registering a file", try_out).map_err(named)?;
         }
         let direct = engine.direct();
-        self.chosen(Arc::new(engine), reason, Some(direct), devices)
+        self.chosen(engine, reason, Some(direct), devices).map_err(named)
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -211,6 +236,26 @@ impl Loader {
             (Some(EngineChoice::Mmap), _) => (Arc::new(Mmap::new(threads)), reason),
             (Some(EngineChoice::Uring), _) => uring(threads, reason),
             _ => (Arc::new(Pread::new(threads)), reason),
+        }
+    }
+}
+
+/// Does what may never come back on a thread of its own, and waits no longer than this for that, which then has what it was
+/// given for ever.
+fn within(bound: Duration, what: &str, body: impl FnOnce() -> Result<()> + Send + 'static) -> Result<()> {
+    let (done, outcome) = mpsc::channel();
+    let thread = thread::Builder::new().name("shardlift-try".into()).spawn(move || {
+        let _ = done.send(body());
+    });
+    let thread = thread.map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a thread: {error}")))?;
+    match outcome.recv_timeout(bound) {
+        Err(RecvTimeoutError::Timeout) => {
+            Err(Error::new(ErrorKind::Stalled, format!("{what} took longer than {bound:?}")))
+        }
+        // Joined, so that nothing of it is left.
+        outcome => {
+            thread.join().map_err(Error::panicked)?;
+            outcome.unwrap_or_else(|_| unreachable!("bug in shardlift: a thread that sent nothing"))
         }
     }
 }

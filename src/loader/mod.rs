@@ -122,12 +122,14 @@ impl Loader {
     /// Chooses the engine that reads.
     pub fn engine(mut self, engine: EngineChoice) -> Loader {
         self.engine = EngineSource::Choice(engine);
+        self.forget_slots_on_gpus();
         self
     }
 
     /// Reads with an engine of the caller's own.
     pub fn custom_engine(mut self, engine: Arc<dyn Engine>) -> Loader {
         self.engine = EngineSource::Custom(engine);
+        self.forget_slots_on_gpus();
         self
     }
 
@@ -142,7 +144,7 @@ impl Loader {
         let slot = limits::SLOT.min(self.staging / 2);
         (self.ring, self.device_ring) =
             (ring(slot), ring((self.staging / limits::DEVICE_SLOTS).clamp(slot, limits::DEVICE_SLOT)));
-        lock(&self.slots_on_gpus).clear();
+        self.forget_slots_on_gpus();
         self
     }
 
@@ -279,12 +281,28 @@ impl Loader {
         let opened = Instant::now();
         let slot_bytes = self.ring_for(&devices).slot_bytes();
         let peers = agree::agree(self.group.as_ref(), plan, slot_bytes)?;
-        let chosen = self.choose_engine(plan, &devices)?;
-        let feed = feed(plan, slot_bytes, chosen.slots_to_make(plan), peers.as_ref());
-        let mut destinations = match (again, self.memory) {
-            (Some(weights), _) => Destinations::again(weights),
-            (None, Memory::Blocks) => Destinations::in_blocks(plan, &devices, feed, &lent)?,
-            (None, Memory::PerTensor) => Destinations::per_tensor(plan, &devices, feed, &lent)?,
+        let mut chosen = self.choose_engine(plan, &devices)?;
+        let allocate = |chosen: &Chosen| {
+            let feed = feed(plan, slot_bytes, chosen.slots_to_make(plan), peers.as_ref());
+            match self.memory {
+                Memory::Blocks => Destinations::in_blocks(plan, &devices, feed, &lent),
+                Memory::PerTensor => Destinations::per_tensor(plan, &devices, feed, &lent),
+            }
+        };
+        let mut destinations = match again {
+            Some(weights) => Destinations::again(weights),
+            None => match (allocate(&chosen), chosen.otherwise.take()) {
+                // There may be room without slots.
+                (Err(error), Some(otherwise)) => {
+                    chosen.ring.release();
+                    chosen = self.instead_of_cufile(otherwise, &devices, &error)?;
+                    allocate(&chosen)?
+                }
+                (allocated, otherwise) => {
+                    chosen.otherwise = otherwise;
+                    allocated?
+                }
+            },
         };
         let mapped = if lends { lend::lend_mapped(plan, &mut destinations, &devices)? } else { Vec::new() };
         // SAFETY: the same duties.
@@ -325,7 +343,7 @@ impl Loader {
     pub fn release(&self) {
         self.ring.release();
         self.device_ring.release();
-        lock(&self.slots_on_gpus).values().for_each(Ring::release);
+        self.rings_on_gpus().iter().for_each(Ring::release);
         lock(&self.gpus).clear();
     }
 
@@ -338,7 +356,7 @@ impl Loader {
         devices: Vec<Arc<dyn Device>>,
         chosen: Chosen,
     ) -> Setup {
-        let Chosen { engine, reason: engine_reason, ring, direct, maker, falls_back, warnings } = chosen;
+        let Chosen { engine, reason: engine_reason, ring, direct, maker, otherwise, warnings } = chosen;
         self.release_other(&ring);
         let trace = self.trace.as_ref().map(|trace| trace.begin(Box::new(PlanNames::new(plan, &devices))));
         Setup {
@@ -350,7 +368,7 @@ impl Loader {
             direct,
             ring,
             maker,
-            falls_back,
+            falls_back: otherwise.is_some(),
             warnings,
             stall_warning: self.stall_warning,
             stall_error: self.stall_error,
@@ -371,12 +389,21 @@ impl Loader {
 
     /// Gives back what is free of the slots that a load does not use: all kinds together would be more than the budget.
     fn release_other(&self, used: &Ring) {
-        let on_gpus = lock(&self.slots_on_gpus);
-        for ring in [&self.ring, &self.device_ring].into_iter().chain(on_gpus.values()) {
+        for ring in [&self.ring, &self.device_ring].into_iter().chain(&self.rings_on_gpus()) {
             if !ring.is(used) && ring.bytes() > 0 {
                 ring.release();
             }
         }
+    }
+
+    /// Those in memory of GPUs, to be used without the lock: what gives slots back there takes its time.
+    fn rings_on_gpus(&self) -> Vec<Ring> {
+        lock(&self.slots_on_gpus).values().cloned().collect()
+    }
+
+    /// Begins with other slots there: those that are were made for other engines, or of another size.
+    fn forget_slots_on_gpus(&self) {
+        lock(&self.slots_on_gpus).clear();
     }
 }
 

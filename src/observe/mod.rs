@@ -69,7 +69,7 @@ pub struct Report {
     pub engine: String,
     /// Why this engine.
     pub engine_reason: String,
-    /// If it reads into memory of a GPU, whether that is known to be direct.
+    /// If it reads into memory of a GPU, whether that was direct.
     pub direct: Option<Direct>,
     /// Peak memory over destinations and plan: anonymous memory, all of ours. Pages of mapped files do not count, wherever
     /// the files lie.
@@ -104,6 +104,8 @@ pub enum Direct {
     Known,
     /// What reads does not say, and cannot be told to.
     Unknown,
+    /// Not all: some failed, and were repeated through that memory.
+    No,
 }
 
 impl std::fmt::Display for Direct {
@@ -111,6 +113,7 @@ impl std::fmt::Display for Direct {
         f.write_str(match self {
             Direct::Known => "known",
             Direct::Unknown => "unknown",
+            Direct::No => "no",
         })
     }
 }
@@ -182,6 +185,8 @@ pub(crate) struct Counters {
     pub(crate) sent_bytes: AtomicU64,
     pub(crate) received_bytes: AtomicU64,
     pub(crate) abandoned_bytes: AtomicU64,
+    /// What was to be read into memory of a GPU, and was read through that of the host.
+    pub(crate) repeated_bytes: AtomicU64,
     read_waiting_ns: AtomicU64,
     copy_busy_ns: AtomicU64,
     copy_waiting_ns: AtomicU64,

@@ -14,7 +14,7 @@ use crate::device::{Feed, stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
-use crate::observe::{Behind, Event, Kind, Report, StageTime, resident_bytes};
+use crate::observe::{Behind, Direct, Event, Kind, Report, StageTime, resident_bytes};
 use crate::plan::World;
 use crate::sync::lock;
 
@@ -326,6 +326,7 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64, read: Instant) -> Re
         true => Behind::Link,
     };
     let (stages, spent) = counters.times(behind, read, ended);
+    let repeated = counters.repeated_bytes.load(Ordering::Relaxed) > 0;
     let mut report = Report {
         seconds: (ended - job.setup.started).as_secs_f64(),
         cpu_seconds: cpu_seconds() - cpu_before,
@@ -337,7 +338,7 @@ fn report(job: &Job, memory: &MemoryWatch, cpu_before: f64, read: Instant) -> Re
         received_bytes: counters.received_bytes.load(Ordering::Relaxed),
         engine: job.setup.engine.name().into(),
         engine_reason: job.setup.engine_reason.clone(),
-        direct: job.setup.direct,
+        direct: if repeated { Some(Direct::No) } else { job.setup.direct },
         peak_extra_bytes: memory.peak_extra.max(job.slots_here()),
         peak_pinned_bytes: job.pinned_bytes(),
         abandoned_bytes: counters.abandoned_bytes.load(Ordering::Relaxed),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::Device;
 use crate::device::{Allocation, Pinned, Pinner};
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits;
 use crate::read::Registrar;
 use crate::stage::Ring;
 
@@ -35,6 +36,11 @@ impl Pinner for SlotMaker {
     fn make(&self, bytes: usize) -> Result<(u64, Pinned)> {
         let memory = self.device.slot(bytes)?;
         let address = memory.address();
+        if !address.is_multiple_of(limits::DIRECT_ALIGNMENT) {
+            // What is read there would pass through buffers of the library's own.
+            let message = format!("{} has memory for slots that no block starts on", self.device.name());
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
         let _current = self.device.current()?;
         let registered = self.registrar.register(address, bytes);
         let named = |error: Error| Error::new(error.kind(), format!("{}: {}", self.device.name(), error.message()));

@@ -100,10 +100,7 @@ impl Work for Job {
                 lock(&self.again).push_back(request);
                 return;
             }
-            Err(error) if self.setup.falls_back && request.device_buffer().is_some() => {
-                self.counters.warn(format!("read through memory of the host: {error}"));
-                self.read_through_host(request).err()
-            }
+            Err(error) if self.repeats(&request) => self.read_through_host(request, &error.to_string()).err(),
             Err(error) => {
                 let into = request.device_buffer().map(|_| format!(" into {}", self.devices[0].0.name()));
                 let message = format!("read{} failed: {error}", into.unwrap_or_default());
@@ -113,6 +110,8 @@ impl Work for Job {
                 ErrorKind::Io,
                 format!("engine {} reports {bytes} bytes in a buffer of {}", self.setup.engine.name(), request.bytes),
             )),
+            // The file has these bytes, or else that read says so.
+            Ok(0) if self.repeats(&request) => self.read_through_host(request, "nothing came").err(),
             Ok(0) => Some(
                 Error::new(ErrorKind::Truncated, "file ended early")
                     .with_expected(format!("{} bytes", extent.end), format!("{} bytes", request.offset)),
@@ -130,7 +129,10 @@ impl Work for Job {
                     lock(&self.again).push_back(request);
                     return;
                 }
-                Some(Error::new(ErrorKind::Truncated, "file ended early"))
+                match self.repeats(&request) {
+                    true => self.read_through_host(request, "less than a block came").err(),
+                    false => Some(Error::new(ErrorKind::Truncated, "file ended early")),
+                }
             }
             Ok(_) => {
                 self.arrived(request);
@@ -239,9 +241,15 @@ impl Job {
         self.keep_spare(pending);
     }
 
-    /// Reads what a request for a slot on a device is for into memory that is not pinned, and sends it on from there. The slot
-    /// is kept, so that there are no more of these than of slots.
-    fn read_through_host(&self, request: Request) -> Result<()> {
+    /// Whether what this request is for is read through memory of the host if the engine fails.
+    fn repeats(&self, request: &Request) -> bool {
+        self.setup.falls_back && request.device_buffer().is_some()
+    }
+
+    /// Reads what a request for a slot on a device is for into memory that is not pinned, because of what the engine said, and
+    /// sends it on from there. The slot is kept, so that there are no more of these than of slots.
+    fn read_through_host(&self, request: Request, why: &str) -> Result<()> {
+        self.counters.warn(format!("read through memory of the host: {why}"));
         let Request { id, file, slot, mut pending, .. } = request;
         let Extent { start, end, .. } = pending.op.extent;
         let count = (end - start) as usize;
@@ -253,6 +261,7 @@ impl Job {
         let outcome = file.read_exact_at(into, start);
         self.count_read(id, 0);
         outcome?;
+        self.counters.repeated_bytes.fetch_add(count as u64, Ordering::Relaxed);
         // SAFETY: what keeps the bytes is the vector itself, which nobody writes to.
         let staged = unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new((bytes, slot))) };
         self.land(id, start, &mut pending, staged, false);

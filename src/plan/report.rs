@@ -10,7 +10,7 @@ use super::cover::{Covered, Strided, cover};
 use super::lowering::{Lowering, Reading};
 use super::uses::Uses;
 use super::{Consumer, Inner, Plan, ReadExtent, Traffic};
-use crate::checkpoint::TensorMeta;
+use crate::checkpoint::{CheckpointFile, TensorMeta};
 use crate::error::OneLine;
 use crate::extent::Rank;
 use crate::limits::{DEVICE_SLOT, STAGING};
@@ -177,6 +177,12 @@ impl Plan {
     /// Bytes that this process reads from storage, before any padding that an engine adds.
     pub fn storage_bytes(&self) -> u64 {
         self.own_extents().map(ReadExtent::bytes).sum()
+    }
+
+    /// The file that this process reads first, if it reads any bytes.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "asked for cuFile only"))]
+    pub(crate) fn first_read(&self) -> Option<&CheckpointFile> {
+        self.own_extents().find(|extent| extent.bytes() > 0).map(|extent| self.file(extent.file))
     }
 
     /// Whether this process reads some of an extent, or wants some.

@@ -24,7 +24,7 @@ use crate::error::Result;
 use crate::source::SourceFile;
 use crate::stage::{Home, Slot};
 
-pub(crate) use auto::choose;
+pub(crate) use auto::{Choice, choose, choose_cold};
 #[cfg(feature = "cuda")]
 pub use cufile::{Cufile, CufileFacts, cufile_facts};
 pub use mmap::Mmap;

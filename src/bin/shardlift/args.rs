@@ -225,6 +225,9 @@ pub(crate) struct LoadArgs {
     /// How files are read
     #[arg(long, value_enum, default_value_t = Engine::Auto)]
     pub(crate) engine: Engine,
+    /// What `doctor --json` printed into this file: where it found cuFile direct and faster, auto reads with that
+    #[arg(long, value_name = "FILE")]
+    pub(crate) doctor: Option<PathBuf>,
     /// Memory for staging, for instance 256M; at least 2M
     #[arg(long, value_name = "SIZE", value_parser = staging)]
     pub(crate) staging: Option<u64>,

@@ -21,7 +21,7 @@ use shardlift::{
 use crate::args::{Cast, Engine, LoadArgs, MemoryChoice, PageCache, ResidencyChoice};
 use crate::interrupt::Interrupt;
 use crate::output::{Failure, Output, Warnings, count, fields, hex, human_bytes};
-use crate::{model, processes};
+use crate::{model, processes, rates};
 
 pub(crate) fn run(args: &LoadArgs, output: &mut Output, interrupt: &Interrupt) -> Result<Map<String, Value>, Failure> {
     args.supported()?;
@@ -219,7 +219,8 @@ impl TraceFile {
 }
 
 fn loader(args: &LoadArgs) -> shardlift::Result<Loader> {
-    let LoadArgs { engine, staging, memory, residency, page_cache, throttle, .. } = args;
+    let LoadArgs { engine, doctor, staging, memory, residency, page_cache, throttle, .. } = args;
+    let measured = doctor.as_deref().map(rates::measured).transpose()?.unwrap_or_default();
     let engine = match engine {
         Engine::Auto => EngineChoice::Auto,
         Engine::Pread => EngineChoice::Pread,
@@ -238,6 +239,7 @@ fn loader(args: &LoadArgs) -> shardlift::Result<Loader> {
     let staging = staging.map_or(limits::STAGING, |bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
     Ok(Loader::new()
         .engine(engine)
+        .cufile_measured(&measured.cufile)
         .staging(staging)
         .memory(memory)
         .residency(residency)

@@ -29,6 +29,9 @@ fn main() -> ExitCode {
         Err(error) => return usage(error),
     };
     let (name, json) = cli.command.name_and_json();
+    if json {
+        output::keep_stdout();
+    }
     let mut output = Output::new(name, json);
     let interrupt = match Interrupt::install(name, json) {
         Ok(interrupt) => interrupt,

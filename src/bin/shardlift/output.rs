@@ -1,8 +1,9 @@
 //! What goes to stdout and how the process ends: text or exactly one JSON object, and the exit status.
 
 use std::fmt;
-use std::io::{self, BufWriter, Stdout, Write};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
@@ -21,6 +22,42 @@ pub(crate) struct Output {
     stdout: BufWriter<Stdout>,
     written: io::Result<()>,
     warnings: Warnings,
+}
+
+/// Where it goes.
+#[derive(Debug)]
+enum Stdout {
+    Everybodys(io::Stdout),
+    Own(&'static File),
+}
+
+impl Write for Stdout {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Stdout::Everybodys(stdout) => stdout.write(bytes),
+            Stdout::Own(stdout) => stdout.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        match self {
+            Stdout::Everybodys(stdout) => stdout.flush(),
+            Stdout::Own(stdout) => stdout.flush(),
+        }
+    }
+}
+
+/// The process's stdout, if it was taken from everybody else.
+static OWN: OnceLock<File> = OnceLock::new();
+
+/// What libraries print goes to stderr from now on, as cuFile does when it cannot open: an object is all that stdout gets.
+pub(crate) fn keep_stdout() {
+    // Where stdout is closed nobody reads it, and without stderr it stays everybody's.
+    if let Ok(own) = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)
+        && rustix::stdio::dup2_stdout(io::stderr()).is_ok()
+    {
+        let _ = OWN.set(own.into());
+    }
 }
 
 /// What a command adds to its object.
@@ -129,7 +166,8 @@ impl Failure {
 impl Output {
     pub(crate) fn new(command: &'static str, json: bool) -> Output {
         let warnings = Warnings { json, told: Arc::default() };
-        Output { command, json, stdout: BufWriter::new(io::stdout()), written: Ok(()), warnings }
+        let stdout = OWN.get().map_or_else(|| Stdout::Everybodys(io::stdout()), Stdout::Own);
+        Output { command, json, stdout: BufWriter::new(stdout), written: Ok(()), warnings }
     }
 
     /// One line of text; nothing with `--json`.

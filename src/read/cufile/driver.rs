@@ -23,6 +23,13 @@ enum State {
 static STATE: Mutex<State> = Mutex::new(State::Closed);
 static CHANGED: Condvar = Condvar::new();
 
+/// What is known of a library whose driver is open, and which was or was not told in time to read directly or fail: what it says
+/// itself, where it says that, also if somebody else has opened it.
+fn direct(library: Library, told: bool) -> Direct {
+    let indirect = library.allows_compat().unwrap_or(!told);
+    if indirect { Direct::Unknown } else { Direct::Known }
+}
+
 /// The library with its driver open, and whether it is known to read directly. One that does not open in time goes on doing
 /// so, and whoever asks next waits for that.
 ///
@@ -34,10 +41,10 @@ pub(super) fn open(deadline: Duration) -> Result<(Library, Direct)> {
     let mut state = lock(&STATE);
     if matches!(*state, State::Closed | State::Failed(_)) {
         let thread = thread::Builder::new().name("shardlift-cufile".into()).spawn(move || {
-            // Whether it obeys is known before it opens: afterwards it would be too late.
-            let direct = if library.forbid_compat() { Direct::Known } else { Direct::Unknown };
+            // Before it opens: afterwards it would be too late.
+            let told = library.forbid_compat();
             let opened = library.open_driver();
-            *lock(&STATE) = opened.map_or_else(State::Failed, |()| State::Open(direct));
+            *lock(&STATE) = opened.map_or_else(State::Failed, |()| State::Open(direct(library, told)));
             CHANGED.notify_all();
         });
         thread.map_err(|error| Error::new(ErrorKind::Io, format!("cannot start a thread: {error}")))?;

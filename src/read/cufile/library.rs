@@ -1,6 +1,7 @@
 //! cuFile's functions, as few as are needed, by their addresses in a library that is opened when it is first wanted: cudarc's
 //! own module asks for names that installations do not have, and takes results for members of a closed list.
 
+use std::error::Error as _;
 use std::ffi::{c_int, c_void};
 use std::fmt;
 use std::io;
@@ -64,6 +65,8 @@ struct Functions {
     version: Option<unsafe extern "C" fn(*mut c_int) -> RawStatus>,
     /// Of CUDA 12.8 and later.
     set_bool: Option<unsafe extern "C" fn(c_int, bool) -> RawStatus>,
+    /// The same.
+    get_bool: Option<unsafe extern "C" fn(c_int, *mut u8) -> RawStatus>,
 }
 
 impl Functions {
@@ -85,6 +88,7 @@ impl Functions {
             read: get!("cuFileRead")?,
             version: get!("cuFileGetVersion").ok(),
             set_bool: get!("cuFileSetParameterBool").ok(),
+            get_bool: get!("cuFileGetParameterBool").ok(),
         })
     }
 }
@@ -136,11 +140,14 @@ fn meaning(status: c_int) -> Option<&'static str> {
         5010 => "an error of the nvidia-fs driver",
         5011 => "an error of the CUDA driver",
         5015 => "the memory is of another context",
+        5016 => "more memory than may be registered",
         5020 => "the file was opened without O_DIRECT",
         5024 => "the memory is not registered",
         5025 => "permission denied",
         5030 => "an internal error",
+        5033 => "the library could not be initialised",
         5034 => "reads and writes are disabled",
+        5036 => "no memory of the GPU could be pinned",
         _ => return None,
     })
 }
@@ -176,11 +183,24 @@ impl Library {
         self.functions.set_bool.is_some()
     }
 
-    /// Tells it so; whether it obeys. Only before the driver is opened does it.
+    /// Tells it so, which does something only before the driver is opened; whether it took that.
     pub(super) fn forbid_compat(self) -> bool {
         let Some(set_bool) = self.functions.set_bool else { return false };
         // SAFETY: known parameters, and a value of theirs; both are set, whatever comes of the first.
         COMPAT_MODES.map(|parameter| unsafe { set_bool(parameter, false) }).iter().all(|told| told.status == SUCCESS)
+    }
+
+    /// Whether it may read through memory of the host, now that the driver is open; `None` if it does not say.
+    pub(super) fn allows_compat(self) -> Option<bool> {
+        let get_bool = self.functions.get_bool?;
+        let allowed = COMPAT_MODES.map(|parameter| {
+            let mut value = 0u8;
+            // SAFETY: a known parameter, and room for C's `bool`, of which every value is a number.
+            let status = unsafe { get_bool(parameter, &raw mut value) };
+            (status.status == SUCCESS).then_some(value != 0)
+        });
+        let [one, other] = allowed;
+        Some(one? || other?)
     }
 
     /// Opens the driver, for ever. Takes seconds.
@@ -269,13 +289,31 @@ fn pointer(address: u64) -> *mut c_void {
 
 /// The functions of the first of these libraries that there is.
 fn load(names: &[&str]) -> Result<Functions> {
-    // SAFETY: cuFile may be loaded into any process, and is never unloaded.
-    let found = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
-    let missing = || Error::new(ErrorKind::Device, format!("no cuFile: {} not found", names[0]));
-    let library = Box::leak(Box::new(found.ok_or_else(missing)?));
+    let mut why = None;
+    let found = names.iter().find_map(|name| {
+        // SAFETY: cuFile may be loaded into any process, and is never unloaded.
+        match unsafe { libloading::Library::new(*name) } {
+            Ok(library) => Some(library),
+            Err(error) => {
+                let said = error.source().map_or_else(|| error.to_string(), ToString::to_string);
+                why.get_or_insert_with(|| missing(name, &said));
+                None
+            }
+        }
+    });
+    let library = found.ok_or_else(|| Error::new(ErrorKind::Device, why.unwrap_or_default()))?;
+    let library = Box::leak(Box::new(library));
     // SAFETY: it is cuFile by its name, and leaked.
     unsafe { Functions::of(library) }
         .map_err(|name| Error::new(ErrorKind::Device, format!("not cuFile: {} has no {name}", names[0])))
+}
+
+/// Why a library could not be loaded, in the loader's words where it lacks something else.
+fn missing(name: &str, why: &str) -> String {
+    if why.contains(name) && why.contains("No such file") {
+        return format!("no cuFile: {name} not found");
+    }
+    format!("no cuFile: {name}: {why}")
 }
 
 #[cfg(test)]
@@ -289,6 +327,12 @@ mod tests {
         assert_eq!(error.kind(), ErrorKind::Device);
         let error = load(&["libc.so.6"]).map(drop).unwrap_err();
         assert_eq!(error.to_string(), "not cuFile: libc.so.6 has no cuFileDriverOpen");
+    }
+
+    #[test]
+    fn a_library_that_lacks_another_says_which() {
+        let why = "libmount.so.1: cannot open shared object file: No such file or directory";
+        assert_eq!(missing("libcufile.so.0", why), format!("no cuFile: libcufile.so.0: {why}"));
     }
 
     #[test]

@@ -28,8 +28,12 @@ pub struct Cufile {
     threads: usize,
     library: Library,
     direct: Direct,
-    handles: Mutex<VecDeque<(Identity, Arc<Handle>)>>,
+    /// By file, the one wanted first in front.
+    handles: Mutex<VecDeque<(Identity, Entry)>>,
 }
+
+/// A file's handle, once it is registered; locked by whoever does that.
+type Entry = Arc<Mutex<Option<Arc<Handle>>>>;
 
 impl Cufile {
     /// Reads on this many threads (at least one). The first that is made in a process opens cuFile's driver, which takes
@@ -50,39 +54,48 @@ impl Cufile {
     /// Whether it can read this file at all, as far as can be known without reading.
     ///
     /// # Errors
-    /// [`ErrorKind::Unsupported`] with cuFile's reason.
+    /// [`ErrorKind::Unsupported`] with cuFile's reason, or the system's where it does not open past the page cache.
     pub(crate) fn try_out(&self, file: &Arc<SourceFile>) -> Result<()> {
-        let refused = |error: io::Error| Error::new(ErrorKind::Unsupported, error.to_string()).with_file(file.path());
-        self.handle(file).map(drop).map_err(refused)
+        self.handle(file).map(drop).map_err(|error| error.with_file(file.path()))
     }
 
     /// The handle of a request's file, registered if it is not yet.
-    fn handle(&self, file: &Arc<SourceFile>) -> io::Result<Arc<Handle>> {
-        let identity = file.identity();
-        let mut handles = lock(&self.handles);
-        if let Some((_, handle)) = handles.iter().find(|(of, _)| *of == identity) {
+    fn handle(&self, file: &Arc<SourceFile>) -> Result<Arc<Handle>> {
+        let (entry, spare) = self.entry(file.identity());
+        // Deregistered with nothing locked, and registered with no other file's entry: either may take its time.
+        drop(spare);
+        let mut registered = lock(&entry);
+        if let Some(handle) = &*registered {
             return Ok(Arc::clone(handle));
         }
         let direct = file.direct(limits::DIRECT_ALIGNMENT).ok_or_else(|| match file.open_direct() {
-            Ok(_) => io::Error::other("O_DIRECT wants a larger alignment"),
-            Err(error) => io::Error::other(error),
+            Ok(_) => Error::new(ErrorKind::Unsupported, "O_DIRECT wants a larger alignment"),
+            Err(error) => error,
         })?;
         // SAFETY: the handle keeps the file, which stays open as long as that.
         let raw = unsafe { self.library.register_file(direct.as_fd()) };
-        let raw = raw.map_err(|failure| io::Error::other(failure.to_string()))?;
-        let handle = Arc::new(Handle { library: self.library, raw, _file: Arc::clone(file) });
-        handles.push_back((identity, Arc::clone(&handle)));
-        if handles.len() > limits::OPEN_FILES {
-            handles.pop_front();
+        let raw = raw.map_err(|failure| Error::new(ErrorKind::Unsupported, failure.to_string()))?;
+        Ok(Arc::clone(registered.insert(Arc::new(Handle { library: self.library, raw, _file: Arc::clone(file) }))))
+    }
+
+    /// The entry of a file, and another one's that made room for it.
+    fn entry(&self, identity: Identity) -> (Entry, Option<Entry>) {
+        let mut handles = lock(&self.handles);
+        if let Some((_, entry)) = handles.iter().find(|(of, _)| *of == identity) {
+            return (Arc::clone(entry), None);
         }
-        Ok(handle)
+        let entry = Entry::default();
+        handles.push_back((identity, Arc::clone(&entry)));
+        let spare = if handles.len() > limits::OPEN_FILES { handles.pop_front() } else { None };
+        (entry, spare.map(|(_, entry)| entry))
     }
 
     fn read(&self, request: &Request) -> io::Result<usize> {
         let Some((slot, place)) = request.device_buffer() else {
             return Err(io::Error::other("engine cufile reads into memory of a GPU only"));
         };
-        let handle = self.handle(&request.file)?;
+        // The file is named by whoever tells of the read.
+        let handle = self.handle(&request.file).map_err(|error| io::Error::other(error.message().to_owned()))?;
         let (bytes, offset) = (request.bytes(), request.offset());
         // Not asked of cuFile, which says nothing of what is behind the end.
         if offset >= request.file().identity().size {

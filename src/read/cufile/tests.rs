@@ -142,6 +142,28 @@ fn unknowing() {
     assert_eq!(Cufile::new(1, Duration::from_secs(10)).unwrap().direct(), Direct::Unknown);
 }
 
+/// In a process of its own, which has opened cuFile's driver before, and told it so or not: what holds is what it says.
+#[test]
+#[ignore = "run by another test"]
+fn opened_before() {
+    let [_, cufile] = twins();
+    // SAFETY: declared as in cufile.h, but for the result, which is looked at as the number that it is.
+    unsafe {
+        if forbids() {
+            let set = cufile.get::<extern "C" fn(i32, bool) -> u64>("cuFileSetParameterBool").unwrap();
+            assert_eq!((set(1, false), set(2, false)), (0, 0));
+        }
+        assert_eq!(cufile.get::<extern "C" fn() -> u64>("cuFileDriverOpen").unwrap()(), 0);
+    }
+    let direct = if forbids() { Direct::Known } else { Direct::Unknown };
+    assert_eq!(Cufile::new(1, Duration::from_secs(10)).unwrap().direct(), direct);
+}
+
+#[expect(clippy::disallowed_methods, reason = "tests speak to their children so")]
+fn forbids() -> bool {
+    env::var_os("FORBIDS").is_some()
+}
+
 #[expect(clippy::disallowed_methods, reason = "what the tests' own environment says must not reach the process")]
 fn child(test: &str, settings: &[(&str, &str)]) {
     let mut command = Command::new(env::current_exe().unwrap());
@@ -169,4 +191,6 @@ fn its_driver_is_opened_once_and_not_waited_for_for_ever() {
 fn what_it_cannot_be_told_is_not_known() {
     child("unknowing", &[("SIMCUFILE_PARAMETERS", "0")]);
     child("unknowing", &[("SIMCUFILE_PARAMETERS", "0"), ("SIMCUFILE_MODE", "compat")]);
+    child("opened_before", &[]);
+    child("opened_before", &[("FORBIDS", "1")]);
 }

@@ -75,7 +75,7 @@ pub extern "C" fn cuFileGetVersion(version: Option<&mut c_int>) -> Status {
 pub extern "C" fn cuFileDriverOpen() -> Status {
     let due = count("cuFileDriverOpen");
     thread::sleep(config().open);
-    answer(
+    let status = answer(
         || {
             let mut sim = lock();
             if sim.open {
@@ -88,7 +88,12 @@ pub extern "C" fn cuFileDriverOpen() -> Status {
             Ok(())
         },
         due,
-    )
+    );
+    if ![SUCCESS, DRIVER_ALREADY_OPEN].contains(&status.status) {
+        // As NVIDIA's does, on stdout.
+        println!(" cuFile initialization failed");
+    }
+    status
 }
 
 #[unsafe(no_mangle)]
@@ -128,7 +133,7 @@ pub extern "C" fn cuFileSetParameterBool(parameter: c_int, value: bool) -> Statu
 #[unsafe(no_mangle)]
 pub extern "C" fn cuFileGetParameterBool(parameter: c_int, value: Option<&mut bool>) -> Status {
     let due = count("cuFileGetParameterBool");
-    let found = || lock().parameters.get(&parameter).copied();
+    let found = || lock().parameters.get(&parameter).copied().filter(|_| config().parameters);
     answer(|| value.zip(found()).map(|(value, found)| *value = found).ok_or(INVALID_VALUE), due)
 }
 

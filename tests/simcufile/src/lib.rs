@@ -9,7 +9,7 @@
 //! | variable | meaning |
 //! |---|---|
 //! | `SIMCUFILE_MODE` | `direct` (default), or `compat`: without nvidia-fs, the driver opens only if compatibility mode is allowed |
-//! | `SIMCUFILE_PARAMETERS=0` | `cuFileSetParameterBool` refuses, which is what a caller can tell of a library without it |
+//! | `SIMCUFILE_PARAMETERS=0` | `cuFileSetParameterBool` and `cuFileGetParameterBool` refuse, which is what a caller can tell of a library without them |
 //! | `SIMCUFILE_VERSION` | what `cuFileGetVersion` answers (1140) |
 //! | `SIMCUFILE_OPEN_MS` | how long `cuFileDriverOpen` takes (0) |
 //! | `SIMCUFILE_REGISTER_MAX` | most bytes that are registered at a time (no bound) |

@@ -5,9 +5,9 @@ use serde_json::{Value, json};
 use crate::output::Output;
 
 #[cfg(feature = "cuda")]
-pub(super) use with_cuda::{first, look, object, print};
+pub(super) use with_cuda::{look, object, print, usable};
 #[cfg(not(feature = "cuda"))]
-pub(super) use without::{first, look, object, print};
+pub(super) use without::{look, object, print, usable};
 
 #[cfg(feature = "cuda")]
 mod with_cuda {
@@ -35,11 +35,12 @@ mod with_cuda {
         Ok(Gpus { alone, together: rate(&all), machine })
     }
 
-    /// The first GPU that works.
-    pub(in super::super) fn first(gpus: &Result<Gpus, String>) -> Result<u32, String> {
+    /// The GPUs that work, at least one.
+    pub(in super::super) fn usable(gpus: &Result<Gpus, String>) -> Result<Vec<u32>, String> {
         let gpus = gpus.as_ref().map_err(Clone::clone)?;
-        let mut usable = gpus.machine.devices.iter().zip(&gpus.alone).filter(|(_, rate)| rate.is_ok());
-        usable.next().map(|(device, _)| device.ordinal).ok_or_else(|| "no GPU works".into())
+        let all = gpus.machine.devices.iter().zip(&gpus.alone);
+        let usable: Vec<u32> = all.filter(|(_, rate)| rate.is_ok()).map(|(device, _)| device.ordinal).collect();
+        if usable.is_empty() { Err("no GPU works".into()) } else { Ok(usable) }
     }
 
     pub(in super::super) fn print(gpus: &Result<Gpus, String>, output: &mut Output) {
@@ -142,7 +143,7 @@ mod without {
         Err(WHY.into())
     }
 
-    pub(in super::super) fn first(_: &Result<(), String>) -> Result<u32, String> {
+    pub(in super::super) fn usable(_: &Result<(), String>) -> Result<Vec<u32>, String> {
         Err(WHY.into())
     }
 

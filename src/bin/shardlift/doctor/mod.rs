@@ -32,8 +32,8 @@ pub(crate) fn run(args: &DoctorArgs, output: &mut Output) -> Result<Map<String, 
     let storage = largest.and_then(|file| ceilings::storage_gb_per_s(&file, moving));
     let gpus = gpus::look();
     let nccl = nccl();
-    let cufile = cufile::look(path, gpus::first(&gpus));
-    let auto = auto(path, cufile.as_ref().ok().and_then(|cufile| cufile.measured.as_ref().ok()));
+    let cufile = cufile::look(path, gpus::usable(&gpus));
+    let auto = auto(path, cufile.as_ref().map_or(&[], |cufile| &cufile.measured));
 
     output.line(format_args!("cpus: {cpus}"));
     if let (Some(total), Some(available)) = (total, available) {
@@ -166,12 +166,12 @@ fn uring() -> Result<(), String> {
     Err("only on linux".into())
 }
 
-/// What `auto` answers for all of the checkpoint at PATH; into a GPU if something was measured there.
-fn auto(path: &Path, measured: Option<&CufileMeasurement>) -> Result<(&'static str, String), String> {
+/// What `auto` answers for all of the checkpoint at PATH; into the first GPU if something was measured there.
+fn auto(path: &Path, measured: &[CufileMeasurement]) -> Result<(&'static str, String), String> {
     let asked = || -> shardlift::Result<_> {
-        let world = measured.map_or_else(|| World::host(1), |measured| World::local([measured.gpu]));
+        let world = measured.first().map_or_else(|| World::host(1), |measured| World::local([measured.gpu]));
         let plan = Plan::new(&Checkpoint::open(path)?, &Rules::replicate_all(), &world)?;
-        Ok(Loader::new().cufile_measured(measured.map_or(&[], std::slice::from_ref)).engine_for(&plan))
+        Ok(Loader::new().cufile_measured(measured).engine_for(&plan))
     };
     asked().map_err(|error| error.to_string())
 }
