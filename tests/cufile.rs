@@ -13,6 +13,7 @@ use shardlift::read::{Cufile, Engine, EngineChoice, Registrar, Work};
 use shardlift::{
     Checkpoint, CufileMeasurement, Direct, ErrorKind, Loader, Memory, Plan, Rank, Report, Rules, Weights, World, limits,
 };
+use twins::child::passes;
 
 const RULES: &str = r#"
 rule = [
@@ -648,90 +649,78 @@ fn println_result(text: &str) {
     println!("{text}");
 }
 
-/// Runs an ignored test of this file in a process of its own; its output.
-fn child(test: &str, settings: &[(&str, &str)]) -> String {
-    let mut command = twins::cuda::command(std::env::current_exe().unwrap());
-    // Loaded by the test itself, if at all.
-    command.env_remove("LD_LIBRARY_PATH");
-    command.args(["--ignored", "--exact", test, "--nocapture"]).envs(settings.iter().copied());
-    let output = command.output().unwrap();
-    let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
-    assert!(output.status.success() && text.contains("1 passed"), "{test} {settings:?}: {text}");
-    text
-}
-
 #[test]
 fn every_way_is_bit_exact_and_direct() {
-    child("exact", &[]);
-    child("member", &[]);
+    passes("exact", &[]);
+    passes("member", &[]);
 }
 
 #[test]
 fn short_reads_are_continued() {
-    child("short", &[("SIMCUFILE_SHORT", "3")]);
-    child("shorter", &[("SIMCUFILE_SHORT", "1")]);
+    passes("short", &[("SIMCUFILE_SHORT", "3")]);
+    passes("shorter", &[("SIMCUFILE_SHORT", "1")]);
 }
 
 #[test]
 fn what_can_be_registered_may_be_little() {
-    child("limited", &[("SIMCUFILE_REGISTER_MAX", "1500000")]);
+    passes("limited", &[("SIMCUFILE_REGISTER_MAX", "1500000")]);
 }
 
 #[test]
 fn every_call_of_cufile_can_fail() {
-    child("sweep", &[("SIMCUDA_POISON", "0")]);
+    passes("sweep", &[("SIMCUDA_POISON", "0")]);
 }
 
 #[test]
 fn a_read_that_hangs_ends_the_load() {
-    child("hanging", &[("SIMCUDA_LEAKS", "ignore")]);
+    passes("hanging", &[("SIMCUDA_LEAKS", "ignore")]);
 }
 
 #[test]
 fn registering_has_a_bound() {
-    child("registering", &[("SIMCUDA_LEAKS", "ignore")]);
+    passes("registering", &[("SIMCUDA_LEAKS", "ignore")]);
 }
 
 #[test]
 fn files_are_registered_one_by_one() {
-    child("many", &[]);
-    child("one_of_many", &[("SIMCUDA_LEAKS", "ignore")]);
-    child("first", &[]);
+    passes("many", &[]);
+    passes("one_of_many", &[("SIMCUDA_LEAKS", "ignore")]);
+    passes("first", &[]);
 }
 
 #[test]
 fn slots_are_of_the_engine_that_reads() {
-    child("another", &[]);
+    passes("another", &[]);
 }
 
 #[test]
 fn auto_does_without_it_where_slots_have_no_room() {
-    child("tight", &[("SIMCUDA_MEMORY", "120M")]);
+    passes("tight", &[("SIMCUDA_MEMORY", "120M")]);
 }
 
 #[test]
 fn a_driver_that_opens_late_is_not_waited_for() {
-    child("late", &[("SIMCUFILE_OPEN_MS", "1500")]);
+    passes("late", &[("SIMCUFILE_OPEN_MS", "1500")]);
 }
 
 #[test]
 fn auto_takes_it_where_it_is_known_to_be_better() {
-    child("automatic", &[]);
+    passes("automatic", &[]);
 }
 
 #[test]
 fn indirect_reads_are_refused_or_not_called_direct() {
-    assert!(child("compatible", &[("SIMCUFILE_MODE", "compat")]).contains("refused"));
-    assert!(child("compatible", &[("SIMCUFILE_MODE", "compat"), ("SIMCUFILE_PARAMETERS", "0")]).contains("unknown"));
+    assert!(passes("compatible", &[("SIMCUFILE_MODE", "compat")]).contains("refused"));
+    assert!(passes("compatible", &[("SIMCUFILE_MODE", "compat"), ("SIMCUFILE_PARAMETERS", "0")]).contains("unknown"));
 }
 
 #[test]
 fn both_ways_are_measured() {
-    child("measured", &[]);
+    passes("measured", &[]);
 }
 
 #[test]
 fn other_destinations_are_refused() {
-    child("elsewhere", &[]);
-    child("missing", &[]);
+    passes("elsewhere", &[]);
+    passes("missing", &[]);
 }

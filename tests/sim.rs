@@ -418,14 +418,8 @@ fn told_by_parent(name: &str) -> usize {
 
 /// Runs an ignored test of this file in a process of its own.
 fn child(test: &str, env: &[(&str, String)]) {
-    let mut command = twins::cuda::command(std::env::current_exe().unwrap());
-    command.args(["--ignored", "--exact", test, "--nocapture"]);
-    command.envs(env.iter().map(|(name, value)| (*name, value.as_str())));
-    let output = command.output().unwrap();
-    let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
-    assert!(output.status.success(), "{test} {env:?}: {text}");
-    assert!(text.contains("1 passed"), "{test}: {text}");
-    println_result(&text);
+    let env: Vec<_> = env.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    println_result(&twins::child::passes(test, &env));
 }
 
 #[test]

@@ -112,20 +112,15 @@ fn told_by_parent() -> u32 {
 
 /// Runs an ignored test of this file in a process of its own.
 fn child(test: &str, devices: u32) {
-    let output = twins::cuda::command(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", test, "--nocapture"])
-        .env("SIMCUDA_DEVICES", devices.to_string())
-        // Late copies would keep slots, and what is checked of them takes time in which others are asked.
-        .envs([
-            ("SIMCUDA_JITTER", "0"),
-            ("SIMCUDA_CHECK", "0"),
-            ("SIMCUDA_POISON", "0"),
-            ("SIMCUDA_LEAKS", "abort"),
-            ("SIMCUDA_POPULATE", "1"),
-        ])
-        .output()
-        .unwrap();
-    let text = [String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)].concat();
-    assert!(output.status.success() && text.contains("1 passed"), "{test} {devices}: {text}");
-    println_result(&text);
+    let devices = devices.to_string();
+    // Late copies would keep slots, and what is checked of them takes time in which others are asked.
+    let settings = [
+        ("SIMCUDA_DEVICES", &*devices),
+        ("SIMCUDA_JITTER", "0"),
+        ("SIMCUDA_CHECK", "0"),
+        ("SIMCUDA_POISON", "0"),
+        ("SIMCUDA_LEAKS", "abort"),
+        ("SIMCUDA_POPULATE", "1"),
+    ];
+    println_result(&twins::child::passes(test, &settings));
 }

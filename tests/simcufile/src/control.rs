@@ -51,7 +51,7 @@ pub extern "C" fn simcufile_bytes(kind: u32) -> u64 {
 /// Replaces all faults, as `SIMCUFILE_FAULT` has them; counting starts now. Not 0 if it means nothing.
 #[unsafe(no_mangle)]
 pub extern "C" fn simcufile_fault(faults: Text) -> i32 {
-    match text(faults).as_deref().map_or(Some(Faults::default()), |text| Faults::parse(text, Due::read)) {
+    match Faults::parse(text(faults).as_deref().unwrap_or_default(), Due::read) {
         Some(faults) => {
             lock().faults = faults;
             0

@@ -1,42 +1,23 @@
 //! The twin by itself: what it reads, counts, refuses, and takes for a defect.
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::process::{Command, Output};
-use std::sync::OnceLock;
-use std::{env, mem, ptr};
+use std::{env, ptr};
 
-/// `libsimcuda.so` and `libsimcufile.so`, beside this binary.
-fn libraries() -> [*mut c_void; 2] {
-    static LOADED: OnceLock<[usize; 2]> = OnceLock::new();
-    let loaded = LOADED.get_or_init(|| {
-        ["libsimcuda.so", "libsimcufile.so"].map(|name| {
-            let path = env::current_exe().unwrap().with_file_name(name);
-            let path = CString::new(path.into_os_string().into_encoded_bytes()).unwrap();
-            // SAFETY: a C string; never closed.
-            let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-            assert!(!library.is_null(), "{path:?}");
-            library as usize
-        })
-    });
-    loaded.map(|library| library as *mut c_void)
-}
+use twins::child::passes;
 
-/// A function of either, as what it is.
+/// A function of the driver's twin or of cuFile's, as what it is.
 ///
 /// # Safety
 /// - `F` is the type of that function.
 unsafe fn function<F: Copy>(name: &CStr) -> F {
-    let library =
-        libraries()[usize::from(!name.to_bytes().starts_with(b"cu") || name.to_bytes().starts_with(b"cuFile"))];
-    // SAFETY: a live library and a C string.
-    let address = unsafe { libc::dlsym(library, name.as_ptr()) };
-    assert!(!address.is_null(), "{name:?}");
+    twins::cuda::load(); // whom cuFile's needs
+    let of_driver = name.to_bytes().starts_with(b"cu") && !name.to_bytes().starts_with(b"cuFile");
     // SAFETY: the duty of the caller.
-    unsafe { mem::transmute_copy(&address) }
+    unsafe { if of_driver { twins::cuda::function(name) } else { twins::cufile::function(name) } }
 }
 
 /// Calls a function by its name and type.
@@ -232,20 +213,6 @@ fn a_defect() {
     }
 }
 
-#[expect(clippy::disallowed_methods, reason = "what the tests' own environment says must not reach the process")]
-fn child(test: &str, settings: &[(&str, &str)]) -> Output {
-    let mut command = Command::new(env::current_exe().unwrap());
-    for (name, _) in env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"SIMCU")) {
-        command.env_remove(name);
-    }
-    command.args(["--ignored", "--exact", test]).envs(settings.iter().copied()).output().unwrap()
-}
-
-fn passes(test: &str, settings: &[(&str, &str)]) {
-    let Output { status, stdout, stderr } = child(test, settings);
-    assert!(status.success(), "{test}: {}{}", String::from_utf8_lossy(&stdout), String::from_utf8_lossy(&stderr));
-}
-
 #[test]
 fn reads_are_counted_by_how_they_came() {
     passes("bytes_come_and_are_counted", &[]);
@@ -272,7 +239,7 @@ fn defects_are_named() {
         ("read into", "cuFileRead: touches 4096 bytes"),
         ("busy", "cuFileRead: writes 4096 bytes"),
     ] {
-        let output = child("a_defect", &[("DEFECT", defect), ("SIMCUDA_JITTER", "2000000")]);
+        let output = twins::child::run("a_defect", &[("DEFECT", defect), ("SIMCUDA_JITTER", "2000000")]);
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && text.contains(&format!("VIOLATION {what}")), "{defect}: {text}");
     }

@@ -1,12 +1,13 @@
 //! The driver's twin, for tests, which load it before anything asks for the driver.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
+use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{self, Command};
 use std::sync::OnceLock;
-use std::{env, fs};
 
+use crate::child;
 use crate::library::{Library, functions_of_every_twin};
 
 static LIBRARY: Library = Library::new("simcuda");
@@ -29,17 +30,8 @@ pub fn bytes(device: u32, kind: u32) -> u64 {
 }
 
 /// A command whose process finds the twins under the names that programs ask for, and none of our settings.
-#[expect(clippy::disallowed_methods, reason = "what the tests' own environment says must not reach the process")]
 pub fn command(binary: impl AsRef<OsStr>) -> Command {
-    let mut command = Command::new(binary);
-    let ours = |name: &OsString| {
-        [b"SIMCUDA_".as_slice(), b"SIMNCCL_", b"SIMCUFILE_", b"NCCL_"]
-            .iter()
-            .any(|ours| name.as_encoded_bytes().starts_with(ours))
-    };
-    for (name, _) in env::vars_os().filter(|(name, _)| ours(name)) {
-        command.env_remove(name);
-    }
+    let mut command = child::command(binary);
     command.env("LD_LIBRARY_PATH", folder());
     command
 }

@@ -14,14 +14,8 @@ struct Fault<D> {
     due: D,
 }
 
-impl<D> Default for Faults<D> {
-    fn default() -> Faults<D> {
-        Faults { list: Vec::new() }
-    }
-}
-
 impl<D: Copy> Faults<D> {
-    /// Reads `call@n=what`, comma-separated; counting starts now. `read` knows what there is.
+    /// Reads `call@n=what`, comma-separated, of which there may be none; counting starts now. `read` knows what there is.
     pub fn parse(text: &str, read: impl Fn(&str) -> Option<D>) -> Option<Faults<D>> {
         let fault = |text: &str| {
             let (call, rest) = text.split_once('@')?;

@@ -1,6 +1,7 @@
-//! How tests hold the twins of CUDA, NCCL and cuFile ([`cuda`], [`nccl`], [`cufile`]), and what these have in common
-//! ([`faults`], [`settings`]).
+//! How tests hold the twins of CUDA, NCCL and cuFile ([`cuda`], [`nccl`], [`cufile`], [`child`]), and what these have in
+//! common ([`faults`], [`settings`]).
 
+pub mod child;
 pub mod cuda;
 pub mod cufile;
 pub mod faults;

@@ -40,7 +40,7 @@ pub extern "C" fn simcuda_bytes(device: u32, kind: u32) -> u64 {
 /// Replaces all faults, as `SIMCUDA_FAULT` has them; counting starts now. Not 0 if it means nothing.
 #[unsafe(no_mangle)]
 pub extern "C" fn simcuda_fault(text: In<c_char>) -> i32 {
-    match text.text().ok().as_deref().map_or(Some(Faults::default()), |text| Faults::parse(text, Due::read)) {
+    match Faults::parse(text.text().ok().as_deref().unwrap_or_default(), Due::read) {
         Some(faults) => {
             lock().faults = faults;
             0

@@ -40,7 +40,7 @@ pub extern "C" fn simnccl_bytes(device: u32, kind: u32) -> u64 {
 /// Replaces all faults, as `SIMNCCL_FAULT` has them; counting starts now. Not 0 if it means nothing.
 #[unsafe(no_mangle)]
 pub extern "C" fn simnccl_fault(text: In<c_char>) -> i32 {
-    match text.text().as_deref().map_or(Some(Faults::default()), |text| Faults::parse(text, Due::read)) {
+    match Faults::parse(text.text().as_deref().unwrap_or_default(), Due::read) {
         Some(faults) => {
             lock().faults = faults;
             0
