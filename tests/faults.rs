@@ -186,22 +186,28 @@ fn every_read_of_a_load_can_stall() {
     for world in worlds::of(2) {
         for engine in engines() {
             let start = |fault, at, bound| {
-                let faulty = Faulty { engine: Arc::clone(&engine), fault, at, count: AtomicUsize::new(0) };
-                let loader = Loader::new().staging(8 << 20).custom_engine(Arc::new(faulty)).stall(WARNING, bound);
-                loader.start(&loader.plan(&checkpoint, &rules, &world).unwrap()).unwrap()
+                let faulty = Arc::new(Faulty { engine: Arc::clone(&engine), fault, at, count: AtomicUsize::new(0) });
+                let loader = Loader::new().staging(8 << 20).custom_engine(faulty.clone()).stall(WARNING, bound);
+                (loader.start(&loader.plan(&checkpoint, &rules, &world).unwrap()).unwrap(), faulty)
             };
-            let (_, report) = start(Fault::None, 0, shardlift::limits::STALL_ERROR).finish().unwrap();
+            let (load, _) = start(Fault::None, 0, shardlift::limits::STALL_ERROR);
+            let (_, report) = load.finish().unwrap();
             for at in 0..report.reads as usize {
-                let began = Instant::now();
-                let load = start(Fault::Stalls, at, BOUND);
-                let monitor = load.monitor();
-                let error = load.finish().unwrap_err();
-                let took = began.elapsed();
-                let place = format!("{} {world:?} {at} {error:?}", engine.name());
-                assert_eq!(error.kind(), ErrorKind::Stalled, "{place}");
-                assert!(BOUND <= took && took < STALL, "{place}: {took:?}");
-                assert!(error.file().is_some() && error.tensor().is_some(), "{place}");
-                assert!(error.at().bytes.is_some_and(|(from, to)| from < to), "{place}");
+                // On a busy machine a load may exceed this bound by itself, before its fault, and what was late then comes.
+                let mut struck = (0..20).filter_map(|_| {
+                    let began = Instant::now();
+                    let (load, faulty) = start(Fault::Stalls, at, BOUND);
+                    let monitor = load.monitor();
+                    let error = load.finish().unwrap_err();
+                    let took = began.elapsed();
+                    let place = format!("{} {world:?} {at} {error:?}", engine.name());
+                    assert_eq!(error.kind(), ErrorKind::Stalled, "{place}");
+                    assert!(BOUND <= took && took < STALL, "{place}: {took:?}");
+                    assert!(error.file().is_some() && error.tensor().is_some(), "{place}");
+                    assert!(error.at().bytes.is_some_and(|(from, to)| from < to), "{place}");
+                    (faulty.count.load(Ordering::Relaxed) > at).then_some((place, monitor))
+                });
+                let (place, monitor) = struck.next().expect("a load that gets as far as its fault");
                 assert!(monitor.progress().abandoned_bytes > 0, "{place}");
             }
         }
