@@ -4,7 +4,7 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype as Type, TensorView};
 use shardlift::plan::{Ax, Coord, Cut, Expr, Fill, Request, ShardRule};
-use shardlift::{Checkpoint, Dtype, Error, ErrorKind, Loader, Plan, Rank, Rules, World};
+use shardlift::{Checkpoint, Dtype, Error, ErrorKind, Loader, Memory, Plan, Rank, Residency, Rules, World};
 
 /// Rows of the test model's tensors, of which all have 4 columns.
 const ROWS: [(&str, u16); 4] = [("k", 4), ("q", 8), ("v", 4), ("z", 6)];
@@ -88,6 +88,53 @@ fn bytes_land_in_the_buffers_of_requests() {
             assert_eq!(buffer[..], expected);
         }
         assert_eq!(tail[7], value("k", 1, 3));
+    }
+}
+
+/// Long enough to be read straight to where they belong, were it not that one of the two wants them converted.
+#[test]
+fn bytes_that_one_wants_converted_and_another_as_they_are_land_as_both() {
+    const ROWS: u32 = 16 << 10;
+    let folder = tempfile::tempdir().unwrap();
+    // A conversion to BF16 keeps the upper half of numbers whose lower half is 0.
+    let short: Vec<u8> = (0..ROWS * 4).flat_map(|at| (at as u16 & 0x3FFF).to_le_bytes()).collect();
+    let long: Vec<u8> = (0..ROWS * 4).flat_map(|at| ((at & 0x3FFF) << 16).to_le_bytes()).collect();
+    let view = |dtype, bytes| TensorView::new(dtype, vec![ROWS as usize, 4], bytes).unwrap();
+    let views = [("long", view(Type::F32, &long)), ("short", view(Type::BF16, &short))];
+    safetensors::serialize_to_file(views, None, &folder.path().join("model.safetensors")).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let half = |name: &str, start| Expr::Slice {
+        x: Box::new(Expr::Tensor(name.into())),
+        dim: 0,
+        start: u64::from(start),
+        len: u64::from(ROWS / 2),
+        step: 1,
+    };
+    for (name, from, to, stored, other) in
+        [("long", Dtype::F32, Dtype::Bf16, &long, &short), ("short", Dtype::Bf16, Dtype::F32, &short, &long)]
+    {
+        let whole = || Expr::Tensor(name.into());
+        let upper = &other[other.len() / 2..];
+        let lower = &stored[..stored.len() / 2];
+        for [converted, kept] in [["a", "b"], ["b", "a"]] {
+            for (exprs, expected) in
+                [([whole(), whole()], [&other[..], stored]), ([half(name, ROWS / 2), half(name, 0)], [upper, lower])]
+            {
+                let [x, y] = exprs;
+                let requests =
+                    [Request::new(converted, to, Expr::Cast { x: Box::new(x), to }), Request::new(kept, from, y)];
+                let plan = Plan::of_requests(&checkpoint, &requests, &World::host(1)).unwrap();
+                for memory in [Memory::Blocks, Memory::PerTensor] {
+                    for residency in [Residency::Owned, Residency::Mapped] {
+                        let (weights, _) = Loader::new().memory(memory).residency(residency).load(&plan).unwrap();
+                        for (name, expected) in [converted, kept].into_iter().zip(expected) {
+                            let landed = weights.tensor(Rank(0), name).unwrap().to_bytes().unwrap();
+                            assert!(landed == expected, "{from} as {to}: {name}, {memory:?}, {residency:?}");
+                        }
+                    }
+                }
+            }
+        }
     }
 }
 

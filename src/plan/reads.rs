@@ -189,11 +189,14 @@ impl Reads {
         if self.plan.is_shared(extent) { Cutting::of_exchange(self.cutting.exchanged) } else { self.cutting }
     }
 
+    /// Whether reads of it may land straight in a destination: long ones can, and nobody has its bytes converted, for of
+    /// consumers whose runs hold a byte any may be the one in whose memory it lands.
     fn can_be_direct(&self, extent: &ReadExtent) -> bool {
-        let long = |copy: &BoxCopy| copy.run >= limits::DIRECT_MIN && copy.cast.is_none();
+        let copies = || self.plan.consumers(extent).iter().map(|consumer| self.copy(consumer));
         self.cutting.direct
             && !self.plan.is_shared(extent)
-            && self.plan.consumers(extent).iter().any(|consumer| long(self.copy(consumer)))
+            && copies().any(|copy| copy.run >= limits::DIRECT_MIN)
+            && copies().all(|copy| copy.cast.is_none())
     }
 
     /// `limit` or a little before it, so that no element is cut in two that is cast or permuted.
