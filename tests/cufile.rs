@@ -90,11 +90,14 @@ fn loader() -> Loader {
     Loader::new().engine(EngineChoice::Cufile).staging(2 << 20)
 }
 
+/// What a plan is, for memory of the host.
+fn on_host(plan: &Plan) -> Plan {
+    plan_for(plan.checkpoint(), World::host(plan.world().size()))
+}
+
 /// Compares all tensors with what buffered reads bring into memory of the host.
-fn compare(plan: &Plan, weights: &Weights) {
-    let ranks = plan.world().size();
-    let host = plan_for(plan.checkpoint(), World::host(ranks));
-    let (expected, _) = Loader::new().engine(EngineChoice::Pread).load(&host).unwrap();
+fn compare(weights: &Weights, host: &Plan) {
+    let (expected, _) = Loader::new().engine(EngineChoice::Pread).load(host).unwrap();
     let mut compared = 0;
     for tensor in weights.iter() {
         let other = expected.tensor(tensor.rank(), tensor.name()).unwrap();
@@ -139,7 +142,7 @@ fn exact() {
             is_direct(&plan, &report);
             weights.check().unwrap();
             weights.check_moved().unwrap();
-            compare(&plan, &weights);
+            compare(&weights, &on_host(&plan));
             // Slots stay, with their registrations, and the driver stays open.
             let calls = |name| twins::cufile::calls(Some(name));
             assert_eq!((calls("cuFileBufRegister"), calls("cuFileHandleRegister") > 0), (2, true));
@@ -178,14 +181,21 @@ fn crooked() {
     let path = folder.path().join("model.safetensors");
     std::fs::write(&path, bytes).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
-    let plan = plan_for(&checkpoint, World::local([0, 0]));
+    let rules = r#"
+        rule = [
+          { match = "*.cast", cast = "bf16", replicate = true },
+          { match = "*.turned", transpose = true, cast = "f32", shard = { dim = 0 } },
+          { match = "**", replicate = true },
+        ]"#;
+    let planned = |world| Plan::new(&checkpoint, &Rules::from_toml(rules).unwrap(), &world).unwrap();
+    let plan = planned(World::local([0, 0]));
     let (weights, report) = loader().load(&plan).unwrap();
     let extents = plan.report().reads;
     let ends = report.reads - extents;
-    assert!(ends > 4, "{report:?}");
+    assert!(ends >= 4, "{report:?}");
     let most = report.needed_bytes + 8192 * extents + 4096 * ends;
     assert!(report.storage_bytes_read <= most, "{extents} {report:?}");
-    compare(&plan, &weights);
+    compare(&weights, &planned(World::host(2)));
     drop(weights);
     nothing_is_left();
 }
@@ -219,7 +229,7 @@ fn short() {
         assert!(report.reads >= whole.reads + whole.reads / 3, "{report:?} {whole:?}");
     }
     weights.check().unwrap();
-    compare(&plan, &weights);
+    compare(&weights, &on_host(&plan));
     drop(weights);
     nothing_is_left();
 }
@@ -254,7 +264,7 @@ fn limited() {
     let limited = |warning: &String| warning.contains("fewer slots") && warning.contains("5016");
     assert!(report.warnings.iter().any(limited), "{:?}", report.warnings);
     assert_eq!(twins::cufile::bytes()[3], 1 << 20);
-    compare(&plan, &weights);
+    compare(&weights, &on_host(&plan));
     drop((weights, loader));
     nothing_is_left();
 }
@@ -330,15 +340,21 @@ fn registering() {
         assert_eq!(error.kind(), ErrorKind::Stalled, "{error}");
         assert!(error.to_string().contains("engine cufile: registering a"), "{error}");
         assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
-        cool(&plan);
         twins::cufile::fault(&fault);
-        let (weights, report) = auto(&plan).stall(Duration::from_secs(1), Duration::from_secs(2)).load(&plan).unwrap();
-        assert_ne!(report.engine, "cufile");
-        if report.warnings.is_empty() {
-            return println_result(SKIPPED);
+        let loader = auto(&plan).stall(Duration::from_secs(1), Duration::from_secs(2));
+        // A slot that is being registered for ever is none for the next load either; a file is, if that comes back.
+        let loads = if call == "cuFileBufRegister" { 2 } else { 1 };
+        for _ in 0..loads {
+            cool(&plan);
+            let (weights, report) = loader.load(&plan).unwrap();
+            assert_ne!(report.engine, "cufile");
+            if report.warnings.is_empty() {
+                return println_result(SKIPPED);
+            }
+            assert!(report.warnings[0].contains("cufile is not used: engine cufile: "), "{report:?}");
+            assert!(report.warnings[0].contains("regist"), "{report:?}");
+            weights.check().unwrap();
         }
-        assert!(report.warnings[0].contains("cufile is not used: engine cufile: registering a"), "{report:?}");
-        weights.check().unwrap();
     }
     assert_eq!([twins::cuda::violations(), twins::cufile::violations()], [0, 0]);
 }
@@ -464,7 +480,7 @@ fn another() {
     let loader = loader.custom_engine(Arc::new(Counting { cufile, registered: Arc::clone(&registered) }));
     let (weights, _) = loader.load(&plan).unwrap();
     assert_eq!(registered.load(Ordering::Relaxed), 2);
-    compare(&plan, &weights);
+    compare(&weights, &on_host(&plan));
     drop((weights, loader));
     nothing_is_left();
 }

@@ -176,6 +176,18 @@ fn every_read_of_a_load_can_go_wrong() {
 }
 
 #[test]
+fn a_load_may_be_waited_for_without_a_bound() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 18);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    for world in worlds::of(2) {
+        let loader = Loader::new().stall(Duration::MAX, Duration::MAX);
+        let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &world).unwrap();
+        loader.load(&plan).unwrap().0.check().unwrap();
+    }
+}
+
+#[test]
 fn every_read_of_a_load_can_stall() {
     const WARNING: Duration = Duration::from_millis(10);
     const BOUND: Duration = Duration::from_millis(60);

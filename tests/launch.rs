@@ -15,7 +15,12 @@ use std::{fs, thread};
 
 use ranks::{Process, Setup, free_port, tell_all};
 use rustix::process::Signal;
-use shardlift::{Error, ErrorKind, Group, GroupOptions, Launch, LaunchOptions, Rank, limits};
+use safetensors::tensor::{Dtype, TensorView};
+use shardlift::plan::DeviceSpec;
+use shardlift::{
+    Checkpoint, Error, ErrorKind, Group, GroupOptions, Launch, LaunchOptions, Loader, Monitor, Plan, Rank, Rules,
+    World, limits,
+};
 
 /// A process of the other tests.
 #[test]
@@ -476,6 +481,57 @@ fn a_failure_wakes_whoever_asked_for_it() {
     group.wake_on_failure(Arc::new(Woken(sender, Mutex::new(Some(Arc::clone(&group))))).into());
     assert_eq!(woken.recv_timeout(SOON).unwrap(), expected);
     assert_eq!(group.exchange("x", vec![]).unwrap_err().kind(), ErrorKind::Io);
+}
+
+/// Cancels a load.
+struct Cancels(Mutex<Option<Monitor>>);
+
+impl Wake for Cancels {
+    fn wake(self: Arc<Self>) {
+        self.0.lock().unwrap().take().unwrap().cancel();
+    }
+}
+
+#[test]
+fn whoever_is_woken_by_a_failing_load_may_cancel_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let bytes = vec![1; 8 << 20];
+    let view = TensorView::new(Dtype::U8, vec![bytes.len()], &bytes).unwrap();
+    safetensors::serialize_to_file([("a", view)], None, &path).unwrap();
+    let whole = fs::metadata(&path).unwrap().len();
+    for size in [1, 2] {
+        fs::File::options().write(true).open(&path).unwrap().set_len(whole).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let rendezvous = Setup::new(size).rendezvous;
+        let plan = |rank| {
+            let world = World::member(Rank(rank), size, DeviceSpec::Host);
+            Plan::new(&checkpoint, &Rules::replicate_all(), &world).unwrap()
+        };
+        thread::scope(|scope| {
+            let (path, rendezvous, plan) = (&path, &rendezvous, &plan);
+            let ranks: Vec<_> = (0..size)
+                .map(|rank| {
+                    scope.spawn(move || {
+                        let group = Group::join(&launch(rank, size, rendezvous), &GroupOptions::default()).unwrap();
+                        let group = Arc::new(group);
+                        let load =
+                            Loader::new().group(Some(&group)).throttle(Some(1 << 20)).start(&plan(rank)).unwrap();
+                        group.wake_on_failure(Arc::new(Cancels(Mutex::new(Some(load.monitor())))).into());
+                        if rank == 0 {
+                            fs::File::options().write(true).open(path).unwrap().set_len(4096).unwrap();
+                        }
+                        load.finish().unwrap_err()
+                    })
+                })
+                .collect();
+            for rank in ranks {
+                let error = rank.join().unwrap();
+                // What the other one reads may have been cut before it opened it.
+                assert!(matches!(error.kind(), ErrorKind::Truncated | ErrorKind::Changed), "{error}");
+            }
+        });
+    }
 }
 
 #[test]

@@ -5,12 +5,13 @@ mod model;
 #[path = "support/worlds.rs"]
 mod worlds;
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use shardlift::read::{EngineChoice, Uring};
+use shardlift::plan::{Cooperate, DeviceSpec};
+use shardlift::read::{EngineChoice, Mmap, Uring};
 use shardlift::source::{FileSystem, SourceFile};
-use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Rank, Report, Residency, Rules, World};
+use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Plan, Rank, Report, Residency, Rules, World};
 
 const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Pread, EngineChoice::Mmap, EngineChoice::Uring];
 
@@ -251,6 +252,37 @@ fn a_cancelled_reshard_leaves_nothing_behind() {
     monitor.cancel();
     assert_eq!(reshard.finish().unwrap_err().kind(), ErrorKind::Cancelled);
     assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn what_ranks_read_together_is_not_written_by_one() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 8);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let world = World::member(Rank(0), 2, DeviceSpec::Host).reading_together(vec![0, 0], Cooperate::Always);
+    let plan = Plan::new(&checkpoint, &Rules::replicate_all(), &world).unwrap();
+    assert!(plan.report().received_bytes > 0);
+    let out = folder.path().join("out");
+    let error = Loader::new().reshard(&plan, &out, false).unwrap_err();
+    assert_eq!((error.kind(), error.message()), (ErrorKind::Usage, "ranks that read together load as a group"));
+    assert!(!out.exists());
+}
+
+/// An engine keeps nothing of the files that it read once nobody reads with it.
+#[test]
+fn an_engine_that_maps_files_lets_go_of_them() {
+    let mmap = Arc::new(Mmap::new(2));
+    let loader = Loader::new().custom_engine(mmap.clone());
+    for seed in [10, 11] {
+        let folder = tempfile::tempdir().unwrap();
+        model::write(folder.path(), seed);
+        let rules = Rules::from_toml(model::RULES).unwrap();
+        let plan = loader.plan(&Checkpoint::open(folder.path()).unwrap(), &rules, &World::host(2)).unwrap();
+        let (weights, _) = loader.load(&plan).unwrap();
+        weights.check().unwrap();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        assert!(!maps.contains(folder.path().to_str().unwrap()), "{maps}");
+    }
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use safetensors::tensor::{Dtype, TensorView};
 use shardlift::plan::ReadOrder;
-use shardlift::read::{EngineChoice, Pread};
+use shardlift::read::{Engine, EngineChoice, Pread, Work};
 use shardlift::{CallerMemory, Checkpoint, ErrorKind, Loader, Memory, Plan, Rank, Residency, Rules, Weights, World};
 
 const LAYERS: usize = 8;
@@ -132,6 +132,41 @@ fn weights_that_others_can_see_stay_as_they_are() {
     // SAFETY: the buffer outlives the weights, and nobody uses it meanwhile.
     let (mut weights, _) = unsafe { loader.start_into(&plan, &[entry]) }.unwrap().finish().unwrap();
     refused(&plan, &mut weights, "the caller's or a file's", Some("a.rows"));
+}
+
+/// An engine that wants its bytes where no slot has room for them.
+#[derive(Debug)]
+struct Odd;
+
+// SAFETY: reads nothing.
+unsafe impl Engine for Odd {
+    fn name(&self) -> &'static str {
+        "odd"
+    }
+    fn alignment(&self) -> u64 {
+        3
+    }
+    fn threads(&self) -> usize {
+        1
+    }
+    fn run(&self, _: &dyn Work) -> shardlift::Result<()> {
+        unreachable!("nothing is asked of it")
+    }
+}
+
+#[test]
+fn a_reload_that_cannot_start_leaves_the_weights_as_they_were() {
+    let folder = tempfile::tempdir().unwrap();
+    model::write(folder.path(), 35);
+    let rules = Rules::from_toml(model::RULES).unwrap();
+    for world in worlds::of(2) {
+        let plan = Plan::new(&Checkpoint::open(folder.path()).unwrap(), &rules, &world).unwrap();
+        let (mut weights, _) = Loader::new().load(&plan).unwrap();
+        let digests = weights.check().unwrap();
+        let error = Loader::new().custom_engine(Arc::new(Odd)).reload(&plan, &mut weights).unwrap_err();
+        assert_eq!((error.kind(), error.found()), (ErrorKind::Usage, Some("3")), "{error}");
+        assert_eq!(weights.check().unwrap(), digests);
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
 
 use safetensors::tensor::{Dtype, TensorView};
-use shardlift::{Checkpoint, Loader, Plan, Rules, World};
+use shardlift::{Checkpoint, Loader, Monitor, Plan, Rules, World};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -30,7 +30,7 @@ struct Heard {
 }
 
 #[derive(Clone, Default)]
-struct Collector(Arc<Mutex<Heard>>);
+struct Collector(Arc<Mutex<Heard>>, Arc<Mutex<Option<Monitor>>>);
 
 struct Words<'a>(&'a mut Fields);
 
@@ -74,7 +74,12 @@ impl Subscriber for Collector {
         event.record(&mut Words(&mut fields));
         let mut heard = self.0.lock().unwrap();
         let told = heard.told(event.metadata(), event.parent(), event.is_contextual(), fields);
+        let loaded = told.name == "loaded";
         heard.events.push(told);
+        drop(heard);
+        if loaded && let Some(monitor) = self.1.lock().unwrap().take() {
+            monitor.cancel();
+        }
     }
     fn enter(&self, id: &Id) {
         self.0.lock().unwrap().entered.push((std::thread::current().id(), id.into_u64()));
@@ -147,6 +152,12 @@ fn a_load_is_a_span_with_files_stages_and_an_outcome() {
     });
     assert_eq!(heard.spans[1].fields["outcome"], "cancelled");
     assert!(heard.events.iter().any(|event| (&*event.name, event.level) == ("load cancelled", Level::INFO)));
+
+    // A load that was told of is no longer cancelled.
+    let load = Loader::new().throttle(Some(256 << 20)).start(&plan).unwrap();
+    *collector.1.lock().unwrap() = Some(load.monitor());
+    load.finish().unwrap();
+    assert!(collector.1.lock().unwrap().is_none());
 
     let file = std::fs::File::options().write(true).open(folder.path().join("two.safetensors")).unwrap();
     file.set_len(4096).unwrap();

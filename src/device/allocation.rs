@@ -22,6 +22,9 @@ pub(crate) trait DeviceMemory: Debug + Send + Sync {
     /// The address of the allocation that it is, or lies in.
     fn base(&self) -> u64;
 
+    /// Whether it is memory of somebody else.
+    fn is_lent(&self) -> bool;
+
     /// Copies bytes at `address` of the device to host memory.
     ///
     /// # Errors
@@ -120,7 +123,11 @@ impl Allocation {
 
     /// Whether it is memory of somebody else.
     pub(crate) fn is_lent(&self) -> bool {
-        matches!(self.owner, Owner::Lent(_))
+        match &self.owner {
+            Owner::Device(memory) => memory.is_lent(),
+            Owner::Lent(_) => true,
+            Owner::Pages(_) | Owner::Heap(_) => false,
+        }
     }
 
     /// Gives the memory up as the parts of a `Vec` whose elements have this size and alignment, if that is how it

@@ -210,8 +210,13 @@ impl Group {
     /// Tells everybody that this rank has failed, of what and where. Unless the group has failed before, this is its failure;
     /// one that is [`ErrorKind::Cancelled`] cancels all ranks. After [`finish`](Group::finish) returned it does nothing.
     pub fn fail(&self, error: &Error) {
+        self.failing(error)();
+    }
+
+    /// What [`fail`](Group::fail) does, for when nothing is locked any more: it wakes others on this thread.
+    pub(crate) fn failing(&self, error: &Error) -> impl FnOnce() + use<'_> {
         let failure = Failure::said(error, self.rank());
-        match self.control {
+        move || match self.control {
             Some(_) => self.shared.tell(failure),
             None => self.shared.fail(failure),
         }

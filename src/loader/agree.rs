@@ -48,13 +48,21 @@ pub(super) fn agree(group: Option<&Arc<Group>>, plan: &Plan, slot_bytes: usize) 
     if plan.world().processes() == Processes::PerRank && plan.world().driven().len() != 1 {
         return Err(Error::new(ErrorKind::Usage, "a plan of many processes is to look at: each loads one of its own"));
     }
-    let Some(group) = group else {
-        return match plan.exchanges() {
-            false => Ok(None),
-            true => Err(Error::new(ErrorKind::Usage, "ranks that read together load as a group")),
-        };
-    };
-    peers(group, plan, slot_bytes).map(Some)
+    match group {
+        Some(group) => peers(group, plan, slot_bytes).map(Some),
+        None => alone(plan).map(|()| None),
+    }
+}
+
+/// That a process can carry this plan out without a group.
+///
+/// # Errors
+/// [`ErrorKind::Usage`] if others read for it.
+pub(super) fn alone(plan: &Plan) -> Result<()> {
+    if plan.exchanges() {
+        return Err(Error::new(ErrorKind::Usage, "ranks that read together load as a group"));
+    }
+    Ok(())
 }
 
 fn peers(group: &Arc<Group>, plan: &Plan, slot_bytes: usize) -> Result<Peers> {

@@ -10,7 +10,7 @@ use super::{EngineSource, Loader};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::observe::Direct;
-use crate::pipeline::{Device, Ring, SlotMaker};
+use crate::pipeline::{Device, Prepared, Ring, SlotMaker};
 use crate::plan::{DeviceSpec, Plan};
 #[cfg(feature = "cuda")]
 use crate::read::Cufile;
@@ -60,6 +60,14 @@ pub(super) struct Chosen {
 }
 
 impl Chosen {
+    /// What a load that reads with this needs besides its destinations.
+    ///
+    /// # Errors
+    /// As of [`Prepared::new`].
+    pub(super) fn prepare(&self, plan: &Plan, devices: &[Arc<dyn Device>]) -> Result<Prepared> {
+        Prepared::new(plan, devices, &*self.engine, &self.ring, self.maker.is_some())
+    }
+
     /// Bytes of slots on a device that a load of this plan will make.
     pub(super) fn slots_to_make(&self, plan: &Plan) -> u64 {
         let wanted = plan.storage_bytes().next_multiple_of(self.ring.slot_bytes() as u64);
@@ -195,8 +203,8 @@ impl Loader {
             let fresh = || Ring::on_device(self.staging, slot);
             ring = lock(&self.slots_on_gpus).entry(device.name()).or_insert_with(fresh).clone();
             let made = Arc::new(SlotMaker::new(device, registrar));
-            let (first, slots) = (Arc::clone(&made), ring.clone());
-            within(self.stall_error, "registering a slot", move || first.try_out(&slots))?;
+            let (first, slots, bound) = (Arc::clone(&made), ring.clone(), self.stall_error);
+            within(bound, "registering a slot", move || first.try_out(&slots, bound))?;
             maker = Some(made);
         }
         let engine = match self.throttle {

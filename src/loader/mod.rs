@@ -174,9 +174,9 @@ impl Loader {
     }
 
     /// How long a read may make no progress before a warning, and before the load fails; and how long a tensor waits for
-    /// its GPU ([`Tensor::to_bytes`], [`Tensor::digest`]).
+    /// its GPU ([`Tensor::to_bytes`], [`Tensor::digest`]); a day at most.
     pub fn stall(mut self, warning: Duration, error: Duration) -> Loader {
-        (self.stall_warning, self.stall_error) = (warning, error);
+        (self.stall_warning, self.stall_error) = (warning, error.min(limits::TIMEOUT_MAX));
         self
     }
 
@@ -289,20 +289,27 @@ impl Loader {
                 Memory::PerTensor => Destinations::per_tensor(plan, &devices, feed, &lent),
             }
         };
-        let mut destinations = match again {
-            Some(weights) => Destinations::again(weights),
-            None => match (allocate(&chosen), chosen.otherwise.take()) {
-                // There may be room without slots.
-                (Err(error), Some(otherwise)) => {
-                    chosen.ring.release();
-                    chosen = self.instead_of_cufile(otherwise, &devices, &error)?;
-                    allocate(&chosen)?
-                }
-                (allocated, otherwise) => {
-                    chosen.otherwise = otherwise;
-                    allocated?
-                }
-            },
+        let (mut destinations, prepared) = match again {
+            Some(weights) => {
+                // Before they are given up: what is refused leaves them as they were.
+                let prepared = chosen.prepare(plan, &devices)?;
+                (Destinations::again(weights), prepared)
+            }
+            None => {
+                let destinations = match (allocate(&chosen), chosen.otherwise.take()) {
+                    // There may be room without slots.
+                    (Err(error), Some(otherwise)) => {
+                        chosen.ring.release();
+                        chosen = self.instead_of_cufile(otherwise, &devices, &error)?;
+                        allocate(&chosen)?
+                    }
+                    (allocated, otherwise) => {
+                        chosen.otherwise = otherwise;
+                        allocated?
+                    }
+                };
+                (destinations, chosen.prepare(plan, &devices)?)
+            }
         };
         let mapped = if lends { lend::lend_mapped(plan, &mut destinations, &devices)? } else { Vec::new() };
         // SAFETY: the same duties.
@@ -313,7 +320,12 @@ impl Loader {
             trace.span(Event::of(Kind::Devices), started, opened);
             trace.since(Event::of(Kind::Allocate), opened);
         }
-        Ok(Load { plan: plan.clone(), running: Running::start(setup)?, consume: StageTime::default(), handed: None })
+        Ok(Load {
+            plan: plan.clone(),
+            running: Running::start(setup, prepared)?,
+            consume: StageTime::default(),
+            handed: None,
+        })
     }
 
     /// Starts a load of a plan with these [`Request`]s into the memory that they carry; destinations without any are

@@ -18,9 +18,9 @@ impl Loader {
     /// # Errors
     /// [`ErrorKind::Usage`], with the weights as they were: the plan has other ranks, devices, names, types or shapes; a tensor
     /// was taken out, or a handle to one lives elsewhere; the memory is the caller's or a file's (use
-    /// [`start_into`](Loader::start_into) again). Else as a load. Until the load has started (as for an engine that cannot read
-    /// this, or ranks that would load something else) they stay as they were; from then on they hold nothing, and their memory
-    /// was given back, because it has values of both.
+    /// [`start_into`](Loader::start_into) again). Else as a load. They stay as they were where it cannot start: for an engine
+    /// that cannot read this, a device that has no room for the scratch memory of casts, or ranks that would load something
+    /// else. From the first thread on they hold nothing, and their memory was given back, because it has values of both.
     ///
     /// [`ErrorKind::Usage`]: crate::ErrorKind::Usage
     pub fn reload(&self, plan: &Plan, weights: &mut Weights) -> Result<Report> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use super::{Loader, Monitor};
+use super::{Loader, Monitor, agree};
 use crate::checkpoint::{NewDirectory, Partial};
 use crate::error::Result;
 use crate::observe::Report;
@@ -36,6 +36,7 @@ impl Loader {
     /// As [`reshard`](Loader::reshard), as far as they are known before anything moves.
     pub fn start_reshard(&self, plan: &Plan, out: impl AsRef<Path>, force: bool) -> Result<Reshard> {
         let started = Instant::now();
+        agree::alone(plan)?;
         let mut directory = NewDirectory::create(out.as_ref(), force, plan.checkpoint())?;
         let mut metadata = BTreeMap::new();
         for file in plan.checkpoint().files() {
@@ -67,8 +68,9 @@ impl Loader {
         let destinations = Destinations::in_files(plan, |rank| std::mem::take(&mut offsets[rank.index()]));
         let span = telemetry::span(plan);
         let chosen = self.choose_engine(plan, &devices)?;
+        let prepared = chosen.prepare(plan, &devices)?;
         let setup = Setup { started, ..self.setup(&span, plan, destinations, devices, chosen) };
-        let running = Running::start(setup).inspect_err(|error| telemetry::failed(&span, error))?;
+        let running = Running::start(setup, prepared).inspect_err(|error| telemetry::failed(&span, error))?;
         Ok(Reshard { plan: plan.clone(), running, directory, started })
     }
 }
@@ -147,8 +149,9 @@ mod tests {
         let size = plan.rank(Rank(1)).dests[0].bytes;
         let destinations = Destinations::in_files(&plan, |_| vec![size + 8, 8]);
         let chosen = loader.choose_engine(&plan, &devices).unwrap();
+        let prepared = chosen.prepare(&plan, &devices).unwrap();
         let setup = loader.setup(&tracing::Span::none(), &plan, destinations, devices, chosen);
-        let mut running = Running::start(setup).unwrap();
+        let mut running = Running::start(setup, prepared).unwrap();
         let error = running.finish().unwrap_err();
         let at = error.at();
         assert_eq!((error.kind(), at.file.as_deref(), at.rank), (ErrorKind::Io, Some("1".as_ref()), Some(Rank(1))));

@@ -82,8 +82,9 @@ fn ends_with(when_asked: bool) {
     let destinations =
         Destinations::in_blocks(&plan, &devices, feed(&plan, limits::SLOT, 0, None), &Default::default()).unwrap();
     let chosen = loader.choose_engine(&plan, &devices).unwrap();
+    let prepared = chosen.prepare(&plan, &devices).unwrap();
     let setup = loader.setup(&tracing::Span::none(), &plan, destinations, devices, chosen);
-    let mut running = Running::start(setup).unwrap();
+    let mut running = Running::start(setup, prepared).unwrap();
     let began = Instant::now();
     let monitor = Monitor::new(running.job());
     let error = running.finish().unwrap_err();

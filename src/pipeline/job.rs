@@ -10,7 +10,7 @@ use super::digests::Digests;
 #[cfg(feature = "cuda")]
 use super::exchange::Exchanging;
 use super::files::Files;
-use super::prepare::pinner;
+use super::prepare::{Prepared, pinner};
 use super::run::distinct;
 use super::windows::Windows;
 use super::{Device, Peers, Setup};
@@ -42,7 +42,8 @@ pub(crate) struct Job {
     #[expect(clippy::vec_box, reason = "a request has its own in a box, to be small")]
     pub(super) spare: Mutex<Vec<Box<Pending>>>,
     /// After `setup`, whose engine may have them mapped: pages in use would not be forgotten.
-    pub(super) files: Files,
+    /// Shared with the thread that compares them at the end, which may not come back.
+    pub(super) files: Arc<Files>,
     /// If they are taken.
     pub(super) digests: Option<Digests>,
     /// The devices, each once, with the first rank on it.
@@ -99,20 +100,11 @@ pub(super) struct InFlight {
 }
 
 impl Job {
-    /// The shared state of a load that has not begun; `copies` has a place for each of its [`distinct`] devices.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Usage`] if the engine asks for an alignment that slots do not have.
-    pub(super) fn new(setup: Setup, copies: Copies) -> Result<Job> {
+    /// The shared state of a load that has not begun.
+    pub(super) fn new(setup: Setup, prepared: Prepared) -> Job {
+        let Prepared { alignment, copies, .. } = prepared;
         let plan = setup.plan.clone();
         let world = plan.world();
-        // Asked once: the reads are cut for this answer.
-        let alignment = setup.engine.alignment();
-        if !alignment.is_power_of_two() || alignment > limits::DIRECT_ALIGNMENT {
-            let name = setup.engine.name();
-            return Err(Error::new(ErrorKind::Usage, format!("engine {name} has an alignment that no slot has"))
-                .with_expected(format!("a power of two up to {}", limits::DIRECT_ALIGNMENT), alignment));
-        }
         let devices = distinct(world, &setup.devices);
         let mut device_of = vec![0; world.size() as usize];
         for (rank, device) in world.driven().iter().zip(&setup.devices) {
@@ -172,7 +164,7 @@ impl Job {
         }
         let job = Job {
             copies,
-            files: Files::new(&plan, &setup.mapped, setup.drop_page_cache),
+            files: Arc::new(Files::new(&plan, &setup.mapped, setup.drop_page_cache)),
             digests: setup.digests.then(|| Digests::new(&plan)),
             setup,
             alignment,
@@ -208,7 +200,7 @@ impl Job {
             job.complete(rank, dest);
         }
         job.setup.warnings.iter().for_each(|warning| job.counters.warn(warning.clone()));
-        Ok(job)
+        job
     }
 
     /// Which slots this load can read into.
@@ -330,13 +322,15 @@ impl Job {
 
     /// Makes this the load's error unless it has one, and stops everything that has not begun.
     pub(crate) fn fail(&self, error: Error) {
-        {
+        // First here, with all that is known of it here, then to the others, whose copy comes back.
+        let telling = {
             let mut failure = lock(&self.failure);
-            // First here, with all that is known of it here, then to the others, whose copy comes back.
             let failure = failure.get_or_insert(error);
-            if let Some(peers) = &self.setup.peers {
-                peers.tell(failure);
-            }
+            self.setup.peers.as_ref().map(|peers| peers.telling(failure))
+        };
+        // Unlocked: whoever is woken by that may cancel this load.
+        if let Some(tell) = telling {
+            tell();
         }
         self.stop();
     }

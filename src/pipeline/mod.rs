@@ -38,7 +38,7 @@ pub(crate) use job::Job;
 #[cfg(feature = "cuda")]
 pub(crate) use peers::Meeting;
 pub(crate) use peers::Peers;
-pub(crate) use prepare::feed;
+pub(crate) use prepare::{Prepared, feed};
 pub(crate) use run::Running;
 pub(crate) use slots::SlotMaker;
 pub(crate) use traced::PlanNames;

@@ -29,9 +29,9 @@ pub(crate) struct Meeting {
 }
 
 impl Peers {
-    /// Tells the others that this rank has failed, unless they know of a failure already.
-    pub(super) fn tell(&self, error: &Error) {
-        self.group.fail(error);
+    /// Tells the others, once it is called, that this rank has failed, unless they know of a failure already.
+    pub(super) fn telling(&self, error: &Error) -> impl FnOnce() + use<'_> {
+        self.group.failing(error)
     }
 
     /// The failure of another rank, or of this one, if there is any.

@@ -1,4 +1,4 @@
-//! What devices need before they copy: pinned slots, and kernels.
+//! What devices need before they copy: queues, pinned slots, and kernels.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -6,15 +6,16 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use super::run::spawn;
-use super::{Device, Job, Peers, traced};
-use crate::copy::{CopyError, Landing};
+use super::run::{distinct, spawn};
+use super::{Device, Job, Peers, Ring, traced};
+use crate::copy::{Copies, CopyError, Landing};
 use crate::device::{Feed, Pinned, Pinner, stay};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
 use crate::observe::{Event, Kind};
 use crate::plan::Plan;
+use crate::read::Engine;
 
 /// What devices will be fed with, cuts aside: slots of this size, of which so many bytes are theirs, and what ranks exchange.
 pub(crate) fn feed(plan: &Plan, slot_bytes: usize, slots: u64, peers: Option<&Peers>) -> Feed {
@@ -25,6 +26,48 @@ pub(crate) fn feed(plan: &Plan, slot_bytes: usize, slots: u64, peers: Option<&Pe
     #[cfg(not(feature = "cuda"))]
     let (wire, _) = (None, (plan, peers));
     Feed { slot_bytes, cuts: false, slots, wire }
+}
+
+/// What a load needs besides its destinations and may be refused: asked for before anything is given up for it.
+pub(crate) struct Prepared {
+    /// Of the engine, asked once: the reads are cut for this answer.
+    pub(super) alignment: u64,
+    /// With a place for each of the [`distinct`] devices.
+    pub(super) copies: Copies,
+    pub(super) began: Instant,
+    pub(super) ended: Instant,
+}
+
+impl Prepared {
+    /// What a load of this plan needs. Only queues that have slots of the host behind them cut what is read.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] if the engine asks for an alignment that slots do not have; a device refused a queue.
+    pub(crate) fn new(
+        plan: &Plan,
+        devices: &[Arc<dyn Device>],
+        engine: &dyn Engine,
+        ring: &Ring,
+        slots_on_device: bool,
+    ) -> Result<Prepared> {
+        let began = Instant::now();
+        let alignment = engine.alignment();
+        if !alignment.is_power_of_two() || alignment > limits::DIRECT_ALIGNMENT {
+            let message = format!("engine {} has an alignment that no slot has", engine.name());
+            return Err(Error::new(ErrorKind::Usage, message)
+                .with_expected(format!("a power of two up to {}", limits::DIRECT_ALIGNMENT), alignment));
+        }
+        let mut queues = Vec::new();
+        for (device, rank) in distinct(plan.world(), devices) {
+            let driven = plan.world().driven().iter().zip(devices);
+            let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
+            let cuts = !slots_on_device && plan.first_cut(ranks).is_some();
+            let feed = Feed { slot_bytes: ring.slot_bytes(), cuts, slots: 0, wire: None };
+            queues.push(device.queue(feed).map_err(|error| error.with_rank(rank))?);
+        }
+        let copies = Copies::new(queues, ring.budget() / ring.slot_bytes());
+        Ok(Prepared { alignment, copies, began, ended: Instant::now() })
+    }
 }
 
 /// What pins memory for all of these devices; pinned is pinned for each of them, but they may be near different nodes.

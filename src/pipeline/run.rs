@@ -7,10 +7,10 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use super::prepare::{pin_slots, prepare_cuts};
+use super::prepare::{Prepared, pin_slots, prepare_cuts};
 use super::{Device, Job, Peers, Setup, telemetry, traced};
-use crate::copy::{Copies, Landed};
-use crate::device::{Feed, stay};
+use crate::copy::Landed;
+use crate::device::stay;
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits;
@@ -29,22 +29,12 @@ impl Running {
     /// Starts the threads of a load.
     ///
     /// # Errors
-    /// A device refused a queue, or the system a thread.
-    pub(crate) fn start(setup: Setup) -> Result<Running> {
-        let mut queues = Vec::new();
-        let began = Instant::now();
-        let slots = setup.ring.budget() / setup.ring.slot_bytes();
-        for (device, rank) in distinct(setup.plan.world(), &setup.devices) {
-            let driven = setup.plan.world().driven().iter().zip(&setup.devices);
-            let ranks = driven.filter(|(_, other)| Arc::ptr_eq(other, &device)).map(|(&rank, _)| rank);
-            let cuts = setup.maker.is_none() && setup.plan.first_cut(ranks).is_some();
-            let feed = Feed { slot_bytes: setup.ring.slot_bytes(), cuts, slots: 0, wire: None };
-            queues.push(device.queue(feed).map_err(|error| error.with_rank(rank))?);
-        }
+    /// The system refused a thread.
+    pub(crate) fn start(setup: Setup, prepared: Prepared) -> Result<Running> {
         if let Some(trace) = &setup.trace {
-            trace.since(Event::of(Kind::Queues), began);
+            trace.span(Event::of(Kind::Queues), prepared.began, prepared.ended);
         }
-        let job = Arc::new(Job::new(setup, Copies::new(queues, slots))?);
+        let job = Arc::new(Job::new(setup, prepared));
         telemetry::begins(&job);
         let shared = Arc::clone(&job);
         let supervisor = spawn("shardlift-load", move || {
@@ -140,10 +130,12 @@ fn supervise(job: &Arc<Job>) -> Report {
         let _ = thread.join();
     }
     memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
-    if !job.is_stopped()
-        && let Err(error) = job.check_complete().and_then(|()| verify_files(job)).and_then(|()| await_peers(job))
-    {
-        job.fail(error);
+    if !job.is_stopped() {
+        match job.check_complete().and_then(|()| verify_files(job)).and_then(|()| await_peers(job)) {
+            // All others have loaded: it is too late to cancel.
+            Ok(()) => job.end(),
+            Err(error) => job.fail(error),
+        }
     }
     let report = report(job, &memory, cpu_before, read);
     telemetry::ended(job, &report);
@@ -181,11 +173,12 @@ fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
 fn verify_files(job: &Arc<Job>) -> Result<()> {
     // Nothing is sent: the channel closes when the thread is done.
     let (alive, ended) = mpsc::channel::<()>();
-    let shared = Arc::clone(job);
+    // Nothing more of the job: a thread that never comes back would keep the memory of all tensors.
+    let (files, trace) = (Arc::clone(&job.files), job.setup.trace.clone());
     let thread = spawn("shardlift-verify", move || {
         let began = Instant::now();
-        let outcome = shared.files.verify();
-        if let Some(trace) = shared.trace() {
+        let outcome = files.verify();
+        if let Some(trace) = trace {
             trace.since(Event::of(Kind::Verify), began);
         }
         drop(alive);
@@ -194,7 +187,6 @@ fn verify_files(job: &Arc<Job>) -> Result<()> {
     if ended.recv_timeout(job.setup.stall_error) == Err(RecvTimeoutError::Timeout) {
         return Err(Error::new(ErrorKind::Stalled, "the files' identities could not be had again in time"));
     }
-    // Joined, so that it does not hold the load's memory any longer.
     thread.join().unwrap_or_else(|payload| Err(Error::panicked(payload)))
 }
 

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::Device;
 use crate::device::{Allocation, Pinned, Pinner};
@@ -22,9 +23,18 @@ impl SlotMaker {
         SlotMaker { device, registrar }
     }
 
-    /// Makes the first slot of a ring, unless there is one: what refuses that refuses all.
-    pub(crate) fn try_out(&self, ring: &Ring) -> Result<()> {
-        ring.grow(self, 1, || false).map(drop)
+    /// Makes the first slot of a ring, unless there is one: what refuses that refuses all. Waits for as long as this while
+    /// somebody else makes it.
+    ///
+    /// # Errors
+    /// What refused it, or [`ErrorKind::Stalled`].
+    pub(crate) fn try_out(&self, ring: &Ring, bound: Duration) -> Result<()> {
+        let until = Instant::now() + bound;
+        while ring.grow(self, 1, || Instant::now() >= until)? {}
+        if ring.pinned_bytes() == 0 {
+            return Err(Error::new(ErrorKind::Stalled, format!("no slot was registered for {bound:?}")));
+        }
+        Ok(())
     }
 }
 

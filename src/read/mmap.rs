@@ -16,27 +16,48 @@ use crate::sync::lock;
 #[derive(Debug)]
 pub struct Mmap {
     threads: usize,
-    mappings: Mutex<HashMap<Identity, Arc<Mapping>, foldhash::fast::FixedState>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    mappings: HashMap<Identity, Arc<Mapping>, foldhash::fast::FixedState>,
+    /// Threads that read. With the last one the mappings go, for they keep files that were deleted.
+    reading: usize,
+}
+
+/// A thread that reads.
+struct Active<'a>(&'a Mmap);
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        let spare = {
+            let mut state = lock(&self.0.state);
+            state.reading -= 1;
+            if state.reading == 0 { std::mem::take(&mut state.mappings) } else { HashMap::default() }
+        };
+        drop(spare); // with nothing locked
+    }
 }
 
 impl Mmap {
     /// Copies on this many threads (at least one).
     pub fn new(threads: usize) -> Mmap {
-        Mmap { threads: threads.max(1), mappings: Mutex::default() }
+        Mmap { threads: threads.max(1), state: Mutex::default() }
     }
 
     fn mapping(&self, request: &Request) -> Result<Arc<Mapping>> {
         let identity = request.file().identity();
-        let mut mappings = lock(&self.mappings);
-        if let Some(mapping) = mappings.get(&identity) {
+        let mut state = lock(&self.state);
+        if let Some(mapping) = state.mappings.get(&identity) {
             return Ok(Arc::clone(mapping));
         }
         let mapping = Arc::new(Mapping::new(request.file())?);
-        mappings.insert(identity, Arc::clone(&mapping));
+        state.mappings.insert(identity, Arc::clone(&mapping));
         Ok(mapping)
     }
 
-    /// The mapping of a request's file with the request's pages in it; `None` if the file has none of them.
+    /// The mapping of a request's file with the request's pages in it; `None` if the file has not all of them.
     fn populated(&self, request: &Request) -> io::Result<Option<Arc<Mapping>>> {
         let (offset, bytes) = (request.offset(), there(request));
         if bytes == 0 {
@@ -44,7 +65,7 @@ impl Mmap {
         }
         let mapping = self.mapping(request).map_err(io::Error::other)?;
         match mapping.populate(offset, bytes) {
-            Ok(()) => Ok(Some(mapping)),
+            Ok(()) => Ok((!mapping.broken()).then_some(mapping)),
             // EFAULT is how the system says that storage has no such page.
             Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(None),
             Err(error) => Err(error),
@@ -85,6 +106,8 @@ unsafe impl Engine for Mmap {
     }
 
     fn run(&self, work: &dyn Work) -> Result<()> {
+        lock(&self.state).reading += 1;
+        let _active = Active(self);
         while let Next::Request(mut request) = work.next(true) {
             if request.asks_to_lend() {
                 match self.populated(&request) {

@@ -226,11 +226,14 @@ pub(crate) fn destinations_may_be_memory_of_the_callers() {
             .collect();
         // SAFETY: memory of tensors that live longer, which nobody uses meanwhile.
         let load = unsafe { loader.start_into(&after.plan(&world), &memory) }.unwrap();
-        let (weights, _) = load.finish().unwrap();
+        let (mut weights, _) = load.finish().unwrap();
         for tensor in weights.iter() {
             assert_eq!(tensor.device_ptr(), lender.tensor(tensor.rank(), tensor.name()).unwrap().device_ptr());
         }
         compare(&weights, &after.on_host(2), "in the caller's memory");
+        // Whoever lent it may read it now.
+        assert_eq!(loader.reload(&before.plan(&world), &mut weights).unwrap_err().kind(), ErrorKind::Usage);
+        compare(&weights, &after.on_host(2), "in the caller's memory, after a refusal");
         drop(weights);
     }
 }

@@ -134,6 +134,10 @@ impl DeviceMemory for Memory {
         if let Kind::Lent { base, .. } = self.kind { base } else { self.address }
     }
 
+    fn is_lent(&self) -> bool {
+        matches!(self.kind, Kind::Lent { .. })
+    }
+
     unsafe fn read(&self, address: u64, into: &mut [u8]) -> Result<()> {
         // SAFETY: the same duties.
         unsafe { self.context.read(address, into) }
