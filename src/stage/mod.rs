@@ -68,6 +68,8 @@ struct State {
     shares: Vec<Share>,
     /// Shares that there ever were.
     held: u64,
+    /// Slots that were ever lent.
+    lent: u64,
     waiting: Waiting,
 }
 
@@ -76,6 +78,8 @@ struct State {
 struct Share {
     id: u64,
     lent: usize,
+    /// Which of all slots that were lent it had last.
+    last: u64,
     /// Whether it got none when it last asked.
     wants: bool,
 }
@@ -155,8 +159,13 @@ impl Ring {
                 None => self.shared.make(&mut state)?,
             },
         };
+        state.lent += u64::from(free.is_some());
+        let last = state.lent;
         if let Some(share) = state.share(holder) {
-            share.lent += usize::from(free.is_some());
+            if free.is_some() {
+                share.lent += 1;
+                share.last = last;
+            }
             let wanted = std::mem::replace(&mut share.wants, free.is_none());
             if wanted && free.is_some() && state.shares.len() > 1 {
                 self.shared.wake_lenders(&state); // who left it this one may have the next
@@ -252,7 +261,7 @@ impl Ring {
         let mut state = self.shared.state();
         state.held += 1;
         let id = state.held;
-        state.shares.push(Share { id, lent: 0, wants: false });
+        state.shares.push(Share { id, lent: 0, last: 0, wants: false });
         Hold { id, ring: self.clone() }
     }
 }
@@ -278,7 +287,7 @@ impl Shared {
     }
 
     /// Whether whoever holds this share may have one more slot: it has less than an equal part of them, or nobody who has
-    /// less asks for one.
+    /// less asks for one. Where there are fewer slots than shares, they go from one to the next.
     fn leaves_shares(&self, state: &State, holder: u64, lend: Lend) -> bool {
         if state.shares.len() < 2 {
             return true;
@@ -286,8 +295,12 @@ impl Shared {
         let slots = if lend == Lend::Pinned { state.slots_pinned } else { self.slots_max };
         let part = (slots / state.shares.len()).max(1);
         let below = |share: &Share| share.lent < part;
-        let mine = state.shares.iter().find(|share| share.id == holder);
-        mine.is_some_and(below) || !state.shares.iter().any(|other| other.id != holder && other.wants && below(other))
+        let mine = state.shares.iter().find(|share| share.id == holder && below(share));
+        let comes_first = |other: &Share| match mine {
+            None => true,
+            Some(mine) => slots < state.shares.len() && other.last < mine.last,
+        };
+        !state.shares.iter().any(|other| other.id != holder && other.wants && below(other) && comes_first(other))
     }
 
     /// Takes a handle to a slot of a share. With the last one the slot is free again, which whoever may be waiting for it is

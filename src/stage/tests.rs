@@ -260,6 +260,26 @@ fn a_load_leaves_another_its_part_of_the_slots() {
 }
 
 #[test]
+fn loads_that_are_more_than_slots_take_turns() {
+    let ring = ring(1);
+    let holds = [ring.hold(), ring.hold(), ring.hold()];
+    let lent = |load: usize| holds[load].try_lend(Lend::Any).unwrap();
+    let mut slot = lent(0);
+    for turn in 0..9 {
+        assert!(slot.is_some(), "{turn}");
+        let [next, after] = [(turn + 1) % 3, (turn + 2) % 3];
+        assert!(lent(after).is_none() && lent(next).is_none());
+        drop(slot);
+        // Who had it last is not the first again, nor who had it before others.
+        assert!(lent(turn % 3).is_none());
+        if turn > 1 {
+            assert!(lent(after).is_none());
+        }
+        slot = lent(next);
+    }
+}
+
+#[test]
 fn whoever_asks_no_more_is_left_nothing() {
     let ring = ring(2);
     let (one, other) = (ring.hold(), ring.hold());
