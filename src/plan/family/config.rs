@@ -161,7 +161,8 @@ impl<'a> Config<'a> {
                     return Ok(known);
                 };
                 let weights = Config { json: weights, ..*self };
-                let act_order = weights.json.get("actorder").and_then(Value::as_str) == Some("group");
+                let act_order =
+                    matches!(weights.json.get("actorder").and_then(Value::as_str), Some("group" | "dynamic"));
                 let block = weights.block("block_structure")?.unwrap_or(known.block);
                 let bits = weights.find(&["num_bits"])?.unwrap_or(4);
                 Ok(Quantization { bits, group: weights.group(&["group_size"])?, act_order, block, ..known })

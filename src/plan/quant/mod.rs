@@ -24,7 +24,8 @@ pub struct Quantization {
     pub bits: u64,
     /// Inputs that share a scale; `None` where one scale is all of a row's.
     pub group: Option<u64>,
-    /// Whether inputs are of groups in any order (`desc_act` of GPTQ), so that a part of the inputs needs all groups.
+    /// Whether inputs are of groups in any order (`desc_act` of GPTQ), so that a part of the inputs needs all groups. Of
+    /// modules with `weight_g_idx` they are, whatever this says.
     pub act_order: bool,
     /// Outputs and inputs of a block of FP8 that share a scale.
     pub block: [u64; 2],

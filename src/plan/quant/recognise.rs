@@ -211,6 +211,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
             Packed::Awq => (columns / words * values, rows),
         };
         let mut linear = Linear::new(smallvec![outputs, inputs]);
+        let act_order = self.known.quantization.act_order;
         let word = |dim| Dim::Of { dim, per: words, of: values };
         linear.push(
             ".qweight",
@@ -221,7 +222,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
         );
         for (suffix, output) in [(".qzeros", word(0)), (".scales", Dim::same(0))] {
             if let Some(groups) = self.find(suffix) {
-                let group = self.group(groups, two(groups)?[0], inputs)?;
+                let group = self.group(groups, two(groups)?[0], inputs, act_order)?;
                 linear.push(suffix, smallvec![group, output]);
             }
         }
@@ -245,13 +246,15 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
             }
             _ => most,
         };
+        // Group numbers are stored where groups are of any inputs, and only there.
+        let act_order = self.known.quantization.act_order || self.find(".weight_g_idx").is_some();
         let mut linear = Linear::new(smallvec![outputs, inputs]);
         linear.push(".weight_packed", smallvec![Dim::same(0), Dim::Of { dim: 1, per: words, of: values }]);
         if let Some(scale) = scale {
-            linear.push(".weight_scale", smallvec![Dim::same(0), self.group(scale, groups, inputs)?]);
+            linear.push(".weight_scale", smallvec![Dim::same(0), self.group(scale, groups, inputs, act_order)?]);
         }
         if let Some(zeros) = self.find(".weight_zero_point") {
-            let group = self.group(zeros, two(zeros)?[1], inputs)?;
+            let group = self.group(zeros, two(zeros)?[1], inputs, act_order)?;
             linear.push(".weight_zero_point", smallvec![Dim::Of { dim: 0, per: words, of: values }, group]);
         }
         linear.push_shared(".weight_g_idx", smallvec![Dim::same(1)], inputs);
@@ -340,9 +343,9 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
         (all / bits, all / 32)
     }
 
-    /// The dimension of a tensor that has `groups` for so many inputs.
-    fn group(&self, tensor: &TensorMeta, groups: u64, inputs: u64) -> Result<Dim> {
-        if groups <= 1 || self.known.quantization.act_order {
+    /// The dimension of a tensor that has `groups` for so many inputs, which with `act_order` are of any of them.
+    fn group(&self, tensor: &TensorMeta, groups: u64, inputs: u64, act_order: bool) -> Result<Dim> {
+        if groups <= 1 || act_order {
             return Ok(Dim::Own);
         }
         let group = self.known.quantization.group.unwrap_or_else(|| inputs.div_ceil(groups)).max(1);

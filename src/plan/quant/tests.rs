@@ -127,6 +127,34 @@ fn packed_tensors_have_zeros_along_the_outputs() {
     assert_eq!((error.expected(), error.found()), (Some("a divisor of 2 units: 1, 2"), Some("4 parts")));
 }
 
+/// `weight_g_idx` numbers the groups of the whole: whoever has some inputs may need any of them, whatever is said of the
+/// activation order.
+#[test]
+fn packed_inputs_in_any_order_keep_all_groups() {
+    let tensors: [(&str, Dtype, &[u64]); 4] = [
+        ("m.weight_g_idx", I32, &[256]),
+        ("m.weight_packed", I32, &[64, 32]),
+        ("m.weight_scale", Bf16, &[64, 8]),
+        ("m.weight_zero_point", I32, &[8, 8]),
+    ];
+    for act_order in [false, true] {
+        let quantization = Quantization { group: Some(32), act_order, ..Quantization::default() };
+        let rules = Rules::new().module("m", shard(1, 1)).quantization(quantization);
+        let two = plan(&tensors, &rules, 2).unwrap();
+        for rank in 0..2 {
+            assert_eq!(
+                shapes(&two, rank),
+                [
+                    ("m.weight_g_idx", vec![128]),
+                    ("m.weight_packed", vec![64, 16]),
+                    ("m.weight_scale", vec![64, 8]),
+                    ("m.weight_zero_point", vec![8, 8])
+                ]
+            );
+        }
+    }
+}
+
 #[test]
 fn scales_are_those_of_a_tensor_a_row_or_a_group() {
     let of = |dtype, scale: &[u64], scale_dtype| {
