@@ -346,8 +346,7 @@ impl Derived {
 impl Linear {
     /// Whether its weight is one tensor of plain numbers.
     fn is_dense(&self) -> bool {
-        let beside = |suffix| is_weight(suffix) || is_added(suffix) || CACHE_SCALES.contains(&suffix);
-        self.block.is_none() && self.stored.iter().all(|stored| beside(stored.suffix))
+        self.block.is_none() && self.stored.iter().all(|stored| is_plain(stored.suffix))
     }
 
     /// Whether the tensor with this suffix is cast with the model: scales, zeros and the like have types of their own.
@@ -391,6 +390,11 @@ impl Stored {
 
 /// Scales of the queries, keys and values that a module puts out, not of its weight.
 const CACHE_SCALES: [&str; 3] = [".q_scale", ".k_scale", ".v_scale"];
+
+/// What a module may have that nobody quantised.
+pub(super) fn is_plain(suffix: &str) -> bool {
+    is_weight(suffix) || is_added(suffix) || CACHE_SCALES.contains(&suffix)
+}
 
 fn is_weight(suffix: &str) -> bool {
     matches!(suffix, "" | ".weight")

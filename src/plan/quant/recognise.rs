@@ -2,6 +2,7 @@
 
 use smallvec::{SmallVec, smallvec};
 
+use super::derive::is_plain;
 use super::{Dim, Linear, Merged, Orientation, Packed, Quantization, Stored};
 use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
@@ -91,6 +92,7 @@ pub(in crate::plan) fn recognise<'a>(
 ) -> Result<Option<Linear>> {
     let find = |suffix: &str| tensor(&format!("{module}{suffix}"));
     let maker = Maker { find: &find, known };
+    maker.refuse_empty()?;
     let linear = if let Some(weight) = find(".qweight") {
         maker.packed_words(weight)?
     } else if let Some(weight) = find(".weight_packed") {
@@ -124,6 +126,18 @@ type Dims = SmallVec<[Dim; 4]>;
 impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
     fn find(&self, suffix: &str) -> Option<&'a TensorMeta> {
         (self.find)(suffix)
+    }
+
+    /// Refuses a quantised weight without elements: nothing can be said of its groups, nor of parts of them.
+    fn refuse_empty(&self) -> Result<()> {
+        let weight = WEIGHTS.iter().find_map(|suffix| self.find(suffix));
+        let Some(weight) = weight.filter(|weight| weight.shape.dims().contains(&0)) else { return Ok(()) };
+        match SUFFIXES.iter().find(|suffix| !is_plain(suffix) && self.find(suffix).is_some()) {
+            Some(_) => {
+                Err(wrong("a quantised weight has no elements", weight).with_expected("1 or more", &weight.shape))
+            }
+            None => Ok(()),
+        }
     }
 
     /// A plain weight, or one of FP8, INT8 or two FP4 to a byte with scales beside it.

@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::extent::Rank;
 use crate::plan::tests::checkpoint;
 use crate::plan::{Coord, Cut, Expr, Fill, Plan, Rules, ShardRule, Split, World};
+use crate::shape::Shape;
 
 fn plan(tensors: &[(&str, Dtype, &[u64])], rules: &Rules, ranks: u32) -> Result<Plan, Error> {
     Plan::new(&checkpoint(tensors, None), rules, &World::host(ranks))
@@ -423,4 +424,29 @@ fn scales_of_inputs_before_outputs_turn_nothing_round() {
     assert_eq!(shapes(&plan(&tensors, &rules, 2).unwrap(), 1)[0], ("m.weight", vec![32, 64]));
     let blocks = [("m.weight", F8E4M3, &[256, 256][..]), ("m.weight_scale_inv", F32, &[2, 2])];
     assert_eq!(plan(&blocks, &rules, 2).unwrap_err().rule(), Some("quantization"));
+}
+
+#[test]
+fn quantised_weights_without_elements_are_refused() {
+    let whole = Rules::new().module("m", Expr::Source);
+    let rows = Rules::new().module("m", shard(1, 1));
+    let gptq = whole.clone().quantization(gptq(false));
+    type Tensors<'a> = &'a [(&'a str, Dtype, &'a [u64])];
+    let cases: [(Tensors<'_>, &Rules); 7] = [
+        (&[("m.weight", U8, &[0, 1]), ("m.weight.absmax", U8, &[0])], &whole),
+        (&[("m.weight", F8E4M3, &[4, 0]), ("m.weight_scale", F32, &[4, 2])], &rows),
+        (&[("m.weight", F8E4M3, &[0, 4]), ("m.weight_scale", F32, &[0, 2])], &rows),
+        (&[("m.weight", F8E4M3, &[4, 0]), ("m.weight_scale_inv", F32, &[1, 0])], &rows),
+        (&[("m.weight_packed", I32, &[4, 0]), ("m.weight_scale", Bf16, &[4, 2])], &rows),
+        (&[("m.qweight", I32, &[0, 4]), ("m.scales", F16, &[2, 4])], &gptq),
+        (&[("m_blocks", U8, &[2, 4, 0, 16]), ("m_scales", U8, &[2, 4, 0])], &whole),
+    ];
+    for (tensors, rules) in cases {
+        let error = plan(tensors, rules, 2).unwrap_err();
+        assert_eq!((error.rule(), error.tensor()), (Some("quantization"), Some(tensors[0].0)), "{error}");
+        assert_eq!(error.found(), Some(Shape::new(tensors[0].2).to_string().as_str()));
+    }
+    // One that nobody quantised may have none.
+    let plain = plan(&[("m.bias", F32, &[4]), ("m.weight", F32, &[4, 0])], &rows, 2).unwrap();
+    assert_eq!(shapes(&plain, 1), [("m.bias", vec![4]), ("m.weight", vec![4, 0])]);
 }
