@@ -62,6 +62,8 @@ impl Planned {
 }
 
 const LAYER: &str = "model.layers.0";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 #[test]
 fn vllm_merges_and_pads_the_llama_kind() {
@@ -251,6 +253,33 @@ fn hf_cuts_as_torch_chunks() {
     assert_eq!(deepseek.shape(1, "model.layers.3.mlp.experts.gate_up_proj_scale_inv"), [256, 4, 56]);
     let mixtral = plan(&Llama::tiny(Kind::Mixtral).model(), Target::Hf, Mesh::tp(2)).unwrap();
     assert!(mixtral.has(1, &format!("{LAYER}.mlp.gate.weight")));
+}
+
+/// transformers 5 ties nothing that is stored with other values, and equal ones are the same tied or not.
+#[test]
+fn hf_has_a_stored_head_whatever_is_tied() {
+    let mut model = Llama::TINY.model();
+    model.config["tie_word_embeddings"] = true.into();
+    let alias = |planned: &Planned| {
+        let params = planned.0.params();
+        params.iter().find(|param| param.name == HEAD).unwrap().alias_of.map(|of| params[of as usize].name.clone())
+    };
+    let hf = plan(&model, Target::Hf, Mesh::tp(2)).unwrap();
+    assert_eq!(alias(&hf), None);
+    assert_eq!(hf.shape(1, HEAD), [80, 64]);
+    assert_eq!(hf.pieces(1, HEAD), [(HEAD.to_owned(), 80 * 64 * 2, 80 * 64 * 2)]);
+    assert_eq!(hf.shape(1, EMBEDDING), [160, 64]);
+    let stages = plan(&model, Target::Hf, Mesh { pp: 2, ..Mesh::tp(1) }).unwrap();
+    assert_eq!(
+        [0, 1].map(|rank| (stages.has(rank, EMBEDDING), stages.has(rank, HEAD))),
+        [(true, false), (false, true)]
+    );
+    // The other engines leave it out, and nobody has one that is not there.
+    for target in [Target::Plain, Target::Vllm, Target::MistralRs] {
+        assert_eq!(alias(&plan(&model, target, Mesh::tp(2)).unwrap()).as_deref(), Some(EMBEDDING), "{target}");
+    }
+    let tied = Llama { tied: true, ..Llama::TINY }.model();
+    assert_eq!(alias(&plan(&tied, Target::Hf, Mesh::tp(2)).unwrap()).as_deref(), Some(EMBEDDING));
 }
 
 #[test]

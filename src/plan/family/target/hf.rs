@@ -70,10 +70,14 @@ fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
         .optional())
 }
 
-/// Whole embeddings, and an output head that is divided unless it is the embeddings.
+/// Whole embeddings, and an output head that is divided unless it is the embeddings: `tie_weights` leaves alone what is
+/// stored with other values, and those that are equal may as well be read.
 fn vocabulary(rules: Rules, config: &Config<'_>) -> Result<Rules> {
     let embeddings = ["model.embed_tokens.weight", "embed_tokens.weight"];
-    let (rules, tied) = config.tie(rules, "lm_head.weight", &embeddings, false)?;
+    let (rules, tied) = match config.checkpoint.tensor("lm_head.weight") {
+        Some(_) => (rules, false),
+        None => config.tie(rules, "lm_head.weight", &embeddings, false)?,
+    };
     let rules = rules.whole("**.embed_tokens").optional().stage(if tied { Stage::Ends } else { Stage::First });
     Ok(rules.module(format!("{ADAPTED}lm_head"), Expr::shard(0, ceil())).optional().stage(Stage::Last))
 }
