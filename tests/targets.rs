@@ -313,6 +313,64 @@ fn every_target_plans_every_tiny_model_that_it_knows() {
     }
 }
 
+/// What the layer's attention is named, whatever the family.
+fn attention(model: &Model) -> &str {
+    let names = model.tensors.iter().map(|tensor| tensor.name.as_str());
+    let modules = [".self_attn.", ".self_attention.", ".attn.", ".attention."];
+    let mut found =
+        names.filter_map(|name| modules.iter().find_map(|module| Some(&name[..name.find(module)? + module.len() - 1])));
+    found.find(|name| !name.contains("vision")).unwrap()
+}
+
+#[test]
+fn tensors_beside_the_model_are_known_in_every_family() {
+    let stages = Mesh { pp: 2, ..Mesh::tp(1) };
+    for (name, mut model) in released::tiny() {
+        // The same scales under other names.
+        model
+            .tensors
+            .retain(|tensor| !tensor.name.ends_with("_proj.k_scale") && !tensor.name.ends_with("_proj.v_scale"));
+        let scale = |of: &str| format!("{}.{of}_scale", attention(&model));
+        let heads = ["score.weight", "classifier.bias", "qa_outputs.weight", "v_head.summary.weight"];
+        let rotations = ["inv_freq", "cos_cached", "sin_cached"];
+        let rotations = rotations.map(|what| format!("{}.rotary_emb.{what}", attention(&model)));
+        let scales = [scale("k"), scale("v"), scale("q"), scale("attn.prob")];
+        let like = model.tensors[0].clone();
+        let beside = heads.iter().copied().chain(scales.iter().chain(&rotations).map(String::as_str));
+        let beside: Vec<_> = beside.filter(|name| model.tensors.iter().all(|tensor| tensor.name != **name)).collect();
+        for name in beside {
+            let mut tensor = like.clone();
+            (tensor.name, tensor.dtype, tensor.shape) = (name.to_owned(), Dtype::F32, vec![1]);
+            model.tensors.push(tensor);
+        }
+        for target in [Target::Plain, Target::Vllm, Target::Hf, Target::MistralRs] {
+            let mesh = if target == Target::MistralRs { Mesh::tp(1) } else { stages };
+            let planned = match plan(&model, target, mesh) {
+                Err(error) if target != Target::Plain && error.rule() == Some("target") => continue,
+                // Blocks that are larger than what they are merged with.
+                Err(_) if target == Target::Vllm && name == "Nf4" => continue,
+                planned => planned.unwrap_or_else(|error| panic!("{target} {name}: {error}")),
+            };
+            let on = |name: &str| (0..mesh.size()).filter(|&rank| planned.has(rank, name)).collect::<Vec<_>>();
+            for head in heads {
+                assert_eq!(on(head), [mesh.size() - 1], "{target} {name} {head}");
+            }
+            for scale in &scales {
+                let (module, of) = scale.rsplit_once('.').unwrap();
+                let module = module.trim_end_matches(".attn");
+                let module = match (target, name.as_str()) {
+                    (Target::Vllm, "deepseek_v2" | "deepseek_v3") => format!("{module}.mla_attn.mla_attn"),
+                    (Target::Vllm, name) if name.starts_with("gpt_oss") => module.replace("self_attn", "attn.attn"),
+                    (Target::Vllm, _) => format!("{module}.attn"),
+                    _ => scale.rsplit_once('.').unwrap().0.to_owned(),
+                };
+                assert_eq!(on(&format!("{module}.{of}")).len(), 1, "{target} {name} {module}.{of}");
+            }
+            assert!(planned.0.params().iter().all(|param| !param.name.contains("rotary_emb")), "{target} {name}");
+        }
+    }
+}
+
 /// Names of the parameters that are of another type where the model is cast.
 fn cast(model: &Model, target: Target, to: Dtype) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
@@ -350,15 +408,18 @@ fn what_is_stored_beside_a_weight_is_not_cast() {
     let biases = cast(&Llama { scheme: gptq, ..Llama::TINY }.model(), Target::Plain, Dtype::F32);
     assert!(biases.iter().any(|name| name.ends_with("q_proj.bias")));
     let mut cached = Llama::TINY.model();
-    let scale = format!("{LAYER}.self_attn.k_proj.k_scale");
-    let mut tensor = cached.tensors[0].clone();
-    (tensor.name, tensor.dtype, tensor.shape) = (scale, Dtype::F32, vec![]);
-    cached.tensors.push(tensor);
+    for scale in ["k_proj.k_scale", "v_scale"] {
+        let mut tensor = cached.tensors[0].clone();
+        (tensor.name, tensor.dtype, tensor.shape) = (format!("{LAYER}.self_attn.{scale}"), Dtype::F32, vec![]);
+        cached.tensors.push(tensor);
+    }
     let of_layer = |names: Vec<String>| -> Vec<String> {
         names.into_iter().filter(|name| name.starts_with("model.layers.0.self_attn.k_")).collect()
     };
     assert_eq!(of_layer(cast(&cached, Target::Plain, Dtype::F16)), [format!("{LAYER}.self_attn.k_proj.weight")]);
-    assert!(cast(&cached, Target::Vllm, Dtype::F16).iter().all(|name| !name.ends_with("k_scale")));
+    for target in [Target::Plain, Target::Vllm] {
+        assert!(cast(&cached, target, Dtype::F16).iter().all(|name| !name.ends_with("_scale")), "{target}");
+    }
     // What engines compute with in float32.
     for (model, kept) in [
         (DeepSeek::TINY_V3.model(), &["e_score_correction_bias"][..]),

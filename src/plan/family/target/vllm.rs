@@ -56,6 +56,15 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
     }
 }
 
+/// The module below a layer that has scales of cached keys and values (`maybe_remap_kv_scale_name`).
+pub(super) fn attention_core(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Llama | Kind::Mixtral | Kind::Qwen3Moe => "self_attn.attn",
+        Kind::DeepSeek => "self_attn.mla_attn.mla_attn",
+        Kind::GptOss => "attn.attn",
+    }
+}
+
 /// All of a decoder of the Llama kind but its MLPs.
 fn decoder(config: &Config<'_>) -> Result<Rules> {
     let rules = vocabulary(Rules::new(), config, "embed_tokens")?;
