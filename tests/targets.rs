@@ -135,6 +135,146 @@ fn vllm_stacks_experts() {
     assert_eq!(robin.pieces(3, &w2)[1].0, format!("{LAYER}.mlp.experts.11.down_proj.weight"));
 }
 
+/// What its methods of quantised experts make (`create_weights`) of 8 experts of 128 on 2 ranks, for a hidden size of 64.
+#[test]
+fn vllm_stacks_quantised_experts_as_it_makes_them() {
+    let gptq = |act_order| Scheme::Gptq { group: 16, act_order, bias: act_order };
+    let whole: Shapes<'_> = &[("w13_weight", &[8, 128, 64]), ("w2_weight", &[8, 64, 64])];
+    let expected: [(Scheme, &[Shapes<'_>]); 10] = [
+        (Scheme::None, &[whole]),
+        (
+            gptq(false),
+            &[
+                &[("w13_g_idx", &[8, 64]), ("w13_qweight", &[8, 8, 128]), ("w13_qzeros", &[8, 4, 16])],
+                &[("w13_scales", &[8, 4, 128]), ("w2_g_idx", &[8, 64]), ("w2_qweight", &[8, 8, 64])],
+                &[("w2_qzeros", &[8, 4, 8]), ("w2_scales", &[8, 4, 64])],
+            ],
+        ),
+        (
+            gptq(true),
+            &[
+                &[("w13_bias", &[8, 128]), ("w13_g_idx", &[8, 64]), ("w13_qweight", &[8, 8, 128])],
+                &[("w13_qzeros", &[8, 4, 16]), ("w13_scales", &[8, 4, 128]), ("w2_bias", &[8, 64])],
+                &[("w2_g_idx", &[8, 64]), ("w2_qweight", &[8, 8, 64]), ("w2_qzeros", &[8, 8, 8])],
+                &[("w2_scales", &[8, 8, 64])],
+            ],
+        ),
+        (
+            Scheme::Awq { group: 16 },
+            &[
+                &[("w13_qweight", &[8, 64, 16]), ("w13_qzeros", &[8, 4, 16]), ("w13_scales", &[8, 4, 128])],
+                &[("w2_qweight", &[8, 64, 8]), ("w2_qzeros", &[8, 4, 8]), ("w2_scales", &[8, 4, 64])],
+            ],
+        ),
+        (
+            Scheme::Fp8Tensor,
+            &[
+                whole,
+                &[("w13_input_scale", &[8]), ("w13_weight_scale", &[8, 2])],
+                &[("w2_input_scale", &[8]), ("w2_weight_scale", &[8])],
+            ],
+        ),
+        (Scheme::Fp8Channel, &[whole, &[("w13_weight_scale", &[8, 128, 1]), ("w2_weight_scale", &[8, 64, 1])]]),
+        (
+            Scheme::Fp8Block { size: 16 },
+            &[whole, &[("w13_weight_scale_inv", &[8, 8, 4]), ("w2_weight_scale_inv", &[8, 4, 4])]],
+        ),
+        (
+            Scheme::Nvfp4 { kv_scales: true },
+            &[
+                &[("w13_input_scale", &[8, 2]), ("w13_weight", &[8, 128, 32]), ("w13_weight_scale", &[8, 128, 4])],
+                &[("w13_weight_scale_2", &[8, 2]), ("w2_input_scale", &[8]), ("w2_weight", &[8, 64, 32])],
+                &[("w2_weight_scale", &[8, 64, 4]), ("w2_weight_scale_2", &[8])],
+            ],
+        ),
+        (
+            Scheme::Nvfp4Packed,
+            &[
+                &[("w13_input_global_scale", &[8, 2]), ("w13_weight_global_scale", &[8, 2])],
+                &[("w13_weight_packed", &[8, 128, 32]), ("w13_weight_scale", &[8, 128, 4])],
+                &[("w2_input_global_scale", &[8]), ("w2_weight_global_scale", &[8])],
+                &[("w2_weight_packed", &[8, 64, 32]), ("w2_weight_scale", &[8, 64, 4])],
+            ],
+        ),
+        (Scheme::Mxfp8, &[whole, &[("w13_weight_scale", &[8, 128, 2]), ("w2_weight_scale", &[8, 64, 2])]]),
+    ];
+    for (scheme, expected) in expected {
+        let model = Llama { scheme, ..Llama::tiny(Kind::Qwen3Moe) }.model();
+        // Scales of one element are stored with a dimension or without one.
+        for dims in [&[][..], &[1]] {
+            let two = plan(&with_scalars(model.clone(), dims), Target::Vllm, Mesh::tp(2)).unwrap();
+            let mut expected: Vec<_> = expected.iter().copied().flatten().copied().collect();
+            expected.sort_unstable();
+            let found = routed(&two, 1);
+            let found: Vec<_> = found.iter().map(|(name, shape)| (name.as_str(), &shape[..])).collect();
+            assert_eq!(found, expected, "{scheme:?} {dims:?}");
+        }
+    }
+}
+
+#[test]
+fn vllm_has_one_input_scale_of_gate_and_up() {
+    let model = Llama { scheme: Scheme::Fp8Tensor, ..Llama::tiny(Kind::Mixtral) }.model();
+    let experts = format!("{LAYER}.block_sparse_moe.experts");
+    for dims in [&[][..], &[1]] {
+        let two = plan(&with_scalars(model.clone(), dims), Target::Vllm, Mesh { ep: 2, ..Mesh::tp(2) }).unwrap();
+        // Both are written to the place, and `w3` last; engines want them to be equal.
+        for (stack, part) in [("w13_input_scale", "w3"), ("w2_input_scale", "w2")] {
+            let expected: Vec<_> = (4..8).map(|at| (format!("{experts}.{at}.{part}.input_scale"), 0, 4)).collect();
+            assert_eq!(two.pieces(1, &format!("{experts}.routed_experts.{stack}")), expected, "{dims:?}");
+        }
+        let both = (4..8).flat_map(|at| ["w1", "w3"].map(|part| (format!("{experts}.{at}.{part}.weight_scale"), 0, 4)));
+        assert_eq!(
+            two.pieces(1, &format!("{experts}.routed_experts.w13_weight_scale")),
+            both.collect::<Vec<_>>(),
+            "{dims:?}"
+        );
+    }
+}
+
+#[test]
+fn vllm_turns_packed_experts_round_which_is_refused() {
+    for symmetric in [false, true] {
+        for kind in [Kind::Mixtral, Kind::Qwen3Moe] {
+            let mut model = Llama { scheme: Scheme::Packed { group: 16, symmetric }, ..Llama::tiny(kind) }.model();
+            let error = plan(&model, Target::Vllm, Mesh::tp(2)).err().unwrap();
+            assert_eq!(error.rule(), Some("target"), "{error}");
+            assert!(error.tensor().unwrap().ends_with(".weight_packed"), "{error}");
+            assert!(error.expected().unwrap().contains("target plain"), "{error}");
+            plan(&model, Target::Plain, Mesh::tp(2)).unwrap();
+            // Where activations are FP8 they stay as they are stored.
+            let group = &mut model.config["quantization_config"]["config_groups"]["group_0"];
+            group["input_activations"] = serde_json::json!({ "num_bits": 8, "type": "float", "dynamic": true });
+            let two = plan(&model, Target::Vllm, Mesh::tp(2)).unwrap();
+            let packed = routed(&two, 1).into_iter().filter(|(name, _)| name.ends_with("_packed"));
+            let packed: Vec<_> = packed.map(|(_, shape)| shape).collect();
+            assert_eq!(packed, [[8, 128, 8], [8, 64, 8]]);
+        }
+    }
+    let dense = Llama { scheme: Scheme::Packed { group: 16, symmetric: true }, ..Llama::TINY }.model();
+    plan(&dense, Target::Vllm, Mesh::tp(2)).unwrap();
+}
+
+/// Names below the routed experts of a layer, and shapes.
+type Shapes<'a> = &'a [(&'a str, &'a [u64])];
+
+/// The stacks of a layer's routed experts that a rank has.
+fn routed(planned: &Planned, rank: u32) -> Vec<(String, Vec<u64>)> {
+    let names = planned.0.params().iter().map(|param| param.name.as_str()).filter(|name| name.starts_with(LAYER));
+    let routed = names.filter_map(|name| Some((name, name.split_once(".routed_experts.")?.1.to_owned())));
+    let mut routed: Vec<_> = routed.map(|(name, below)| (below, planned.shape(rank, name))).collect();
+    routed.sort_unstable();
+    routed
+}
+
+/// The model, with these dimensions of all that is one number.
+fn with_scalars(mut model: Model, dims: &[u64]) -> Model {
+    for tensor in model.tensors.iter_mut().filter(|tensor| tensor.name.ends_with("scale") && tensor.elements() == 1) {
+        tensor.shape = dims.to_vec();
+    }
+    model
+}
+
 #[test]
 fn vllm_merges_what_deepseek_projects_down() {
     let model = DeepSeek::V3.model();

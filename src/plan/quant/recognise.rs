@@ -345,8 +345,12 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
                 }
             }
         }
-        let present = |stored: &Stored| self.find(stored.suffix).is_some();
-        linear.stored.retain(present);
+        linear.stored.retain_mut(|stored| {
+            let Some(tensor) = self.find(stored.suffix) else { return false };
+            stored.is_scalar =
+                matches!(tensor.shape.dims(), [] | [1]) && stored.dims.iter().all(|dim| *dim == Dim::Own);
+            true
+        });
         Ok(linear)
     }
 
@@ -377,11 +381,11 @@ impl Linear {
     }
 
     fn push(&mut self, suffix: &'static str, dims: Dims) {
-        self.stored.push(Stored { suffix, dims, merged: Merged::Each, refined: None });
+        self.stored.push(Stored { suffix, dims, is_scalar: false, merged: Merged::Each, refined: None });
     }
 
     fn push_shared(&mut self, suffix: &'static str, dims: Dims, len: u64) {
-        self.stored.push(Stored { suffix, dims, merged: Merged::First(len), refined: None });
+        self.stored.push(Stored { suffix, dims, is_scalar: false, merged: Merged::First(len), refined: None });
     }
 }
 

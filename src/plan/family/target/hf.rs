@@ -9,6 +9,7 @@ use crate::plan::expr::Expr;
 use crate::plan::family::config::Config;
 use crate::plan::family::deepseek::without_predicting_layers;
 use crate::plan::family::parts::{ADAPTED, Block, Experts};
+use crate::plan::quant::Scalars;
 use crate::plan::rules::{Rules, Stage};
 use crate::plan::world::{Ax, Coord};
 
@@ -87,7 +88,8 @@ fn vocabulary(rules: Rules, config: &Config<'_>) -> Result<Rules> {
 fn stacked(rules: Rules, config: &Config<'_>, names: &Names, experts: &Experts, mlp: &str) -> Rules {
     let inner = (config.options.mesh.ep == 1).then(ceil);
     let (gate_up, down) = (format!("{mlp}.experts.gate_up_proj"), format!("{mlp}.experts.down_proj"));
-    rules.stacked(names, &Stacked { experts, inner, gate_up: &gate_up, down: &down, suffixes: EXPERT_SUFFIXES })
+    let (suffixes, scalars) = (EXPERT_SUFFIXES, Scalars::default());
+    rules.stacked(names, &Stacked { experts, inner, gate_up: &gate_up, down: &down, suffixes, scalars })
 }
 
 /// Parts of the same size, but for the last that has any.
