@@ -231,6 +231,39 @@ fn mixtral_has_other_names_on_disk() {
     }
 }
 
+/// One number for all of an expert's matrix, stored with a dimension or without one, is of every part of it.
+#[test]
+fn scales_of_all_of_an_expert_are_not_cut() {
+    let rows = json!({
+        "layers.*.mlp.experts.gate_up_proj": "colwise",
+        "layers.*.mlp.experts.down_proj": "colwise",
+    });
+    for dims in [&[][..], &[1]] {
+        let mut model = Llama { scheme: Scheme::Fp8Tensor, ..Llama::tiny(Kind::Mixtral) }.model();
+        for tensor in model.tensors.iter_mut().filter(|tensor| tensor.name.ends_with("_scale")) {
+            tensor.shape = dims.to_vec();
+        }
+        let case = Case::new(model);
+        let name = |part: &str, what: &str| format!("model.layers.1.block_sparse_moe.experts.5.{part}.{what}");
+        for (plan, down) in [(qwen3_moe(), [64, 64]), (with(qwen3_moe(), rows.clone()), [32, 128])] {
+            let two = case.plan(&plan, Mesh::tp(2));
+            assert_eq!(part(&two, 1, &name("w1", "weight")).0, [64, 64], "{dims:?}");
+            assert_eq!(part(&two, 1, &name("w2", "weight")).0, down, "{dims:?}");
+            for of in ["w1", "w2", "w3"] {
+                assert_whole(&two, &name(of, "weight_scale"));
+                assert_whole(&two, &name(of, "input_scale"));
+            }
+            assert_whole(&two, "model.layers.1.self_attn.q_proj.weight_scale");
+        }
+        // Where whole experts are divided a scale is only where its expert is.
+        let plan = json!({ "base_model_tp_plan": qwen3_moe(), "base_model_ep_plan": ep_plan() });
+        let groups = case.plan(&plan, ep(2, 2));
+        for what in ["weight", "weight_scale", "input_scale"] {
+            assert_eq!([0, 1].map(|rank| has(&groups, rank, &name("w1", what))), [false, true], "{dims:?} {what}");
+        }
+    }
+}
+
 /// The plan, whose keys then say what it is for.
 fn without_version(mut plan: Value) -> Value {
     plan.as_object_mut().unwrap().remove("version");

@@ -62,6 +62,8 @@ impl Planned {
 }
 
 const LAYER: &str = "model.layers.0";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 #[test]
 fn vllm_merges_and_pads_the_llama_kind() {
@@ -131,6 +133,146 @@ fn vllm_stacks_experts() {
     let robin = |options: &mut ModelOptions| options.experts = Some(Split::RoundRobin);
     let robin = plan_with(&model, Target::Vllm, mesh, robin).unwrap();
     assert_eq!(robin.pieces(3, &w2)[1].0, format!("{LAYER}.mlp.experts.11.down_proj.weight"));
+}
+
+/// What its methods of quantised experts make (`create_weights`) of 8 experts of 128 on 2 ranks, for a hidden size of 64.
+#[test]
+fn vllm_stacks_quantised_experts_as_it_makes_them() {
+    let gptq = |act_order| Scheme::Gptq { group: 16, act_order, bias: act_order };
+    let whole: Shapes<'_> = &[("w13_weight", &[8, 128, 64]), ("w2_weight", &[8, 64, 64])];
+    let expected: [(Scheme, &[Shapes<'_>]); 10] = [
+        (Scheme::None, &[whole]),
+        (
+            gptq(false),
+            &[
+                &[("w13_g_idx", &[8, 64]), ("w13_qweight", &[8, 8, 128]), ("w13_qzeros", &[8, 4, 16])],
+                &[("w13_scales", &[8, 4, 128]), ("w2_g_idx", &[8, 64]), ("w2_qweight", &[8, 8, 64])],
+                &[("w2_qzeros", &[8, 4, 8]), ("w2_scales", &[8, 4, 64])],
+            ],
+        ),
+        (
+            gptq(true),
+            &[
+                &[("w13_bias", &[8, 128]), ("w13_g_idx", &[8, 64]), ("w13_qweight", &[8, 8, 128])],
+                &[("w13_qzeros", &[8, 4, 16]), ("w13_scales", &[8, 4, 128]), ("w2_bias", &[8, 64])],
+                &[("w2_g_idx", &[8, 64]), ("w2_qweight", &[8, 8, 64]), ("w2_qzeros", &[8, 8, 8])],
+                &[("w2_scales", &[8, 8, 64])],
+            ],
+        ),
+        (
+            Scheme::Awq { group: 16 },
+            &[
+                &[("w13_qweight", &[8, 64, 16]), ("w13_qzeros", &[8, 4, 16]), ("w13_scales", &[8, 4, 128])],
+                &[("w2_qweight", &[8, 64, 8]), ("w2_qzeros", &[8, 4, 8]), ("w2_scales", &[8, 4, 64])],
+            ],
+        ),
+        (
+            Scheme::Fp8Tensor,
+            &[
+                whole,
+                &[("w13_input_scale", &[8]), ("w13_weight_scale", &[8, 2])],
+                &[("w2_input_scale", &[8]), ("w2_weight_scale", &[8])],
+            ],
+        ),
+        (Scheme::Fp8Channel, &[whole, &[("w13_weight_scale", &[8, 128, 1]), ("w2_weight_scale", &[8, 64, 1])]]),
+        (
+            Scheme::Fp8Block { size: 16 },
+            &[whole, &[("w13_weight_scale_inv", &[8, 8, 4]), ("w2_weight_scale_inv", &[8, 4, 4])]],
+        ),
+        (
+            Scheme::Nvfp4 { kv_scales: true },
+            &[
+                &[("w13_input_scale", &[8, 2]), ("w13_weight", &[8, 128, 32]), ("w13_weight_scale", &[8, 128, 4])],
+                &[("w13_weight_scale_2", &[8, 2]), ("w2_input_scale", &[8]), ("w2_weight", &[8, 64, 32])],
+                &[("w2_weight_scale", &[8, 64, 4]), ("w2_weight_scale_2", &[8])],
+            ],
+        ),
+        (
+            Scheme::Nvfp4Packed,
+            &[
+                &[("w13_input_global_scale", &[8, 2]), ("w13_weight_global_scale", &[8, 2])],
+                &[("w13_weight_packed", &[8, 128, 32]), ("w13_weight_scale", &[8, 128, 4])],
+                &[("w2_input_global_scale", &[8]), ("w2_weight_global_scale", &[8])],
+                &[("w2_weight_packed", &[8, 64, 32]), ("w2_weight_scale", &[8, 64, 4])],
+            ],
+        ),
+        (Scheme::Mxfp8, &[whole, &[("w13_weight_scale", &[8, 128, 2]), ("w2_weight_scale", &[8, 64, 2])]]),
+    ];
+    for (scheme, expected) in expected {
+        let model = Llama { scheme, ..Llama::tiny(Kind::Qwen3Moe) }.model();
+        // Scales of one element are stored with a dimension or without one.
+        for dims in [&[][..], &[1]] {
+            let two = plan(&with_scalars(model.clone(), dims), Target::Vllm, Mesh::tp(2)).unwrap();
+            let mut expected: Vec<_> = expected.iter().copied().flatten().copied().collect();
+            expected.sort_unstable();
+            let found = routed(&two, 1);
+            let found: Vec<_> = found.iter().map(|(name, shape)| (name.as_str(), &shape[..])).collect();
+            assert_eq!(found, expected, "{scheme:?} {dims:?}");
+        }
+    }
+}
+
+#[test]
+fn vllm_has_one_input_scale_of_gate_and_up() {
+    let model = Llama { scheme: Scheme::Fp8Tensor, ..Llama::tiny(Kind::Mixtral) }.model();
+    let experts = format!("{LAYER}.block_sparse_moe.experts");
+    for dims in [&[][..], &[1]] {
+        let two = plan(&with_scalars(model.clone(), dims), Target::Vllm, Mesh { ep: 2, ..Mesh::tp(2) }).unwrap();
+        // Both are written to the place, and `w3` last; engines want them to be equal.
+        for (stack, part) in [("w13_input_scale", "w3"), ("w2_input_scale", "w2")] {
+            let expected: Vec<_> = (4..8).map(|at| (format!("{experts}.{at}.{part}.input_scale"), 0, 4)).collect();
+            assert_eq!(two.pieces(1, &format!("{experts}.routed_experts.{stack}")), expected, "{dims:?}");
+        }
+        let both = (4..8).flat_map(|at| ["w1", "w3"].map(|part| (format!("{experts}.{at}.{part}.weight_scale"), 0, 4)));
+        assert_eq!(
+            two.pieces(1, &format!("{experts}.routed_experts.w13_weight_scale")),
+            both.collect::<Vec<_>>(),
+            "{dims:?}"
+        );
+    }
+}
+
+#[test]
+fn vllm_turns_packed_experts_round_which_is_refused() {
+    for symmetric in [false, true] {
+        for kind in [Kind::Mixtral, Kind::Qwen3Moe] {
+            let mut model = Llama { scheme: Scheme::Packed { group: 16, symmetric }, ..Llama::tiny(kind) }.model();
+            let error = plan(&model, Target::Vllm, Mesh::tp(2)).err().unwrap();
+            assert_eq!(error.rule(), Some("target"), "{error}");
+            assert!(error.tensor().unwrap().ends_with(".weight_packed"), "{error}");
+            assert!(error.expected().unwrap().contains("target plain"), "{error}");
+            plan(&model, Target::Plain, Mesh::tp(2)).unwrap();
+            // Where activations are FP8 they stay as they are stored.
+            let group = &mut model.config["quantization_config"]["config_groups"]["group_0"];
+            group["input_activations"] = serde_json::json!({ "num_bits": 8, "type": "float", "dynamic": true });
+            let two = plan(&model, Target::Vllm, Mesh::tp(2)).unwrap();
+            let packed = routed(&two, 1).into_iter().filter(|(name, _)| name.ends_with("_packed"));
+            let packed: Vec<_> = packed.map(|(_, shape)| shape).collect();
+            assert_eq!(packed, [[8, 128, 8], [8, 64, 8]]);
+        }
+    }
+    let dense = Llama { scheme: Scheme::Packed { group: 16, symmetric: true }, ..Llama::TINY }.model();
+    plan(&dense, Target::Vllm, Mesh::tp(2)).unwrap();
+}
+
+/// Names below the routed experts of a layer, and shapes.
+type Shapes<'a> = &'a [(&'a str, &'a [u64])];
+
+/// The stacks of a layer's routed experts that a rank has.
+fn routed(planned: &Planned, rank: u32) -> Vec<(String, Vec<u64>)> {
+    let names = planned.0.params().iter().map(|param| param.name.as_str()).filter(|name| name.starts_with(LAYER));
+    let routed = names.filter_map(|name| Some((name, name.split_once(".routed_experts.")?.1.to_owned())));
+    let mut routed: Vec<_> = routed.map(|(name, below)| (below, planned.shape(rank, name))).collect();
+    routed.sort_unstable();
+    routed
+}
+
+/// The model, with these dimensions of all that is one number.
+fn with_scalars(mut model: Model, dims: &[u64]) -> Model {
+    for tensor in model.tensors.iter_mut().filter(|tensor| tensor.name.ends_with("scale") && tensor.elements() == 1) {
+        tensor.shape = dims.to_vec();
+    }
+    model
 }
 
 #[test]
@@ -253,6 +395,33 @@ fn hf_cuts_as_torch_chunks() {
     assert!(mixtral.has(1, &format!("{LAYER}.mlp.gate.weight")));
 }
 
+/// transformers 5 ties nothing that is stored with other values, and equal ones are the same tied or not.
+#[test]
+fn hf_has_a_stored_head_whatever_is_tied() {
+    let mut model = Llama::TINY.model();
+    model.config["tie_word_embeddings"] = true.into();
+    let alias = |planned: &Planned| {
+        let params = planned.0.params();
+        params.iter().find(|param| param.name == HEAD).unwrap().alias_of.map(|of| params[of as usize].name.clone())
+    };
+    let hf = plan(&model, Target::Hf, Mesh::tp(2)).unwrap();
+    assert_eq!(alias(&hf), None);
+    assert_eq!(hf.shape(1, HEAD), [80, 64]);
+    assert_eq!(hf.pieces(1, HEAD), [(HEAD.to_owned(), 80 * 64 * 2, 80 * 64 * 2)]);
+    assert_eq!(hf.shape(1, EMBEDDING), [160, 64]);
+    let stages = plan(&model, Target::Hf, Mesh { pp: 2, ..Mesh::tp(1) }).unwrap();
+    assert_eq!(
+        [0, 1].map(|rank| (stages.has(rank, EMBEDDING), stages.has(rank, HEAD))),
+        [(true, false), (false, true)]
+    );
+    // The other engines leave it out, and nobody has one that is not there.
+    for target in [Target::Plain, Target::Vllm, Target::MistralRs] {
+        assert_eq!(alias(&plan(&model, target, Mesh::tp(2)).unwrap()).as_deref(), Some(EMBEDDING), "{target}");
+    }
+    let tied = Llama { tied: true, ..Llama::TINY }.model();
+    assert_eq!(alias(&plan(&tied, Target::Hf, Mesh::tp(2)).unwrap()).as_deref(), Some(EMBEDDING));
+}
+
 #[test]
 fn mistralrs_has_one_axis() {
     let eight = plan(&Llama::QWEN_3_30B_A3B.model(), Target::MistralRs, Mesh::tp(8)).unwrap();
@@ -281,6 +450,64 @@ fn every_target_plans_every_tiny_model_that_it_knows() {
         let error = plan(&released::Bloom::TINY.model(), target, Mesh::tp(2)).err().unwrap();
         assert_eq!(error.rule(), Some("target"));
         assert!(error.expected().unwrap().contains("deepseek_v3"), "{error}");
+    }
+}
+
+/// What the layer's attention is named, whatever the family.
+fn attention(model: &Model) -> &str {
+    let names = model.tensors.iter().map(|tensor| tensor.name.as_str());
+    let modules = [".self_attn.", ".self_attention.", ".attn.", ".attention."];
+    let mut found =
+        names.filter_map(|name| modules.iter().find_map(|module| Some(&name[..name.find(module)? + module.len() - 1])));
+    found.find(|name| !name.contains("vision")).unwrap()
+}
+
+#[test]
+fn tensors_beside_the_model_are_known_in_every_family() {
+    let stages = Mesh { pp: 2, ..Mesh::tp(1) };
+    for (name, mut model) in released::tiny() {
+        // The same scales under other names.
+        model
+            .tensors
+            .retain(|tensor| !tensor.name.ends_with("_proj.k_scale") && !tensor.name.ends_with("_proj.v_scale"));
+        let scale = |of: &str| format!("{}.{of}_scale", attention(&model));
+        let heads = ["score.weight", "classifier.bias", "qa_outputs.weight", "v_head.summary.weight"];
+        let rotations = ["inv_freq", "cos_cached", "sin_cached"];
+        let rotations = rotations.map(|what| format!("{}.rotary_emb.{what}", attention(&model)));
+        let scales = [scale("k"), scale("v"), scale("q"), scale("attn.prob")];
+        let like = model.tensors[0].clone();
+        let beside = heads.iter().copied().chain(scales.iter().chain(&rotations).map(String::as_str));
+        let beside: Vec<_> = beside.filter(|name| model.tensors.iter().all(|tensor| tensor.name != **name)).collect();
+        for name in beside {
+            let mut tensor = like.clone();
+            (tensor.name, tensor.dtype, tensor.shape) = (name.to_owned(), Dtype::F32, vec![1]);
+            model.tensors.push(tensor);
+        }
+        for target in [Target::Plain, Target::Vllm, Target::Hf, Target::MistralRs] {
+            let mesh = if target == Target::MistralRs { Mesh::tp(1) } else { stages };
+            let planned = match plan(&model, target, mesh) {
+                Err(error) if target != Target::Plain && error.rule() == Some("target") => continue,
+                // Blocks that are larger than what they are merged with.
+                Err(_) if target == Target::Vllm && name == "Nf4" => continue,
+                planned => planned.unwrap_or_else(|error| panic!("{target} {name}: {error}")),
+            };
+            let on = |name: &str| (0..mesh.size()).filter(|&rank| planned.has(rank, name)).collect::<Vec<_>>();
+            for head in heads {
+                assert_eq!(on(head), [mesh.size() - 1], "{target} {name} {head}");
+            }
+            for scale in &scales {
+                let (module, of) = scale.rsplit_once('.').unwrap();
+                let module = module.trim_end_matches(".attn");
+                let module = match (target, name.as_str()) {
+                    (Target::Vllm, "deepseek_v2" | "deepseek_v3") => format!("{module}.mla_attn.mla_attn"),
+                    (Target::Vllm, name) if name.starts_with("gpt_oss") => module.replace("self_attn", "attn.attn"),
+                    (Target::Vllm, _) => format!("{module}.attn"),
+                    _ => scale.rsplit_once('.').unwrap().0.to_owned(),
+                };
+                assert_eq!(on(&format!("{module}.{of}")).len(), 1, "{target} {name} {module}.{of}");
+            }
+            assert!(planned.0.params().iter().all(|param| !param.name.contains("rotary_emb")), "{target} {name}");
+        }
     }
 }
 
@@ -321,15 +548,18 @@ fn what_is_stored_beside_a_weight_is_not_cast() {
     let biases = cast(&Llama { scheme: gptq, ..Llama::TINY }.model(), Target::Plain, Dtype::F32);
     assert!(biases.iter().any(|name| name.ends_with("q_proj.bias")));
     let mut cached = Llama::TINY.model();
-    let scale = format!("{LAYER}.self_attn.k_proj.k_scale");
-    let mut tensor = cached.tensors[0].clone();
-    (tensor.name, tensor.dtype, tensor.shape) = (scale, Dtype::F32, vec![]);
-    cached.tensors.push(tensor);
+    for scale in ["k_proj.k_scale", "v_scale"] {
+        let mut tensor = cached.tensors[0].clone();
+        (tensor.name, tensor.dtype, tensor.shape) = (format!("{LAYER}.self_attn.{scale}"), Dtype::F32, vec![]);
+        cached.tensors.push(tensor);
+    }
     let of_layer = |names: Vec<String>| -> Vec<String> {
         names.into_iter().filter(|name| name.starts_with("model.layers.0.self_attn.k_")).collect()
     };
     assert_eq!(of_layer(cast(&cached, Target::Plain, Dtype::F16)), [format!("{LAYER}.self_attn.k_proj.weight")]);
-    assert!(cast(&cached, Target::Vllm, Dtype::F16).iter().all(|name| !name.ends_with("k_scale")));
+    for target in [Target::Plain, Target::Vllm] {
+        assert!(cast(&cached, target, Dtype::F16).iter().all(|name| !name.ends_with("_scale")), "{target}");
+    }
     // What engines compute with in float32.
     for (model, kept) in [
         (DeepSeek::TINY_V3.model(), &["e_score_correction_bias"][..]),

@@ -29,7 +29,7 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .replicate("**.pooler.**")
         .optional()
         .stage(Stage::Last)
-        .replicate("{cls,classifier,qa_outputs}.**")
+        .replicate("cls.**")
         .optional()
         .stage(Stage::Last)
         .layers("{bert.,}encoder.layer.*.**", &["num_hidden_layers"], config)

@@ -127,6 +127,14 @@ impl<'a> Config<'a> {
         self.quantization_config().is_some()
     }
 
+    /// Whether compressed-tensors says that all that it quantised takes inputs of floats: FP8 or FP4.
+    pub(super) fn has_float_inputs(&self) -> bool {
+        let groups = self.quantization_config().and_then(|json| json.get("config_groups")).and_then(Value::as_object);
+        let is_float =
+            |group: &Value| group.pointer("/input_activations/type").and_then(Value::as_str) == Some("float");
+        groups.is_some_and(|groups| !groups.is_empty() && groups.values().all(is_float))
+    }
+
     fn quantization_config(&self) -> Option<&'a Value> {
         let of = |config: &'a Value| config.get("quantization_config").or_else(|| config.get("compression_config"));
         of(self.root).or_else(|| of(self.json)).filter(|value| !value.is_null())
@@ -161,7 +169,8 @@ impl<'a> Config<'a> {
                     return Ok(known);
                 };
                 let weights = Config { json: weights, ..*self };
-                let act_order = weights.json.get("actorder").and_then(Value::as_str) == Some("group");
+                let act_order =
+                    matches!(weights.json.get("actorder").and_then(Value::as_str), Some("group" | "dynamic"));
                 let block = weights.block("block_structure")?.unwrap_or(known.block);
                 let bits = weights.find(&["num_bits"])?.unwrap_or(4);
                 Ok(Quantization { bits, group: weights.group(&["group_size"])?, act_order, block, ..known })

@@ -46,7 +46,6 @@ pub(super) fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
         .norms("{input_layernorm,post_attention_layernorm}")
         .norms("norm")
         .stage(Stage::Last)
-        .without_rotations()
         .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
 }
 

@@ -15,8 +15,8 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
     let embeddings = ["gpt_neox.embed_in.weight", "embed_in.weight"];
     config
         .vocabulary(Rules::new(), "embed_out.weight", &embeddings, false)?
-        // The causal mask and the rotations, which are computed.
-        .skip("**.attention.{bias,masked_bias,rotary_emb.inv_freq}")
+        // The causal mask, which is computed.
+        .skip("**.attention.{bias,masked_bias}")
         .optional()
         .grouped_heads("**.attention.query_key_value", heads, config)?
         .row("**.attention.dense", heads.heads, heads.size)

@@ -23,6 +23,5 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .norms("{attention_norm,ffn_norm}")
         .norms("norm")
         .stage(Stage::Last)
-        .without_rotations()
         .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
 }

@@ -33,8 +33,5 @@ pub(super) fn around_attention(rules: Rules, config: &Config<'_>) -> Result<Rule
         .norms("{input_layernorm,post_attention_layernorm}")
         .norms("norm")
         .stage(Stage::Last)
-        .cache_scales()
-        .task_heads()
-        .without_rotations()
         .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
 }

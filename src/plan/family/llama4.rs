@@ -41,6 +41,5 @@ fn rules(config: &Config<'_>) -> Result<Rules> {
         .norms("{input_layernorm,post_attention_layernorm}")
         .norms("norm")
         .stage(Stage::Last)
-        .without_rotations()
         .layers("{language_model.,}model.layers.*.**", &["num_hidden_layers"], config)
 }

@@ -101,7 +101,7 @@ impl Rules {
     /// Knows the kinds Llama (llama, mistral, qwen2, qwen3), Mixtral, Qwen3-MoE and Qwen3-Next, Llama 4, Gemma 2 and 3,
     /// Phi-3, InternLM2, DeepSeek-V2 and V3, gpt-oss, DBRX, MPT, Falcon, BLOOM, GPT-NeoX, GPT-2 and BERT. Where the
     /// configuration ties the output head to the embeddings, the head is an alias of them, and one that is stored all the
-    /// same is skipped.
+    /// same is skipped (but for [`Target::Hf`]).
     ///
     /// # Errors
     /// [`ErrorKind::Rules`]: rule `no-config` without a `config.json`, `unknown-architecture` for any other model,

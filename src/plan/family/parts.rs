@@ -233,13 +233,16 @@ impl Rules {
             .optional()
     }
 
-    /// Rotations, which are computed.
-    pub(super) fn without_rotations(self) -> Rules {
-        self.skip("**.rotary_emb.{inv_freq,cos_cached,sin_cached}").optional()
+    /// What may lie beside any model. Scales of its cache become those of `cache` below the layer, where it has a name of
+    /// its own.
+    pub(super) fn beside_the_model(self, cache: Option<&str>) -> Rules {
+        // Rotations are computed.
+        let rotations = "**.rotary_emb.{inv_freq,cos_cached,sin_cached}";
+        self.cache_scales(cache).task_heads().skip(rotations).optional()
     }
 
     /// Heads of other tasks than to predict tokens.
-    pub(super) fn task_heads(self) -> Rules {
+    fn task_heads(self) -> Rules {
         const HEADS: &str = "{score,classifier,qa_outputs,v_head}";
         // Those of an adapter are modules, and so held against the model.
         let adapted = format!("base_model.model.{HEADS}");
@@ -255,8 +258,15 @@ impl Rules {
     }
 
     /// Scales of attention whose keys and values are cached in 8 bits.
-    pub(super) fn cache_scales(self) -> Rules {
-        self.replicate("**.self_attn.{attn.,}{q,k,v,prob}_scale").optional()
+    fn cache_scales(self, renamed: Option<&str>) -> Rules {
+        const ATTENTION: &str = "{self_attn,self_attention,attn,attention,attention.self}.{attn.,}";
+        match renamed {
+            None => self.replicate(format!("**.{ATTENTION}{{q,k,v,prob}}_scale")).keep_dtype().optional(),
+            Some(attention) => ["q", "k", "v", "prob"].into_iter().fold(self, |rules, of| {
+                let rules = rules.replicate(format!("**.{ATTENTION}{of}_scale"));
+                rules.rename(format!("{{1}}.{attention}.{of}_scale")).keep_dtype().optional()
+            }),
+        }
     }
 
     /// Norms and other tensors that no rank has a part of only.

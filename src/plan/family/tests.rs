@@ -327,6 +327,42 @@ fn fused_blocks_of_a_quantised_module_are_one_module() {
     }
 }
 
+/// Names of the activation order of compressed-tensors: `dynamic` is another for `group`.
+#[test]
+fn groups_in_the_order_of_activations_are_whole_under_every_name_of_it() {
+    use Dtype::{Bf16, I32};
+    let down = "model.layers.0.mlp.down_proj";
+    let names = ["weight_g_idx", "weight_packed", "weight_scale"].map(|suffix| format!("{down}.{suffix}"));
+    let stored = |with_groups: bool| {
+        let rest = LLAMA.iter().filter(|(name, _)| !name.contains("down_proj"));
+        let mut tensors: Vec<(&str, Dtype, &[u64])> = rest.map(|&(name, dims)| (name, Bf16, dims)).collect();
+        tensors.extend([(names[1].as_str(), I32, &[64, 12][..]), (names[2].as_str(), Bf16, &[64, 6])]);
+        tensors.extend(with_groups.then_some((names[0].as_str(), I32, &[96][..])));
+        tensors
+    };
+    let scales = |first: Value, second: Value, with_groups: bool| {
+        let weights = |order: Value| json!({ "weights": { "num_bits": 4, "group_size": 16, "actorder": order } });
+        let mut config = llama();
+        config["quantization_config"] = json!({
+            "quant_method": "compressed-tensors",
+            "config_groups": { "group_0": weights(first), "group_1": weights(second) }
+        });
+        let checkpoint = checkpoint(&stored(with_groups), Some(config));
+        let two = Plan::new(&checkpoint, &Rules::for_model(&checkpoint).unwrap(), &World::host(2)).unwrap();
+        [0, 1].map(|rank| shape(&two, rank, &names[2]))
+    };
+    let (whole, parts) = ([vec![64, 6], vec![64, 6]], [vec![64, 3], vec![64, 3]]);
+    for order in [json!("group"), json!("dynamic")] {
+        assert_eq!(scales(order.clone(), Value::Null, true), whole, "{order}");
+        assert_eq!(scales(order.clone(), Value::Null, false), whole, "{order}");
+        // Said of another group of modules than the first.
+        assert_eq!(scales(Value::Null, order.clone(), true), whole, "{order}");
+    }
+    for order in [json!("weight"), json!("static"), Value::Null] {
+        assert_eq!(scales(order.clone(), Value::Null, false), parts, "{order}");
+    }
+}
+
 /// Tensors of two layers.
 fn two_layers(change: impl Fn(String) -> String) -> Vec<(String, Vec<u64>)> {
     let second = LLAMA.iter().filter(|(name, _)| name.contains("layers.0"));

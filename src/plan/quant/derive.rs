@@ -1,9 +1,9 @@
 //! What a rule says of a logical matrix, said of one of the tensors that are stored for it.
 
-use smallvec::SmallVec;
+use smallvec::{SmallVec, smallvec};
 
 use super::recognise::UNKNOWN;
-use super::{Dim, Linear, Merged, Stored};
+use super::{Dim, Linear, Merged, Scalars, Stored};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::limits::REFINED_BLOCK_MIN;
@@ -21,6 +21,8 @@ pub(in crate::plan) struct Parts<'a> {
     pub(in crate::plan) mesh: Mesh,
     /// The size of FP8 blocks that scales are repeated for, if they are.
     pub(in crate::plan) refined: Option<u64>,
+    /// What becomes of tensors of one element.
+    pub(in crate::plan) scalars: Scalars,
 }
 
 /// The expression for the tensor with this suffix.
@@ -103,6 +105,8 @@ struct Deriver<'a> {
 struct Derived {
     expr: Expr,
     dims: SmallVec<[Dim; 4]>,
+    /// Whether it is one element.
+    is_scalar: bool,
     merged: Merged,
     logical: SmallVec<[Logical; 3]>,
     is_dense: bool,
@@ -197,6 +201,7 @@ impl Deriver<'_> {
         Ok(Derived {
             expr: stored.refine(expr),
             dims: stored.dims.clone(),
+            is_scalar: stored.is_scalar,
             merged: stored.merged,
             logical: logical.collect(),
             is_dense: linear.is_dense(),
@@ -230,7 +235,7 @@ impl Deriver<'_> {
     fn concat(&self, dim: usize, parts: &[Expr]) -> Result<Derived> {
         let of_one = parts.iter().all(|part| part.names() == 0);
         let (mut whole, mut last) = (Some(0), None::<Logical>);
-        let (exprs, first) = self.parts(parts, &mut |derived| {
+        let (exprs, mut first) = self.parts(parts, &mut |derived| {
             let part = derived.logical(dim)?;
             if let Some((before, group)) = last.and_then(|last| Some((last, last.unfinished(of_one)?))) {
                 let found =
@@ -242,13 +247,25 @@ impl Deriver<'_> {
             Ok(())
         })?;
         let Some(part) = last else { return Err(broken("concat", "nothing is put together")) };
+        let is_counted = parts.iter().all(|part| !matches!(part, Expr::Select { .. }));
+        let last_only = first.is_scalar && !of_one && is_counted && self.has_last_only();
         let at = if of_one { Dim::find(&first.dims, dim).map(|(at, ..)| at) } else { Dim::place(&first.dims, dim) };
         let merged = match (at, first.merged) {
             (Some(dim), _) => Expr::Concat { dim, parts: exprs },
             // Parts of one module, which stays one.
             (None, _) if of_one => first.expr.clone(),
-            (None, Merged::Each) if first.dims.is_empty() => Expr::Stack { parts: exprs },
-            (None, Merged::Each) => Expr::Concat { dim: 0, parts: exprs },
+            (None, Merged::Each) => {
+                let count = exprs.len() as u64;
+                let all = if first.dims.is_empty() {
+                    Expr::Stack { parts: exprs }
+                } else {
+                    Expr::Concat { dim: 0, parts: exprs }
+                };
+                match last_only {
+                    true => Expr::Slice { x: Box::new(all), dim: 0, start: count - 1, len: 1, step: 1 },
+                    false => all,
+                }
+            }
             (None, Merged::First(len)) => {
                 let own = first.dims.first().and_then(|own| match *own {
                     Dim::Of { dim, per, of } => first.logical.get(dim)?.size.map(|size| size.div_ceil(of) * per),
@@ -259,11 +276,24 @@ impl Deriver<'_> {
                 Expr::Slice { x: Box::new(Expr::Concat { dim: 0, parts: exprs }), dim: 0, start: 0, len, step: 1 }
             }
         };
+        if first.is_scalar && !of_one {
+            (first.is_scalar, first.dims) = (last_only, smallvec![Dim::Own]);
+        }
         Ok(first.with(dim, Logical { size: whole, ..part }, |_| merged))
+    }
+
+    /// Whether only the last of several scalars is taken.
+    fn has_last_only(&self) -> bool {
+        let is = |(of, unless): &(&str, &str)| *of == self.suffix && self.parts.matched.stored(unless).is_none();
+        self.parts.scalars.last.iter().any(is)
     }
 
     fn stack(&self, parts: &[Expr]) -> Result<Derived> {
         let (exprs, mut first) = self.parts(parts, &mut |_| Ok(()))?;
+        let is_flat = self.parts.scalars.flat && first.is_scalar && !first.dims.is_empty();
+        if is_flat {
+            first.dims.clear();
+        }
         for dim in &mut first.dims {
             if let Dim::Of { dim, .. } | Dim::One { dim, .. } = dim {
                 *dim += 1;
@@ -271,7 +301,9 @@ impl Deriver<'_> {
         }
         first.dims.insert(0, Dim::same(0));
         first.logical.insert(0, Logical { size: None, align: 1, one: 1, ragged: false });
-        Ok(Derived { expr: Expr::Stack { parts: exprs }, ..first })
+        first.is_scalar = false;
+        let expr = if is_flat { Expr::Concat { dim: 0, parts: exprs } } else { Expr::Stack { parts: exprs } };
+        Ok(Derived { expr, ..first })
     }
 }
 
@@ -346,8 +378,7 @@ impl Derived {
 impl Linear {
     /// Whether its weight is one tensor of plain numbers.
     fn is_dense(&self) -> bool {
-        let beside = |suffix| is_weight(suffix) || is_added(suffix) || CACHE_SCALES.contains(&suffix);
-        self.block.is_none() && self.stored.iter().all(|stored| beside(stored.suffix))
+        self.block.is_none() && self.stored.iter().all(|stored| is_plain(stored.suffix))
     }
 
     /// Whether the tensor with this suffix is cast with the model: scales, zeros and the like have types of their own.
@@ -391,6 +422,11 @@ impl Stored {
 
 /// Scales of the queries, keys and values that a module puts out, not of its weight.
 const CACHE_SCALES: [&str; 3] = [".q_scale", ".k_scale", ".v_scale"];
+
+/// What a module may have that nobody quantised.
+pub(super) fn is_plain(suffix: &str) -> bool {
+    is_weight(suffix) || is_added(suffix) || CACHE_SCALES.contains(&suffix)
+}
 
 fn is_weight(suffix: &str) -> bool {
     matches!(suffix, "" | ".weight")

@@ -24,7 +24,8 @@ pub struct Quantization {
     pub bits: u64,
     /// Inputs that share a scale; `None` where one scale is all of a row's.
     pub group: Option<u64>,
-    /// Whether inputs are of groups in any order (`desc_act` of GPTQ), so that a part of the inputs needs all groups.
+    /// Whether inputs are of groups in any order (`desc_act` of GPTQ), so that a part of the inputs needs all groups. Of
+    /// modules with `weight_g_idx` they are, whatever this says.
     pub act_order: bool,
     /// Outputs and inputs of a block of FP8 that share a scale.
     pub block: [u64; 2],
@@ -97,6 +98,8 @@ pub(super) struct Stored {
     /// What its name has after the module's.
     suffix: &'static str,
     dims: SmallVec<[Dim; 4]>,
+    /// Whether it is one element, of all of the matrix.
+    is_scalar: bool,
     /// What becomes of it where modules are put together along a dimension that it does not have.
     merged: Merged,
     /// How often each index of each of its dimensions is repeated first, and how many are taken then.
@@ -112,6 +115,16 @@ enum Dim {
     One { dim: usize, of: u64 },
     /// None of the logical ones.
     Own,
+}
+
+/// What becomes of tensors of one element where modules are stacked, for engines that have layouts of their own for them.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Scalars {
+    /// Whether a stack of them has one dimension, however many each of them is stored with.
+    pub(super) flat: bool,
+    /// Endings of which modules that are put together have one, that of the last; but not where they have one of the
+    /// other ending, too.
+    pub(super) last: &'static [(&'static str, &'static str)],
 }
 
 /// What becomes of tensors in which no index is of the merged dimension.

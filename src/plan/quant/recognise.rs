@@ -2,6 +2,7 @@
 
 use smallvec::{SmallVec, smallvec};
 
+use super::derive::is_plain;
 use super::{Dim, Linear, Merged, Orientation, Packed, Quantization, Stored};
 use crate::checkpoint::TensorMeta;
 use crate::dtype::Dtype;
@@ -91,6 +92,7 @@ pub(in crate::plan) fn recognise<'a>(
 ) -> Result<Option<Linear>> {
     let find = |suffix: &str| tensor(&format!("{module}{suffix}"));
     let maker = Maker { find: &find, known };
+    maker.refuse_empty()?;
     let linear = if let Some(weight) = find(".qweight") {
         maker.packed_words(weight)?
     } else if let Some(weight) = find(".weight_packed") {
@@ -124,6 +126,18 @@ type Dims = SmallVec<[Dim; 4]>;
 impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
     fn find(&self, suffix: &str) -> Option<&'a TensorMeta> {
         (self.find)(suffix)
+    }
+
+    /// Refuses a quantised weight without elements: nothing can be said of its groups, nor of parts of them.
+    fn refuse_empty(&self) -> Result<()> {
+        let weight = WEIGHTS.iter().find_map(|suffix| self.find(suffix));
+        let Some(weight) = weight.filter(|weight| weight.shape.dims().contains(&0)) else { return Ok(()) };
+        match SUFFIXES.iter().find(|suffix| !is_plain(suffix) && self.find(suffix).is_some()) {
+            Some(_) => {
+                Err(wrong("a quantised weight has no elements", weight).with_expected("1 or more", &weight.shape))
+            }
+            None => Ok(()),
+        }
     }
 
     /// A plain weight, or one of FP8, INT8 or two FP4 to a byte with scales beside it.
@@ -211,6 +225,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
             Packed::Awq => (columns / words * values, rows),
         };
         let mut linear = Linear::new(smallvec![outputs, inputs]);
+        let act_order = self.known.quantization.act_order;
         let word = |dim| Dim::Of { dim, per: words, of: values };
         linear.push(
             ".qweight",
@@ -221,7 +236,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
         );
         for (suffix, output) in [(".qzeros", word(0)), (".scales", Dim::same(0))] {
             if let Some(groups) = self.find(suffix) {
-                let group = self.group(groups, two(groups)?[0], inputs)?;
+                let group = self.group(groups, two(groups)?[0], inputs, act_order)?;
                 linear.push(suffix, smallvec![group, output]);
             }
         }
@@ -245,13 +260,15 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
             }
             _ => most,
         };
+        // Group numbers are stored where groups are of any inputs, and only there.
+        let act_order = self.known.quantization.act_order || self.find(".weight_g_idx").is_some();
         let mut linear = Linear::new(smallvec![outputs, inputs]);
         linear.push(".weight_packed", smallvec![Dim::same(0), Dim::Of { dim: 1, per: words, of: values }]);
         if let Some(scale) = scale {
-            linear.push(".weight_scale", smallvec![Dim::same(0), self.group(scale, groups, inputs)?]);
+            linear.push(".weight_scale", smallvec![Dim::same(0), self.group(scale, groups, inputs, act_order)?]);
         }
         if let Some(zeros) = self.find(".weight_zero_point") {
-            let group = self.group(zeros, two(zeros)?[1], inputs)?;
+            let group = self.group(zeros, two(zeros)?[1], inputs, act_order)?;
             linear.push(".weight_zero_point", smallvec![Dim::Of { dim: 0, per: words, of: values }, group]);
         }
         linear.push_shared(".weight_g_idx", smallvec![Dim::same(1)], inputs);
@@ -328,8 +345,12 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
                 }
             }
         }
-        let present = |stored: &Stored| self.find(stored.suffix).is_some();
-        linear.stored.retain(present);
+        linear.stored.retain_mut(|stored| {
+            let Some(tensor) = self.find(stored.suffix) else { return false };
+            stored.is_scalar =
+                matches!(tensor.shape.dims(), [] | [1]) && stored.dims.iter().all(|dim| *dim == Dim::Own);
+            true
+        });
         Ok(linear)
     }
 
@@ -340,9 +361,9 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
         (all / bits, all / 32)
     }
 
-    /// The dimension of a tensor that has `groups` for so many inputs.
-    fn group(&self, tensor: &TensorMeta, groups: u64, inputs: u64) -> Result<Dim> {
-        if groups <= 1 || self.known.quantization.act_order {
+    /// The dimension of a tensor that has `groups` for so many inputs, which with `act_order` are of any of them.
+    fn group(&self, tensor: &TensorMeta, groups: u64, inputs: u64, act_order: bool) -> Result<Dim> {
+        if groups <= 1 || act_order {
             return Ok(Dim::Own);
         }
         let group = self.known.quantization.group.unwrap_or_else(|| inputs.div_ceil(groups)).max(1);
@@ -360,11 +381,11 @@ impl Linear {
     }
 
     fn push(&mut self, suffix: &'static str, dims: Dims) {
-        self.stored.push(Stored { suffix, dims, merged: Merged::Each, refined: None });
+        self.stored.push(Stored { suffix, dims, is_scalar: false, merged: Merged::Each, refined: None });
     }
 
     fn push_shared(&mut self, suffix: &'static str, dims: Dims, len: u64) {
-        self.stored.push(Stored { suffix, dims, merged: Merged::First(len), refined: None });
+        self.stored.push(Stored { suffix, dims, is_scalar: false, merged: Merged::First(len), refined: None });
     }
 }
 

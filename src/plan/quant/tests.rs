@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::extent::Rank;
 use crate::plan::tests::checkpoint;
 use crate::plan::{Coord, Cut, Expr, Fill, Plan, Rules, ShardRule, Split, World};
+use crate::shape::Shape;
 
 fn plan(tensors: &[(&str, Dtype, &[u64])], rules: &Rules, ranks: u32) -> Result<Plan, Error> {
     Plan::new(&checkpoint(tensors, None), rules, &World::host(ranks))
@@ -125,6 +126,34 @@ fn packed_tensors_have_zeros_along_the_outputs() {
     assert_eq!(shapes(&plan(&tensors, &rules(1, 1), 2).unwrap(), 1)[0], ("m.weight_packed", vec![64, 16]));
     let error = plan(&tensors, &rules(1, 1), 4).unwrap_err();
     assert_eq!((error.expected(), error.found()), (Some("a divisor of 2 units: 1, 2"), Some("4 parts")));
+}
+
+/// `weight_g_idx` numbers the groups of the whole: whoever has some inputs may need any of them, whatever is said of the
+/// activation order.
+#[test]
+fn packed_inputs_in_any_order_keep_all_groups() {
+    let tensors: [(&str, Dtype, &[u64]); 4] = [
+        ("m.weight_g_idx", I32, &[256]),
+        ("m.weight_packed", I32, &[64, 32]),
+        ("m.weight_scale", Bf16, &[64, 8]),
+        ("m.weight_zero_point", I32, &[8, 8]),
+    ];
+    for act_order in [false, true] {
+        let quantization = Quantization { group: Some(32), act_order, ..Quantization::default() };
+        let rules = Rules::new().module("m", shard(1, 1)).quantization(quantization);
+        let two = plan(&tensors, &rules, 2).unwrap();
+        for rank in 0..2 {
+            assert_eq!(
+                shapes(&two, rank),
+                [
+                    ("m.weight_g_idx", vec![128]),
+                    ("m.weight_packed", vec![64, 16]),
+                    ("m.weight_scale", vec![64, 8]),
+                    ("m.weight_zero_point", vec![8, 8])
+                ]
+            );
+        }
+    }
 }
 
 #[test]
@@ -395,4 +424,29 @@ fn scales_of_inputs_before_outputs_turn_nothing_round() {
     assert_eq!(shapes(&plan(&tensors, &rules, 2).unwrap(), 1)[0], ("m.weight", vec![32, 64]));
     let blocks = [("m.weight", F8E4M3, &[256, 256][..]), ("m.weight_scale_inv", F32, &[2, 2])];
     assert_eq!(plan(&blocks, &rules, 2).unwrap_err().rule(), Some("quantization"));
+}
+
+#[test]
+fn quantised_weights_without_elements_are_refused() {
+    let whole = Rules::new().module("m", Expr::Source);
+    let rows = Rules::new().module("m", shard(1, 1));
+    let gptq = whole.clone().quantization(gptq(false));
+    type Tensors<'a> = &'a [(&'a str, Dtype, &'a [u64])];
+    let cases: [(Tensors<'_>, &Rules); 7] = [
+        (&[("m.weight", U8, &[0, 1]), ("m.weight.absmax", U8, &[0])], &whole),
+        (&[("m.weight", F8E4M3, &[4, 0]), ("m.weight_scale", F32, &[4, 2])], &rows),
+        (&[("m.weight", F8E4M3, &[0, 4]), ("m.weight_scale", F32, &[0, 2])], &rows),
+        (&[("m.weight", F8E4M3, &[4, 0]), ("m.weight_scale_inv", F32, &[1, 0])], &rows),
+        (&[("m.weight_packed", I32, &[4, 0]), ("m.weight_scale", Bf16, &[4, 2])], &rows),
+        (&[("m.qweight", I32, &[0, 4]), ("m.scales", F16, &[2, 4])], &gptq),
+        (&[("m_blocks", U8, &[2, 4, 0, 16]), ("m_scales", U8, &[2, 4, 0])], &whole),
+    ];
+    for (tensors, rules) in cases {
+        let error = plan(tensors, rules, 2).unwrap_err();
+        assert_eq!((error.rule(), error.tensor()), (Some("quantization"), Some(tensors[0].0)), "{error}");
+        assert_eq!(error.found(), Some(Shape::new(tensors[0].2).to_string().as_str()));
+    }
+    // One that nobody quantised may have none.
+    let plain = plan(&[("m.bias", F32, &[4]), ("m.weight", F32, &[4, 0])], &rows, 2).unwrap();
+    assert_eq!(shapes(&plain, 1), [("m.bias", vec![4]), ("m.weight", vec![4, 0])]);
 }

@@ -18,7 +18,7 @@ pub(super) use self::rule::{AliasRule, Among, Owner, Pipeline, Placement, Rule};
 use self::rule::{Filter, ModuleRule, Scope};
 use super::cut::{Cut, Split};
 use super::expr::{Expr, Fill, castable};
-use super::quant::{Orientation, Quantization, SUFFIXES};
+use super::quant::{Orientation, Quantization, SUFFIXES, Scalars};
 use super::stages::StageSplit;
 use super::world::Coord;
 use crate::checkpoint::TensorMeta;
@@ -162,6 +162,14 @@ impl Rules {
                 }
             }
             None => self.mistake("suffix", &format!("no tensor of a module ends in `{from}`: {}", SUFFIXES.join(", "))),
+        }
+        self
+    }
+
+    /// What the rule of modules added last makes of tensors of one element.
+    pub(in crate::plan) fn scalars(mut self, scalars: Scalars) -> Rules {
+        if let Some(module) = self.last_module("scalars") {
+            module.scalars = scalars;
         }
         self
     }

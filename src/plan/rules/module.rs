@@ -148,7 +148,8 @@ impl<'a> Modules<'a> {
         };
         let matched = linear(filler.module, outputs(expr, None))?;
         let named = |template: &str| linear(&filler.fill(template)?, outputs(expr, Some(template)));
-        let mut parts = Parts { matched: &matched, named: &named, mesh: self.mesh, refined: None };
+        let (mesh, scalars) = (self.mesh, how.scalars);
+        let mut parts = Parts { matched: &matched, named: &named, mesh, refined: None, scalars };
         if self.rules.quantization.refine {
             parts.refined = quant::refined(expr, &parts)?;
         }

@@ -9,7 +9,7 @@ use crate::extent::Rank;
 use crate::plan::cut::Cut;
 use crate::plan::expr::{Expr, Fill};
 use crate::plan::form::no_part;
-use crate::plan::quant::{Orientation, check_derivable};
+use crate::plan::quant::{Orientation, Scalars, check_derivable};
 use crate::plan::rules::Stage;
 use crate::plan::stages::StageSplit;
 use crate::plan::world::{Coord, Mesh};
@@ -40,6 +40,8 @@ pub(super) struct ModuleRule {
     pub(super) orientation: Orientation,
     /// Which ranks have the bias, and what the others have.
     pub(super) bias: Option<(Coord, u32, Fill)>,
+    /// What becomes of tensors of one element.
+    pub(super) scalars: Scalars,
     /// What destinations' names have after the module's instead.
     pub(super) suffixes: Vec<(&'static str, String)>,
 }

@@ -9,6 +9,7 @@ use crate::plan::expr::Expr;
 use crate::plan::family::config::Config;
 use crate::plan::family::deepseek::without_predicting_layers;
 use crate::plan::family::parts::{ADAPTED, Block, Experts};
+use crate::plan::quant::Scalars;
 use crate::plan::rules::{Rules, Stage};
 use crate::plan::world::{Ax, Coord};
 
@@ -70,10 +71,14 @@ fn decoder(rules: Rules, config: &Config<'_>) -> Result<Rules> {
         .optional())
 }
 
-/// Whole embeddings, and an output head that is divided unless it is the embeddings.
+/// Whole embeddings, and an output head that is divided unless it is the embeddings: `tie_weights` leaves alone what is
+/// stored with other values, and those that are equal may as well be read.
 fn vocabulary(rules: Rules, config: &Config<'_>) -> Result<Rules> {
     let embeddings = ["model.embed_tokens.weight", "embed_tokens.weight"];
-    let (rules, tied) = config.tie(rules, "lm_head.weight", &embeddings, false)?;
+    let (rules, tied) = match config.checkpoint.tensor("lm_head.weight") {
+        Some(_) => (rules, false),
+        None => config.tie(rules, "lm_head.weight", &embeddings, false)?,
+    };
     let rules = rules.whole("**.embed_tokens").optional().stage(if tied { Stage::Ends } else { Stage::First });
     Ok(rules.module(format!("{ADAPTED}lm_head"), Expr::shard(0, ceil())).optional().stage(Stage::Last))
 }
@@ -83,7 +88,8 @@ fn vocabulary(rules: Rules, config: &Config<'_>) -> Result<Rules> {
 fn stacked(rules: Rules, config: &Config<'_>, names: &Names, experts: &Experts, mlp: &str) -> Rules {
     let inner = (config.options.mesh.ep == 1).then(ceil);
     let (gate_up, down) = (format!("{mlp}.experts.gate_up_proj"), format!("{mlp}.experts.down_proj"));
-    rules.stacked(names, &Stacked { experts, inner, gate_up: &gate_up, down: &down, suffixes: EXPERT_SUFFIXES })
+    let (suffixes, scalars) = (EXPERT_SUFFIXES, Scalars::default());
+    rules.stacked(names, &Stacked { experts, inner, gate_up: &gate_up, down: &down, suffixes, scalars })
 }
 
 /// Parts of the same size, but for the last that has any.

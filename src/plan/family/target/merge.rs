@@ -3,6 +3,7 @@
 use crate::plan::cut::Cut;
 use crate::plan::expr::Expr;
 use crate::plan::family::parts::Experts;
+use crate::plan::quant::Scalars;
 use crate::plan::rules::Rules;
 
 /// Experts that are modules of their own, on disk.
@@ -33,6 +34,8 @@ pub(super) struct Stacked<'a> {
     pub(super) down: &'a str,
     /// What their names have after the module's.
     pub(super) suffixes: &'a [(&'static str, &'static str)],
+    /// What becomes of scales that are one number.
+    pub(super) scalars: Scalars,
 }
 
 impl Rules {
@@ -63,7 +66,7 @@ impl Rules {
     /// `[experts, hidden, intermediate]`. Those of an adapter stay apart.
     pub(super) fn stacked(self, names: &Names, stacked: &Stacked<'_>) -> Rules {
         let Names { experts: module, gate, up, down } = *names;
-        let Stacked { experts, ref inner, gate_up, down: stacked_down, suffixes } = *stacked;
+        let Stacked { experts, ref inner, gate_up, down: stacked_down, suffixes, scalars } = *stacked;
         let tensor = |expert: u64, name: &str, dim: usize| {
             let x = Expr::Tensor(format!("{{1}}.{module}.{expert}.{name}"));
             match inner {
@@ -90,9 +93,11 @@ impl Rules {
             .module(format!("**.{module}.0.{gate}"), both)
             .rename(format!("{{1}}.{gate_up}"))
             .suffixes(suffixes)
+            .scalars(scalars)
             .module(format!("**.{module}.0.{down}"), rows)
             .rename(format!("{{1}}.{stacked_down}"))
-            .suffixes(suffixes);
+            .suffixes(suffixes)
+            .scalars(scalars);
         rules.module_part(format!("**.{module}.*.{{{gate},{up},{down}}}"))
     }
 

@@ -7,6 +7,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::plan::family::config::Config;
 use crate::plan::family::parts::{Block, Experts};
 use crate::plan::family::{Family, deepseek, llama};
+use crate::plan::quant::Scalars;
 use crate::plan::rules::Rules;
 use crate::plan::world::{Ax, Mesh};
 
@@ -28,8 +29,9 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
         }
         let (gate_up, down) = (format!("{mlp}.experts.gate_up_proj"), format!("{mlp}.experts.down_proj"));
         let inner = Some(Block::new(intermediate, 1).cut(Ax::Tp));
-        let suffixes = &[(".weight", "")];
-        Ok(rules.stacked(names, &Stacked { experts: &experts, inner, gate_up: &gate_up, down: &down, suffixes }))
+        let (experts, gate_up, down) = (&experts, gate_up.as_str(), down.as_str());
+        let (suffixes, scalars) = (&[(".weight", "")], Scalars::default());
+        Ok(rules.stacked(names, &Stacked { experts, inner, gate_up, down, suffixes, scalars }))
     };
     let plain = |family: &Family| (family.rules)(config);
     match kind {

@@ -51,30 +51,32 @@ impl Target {
     /// The rules for a model of `family`.
     pub(super) fn rules(self, family: &Family, config: &Config<'_>) -> Result<Rules> {
         let kind = Kind::of(family);
-        match (self, kind) {
-            (Target::Plain, _) => (family.rules)(config),
-            (Target::Vllm, Some(kind)) => vllm::rules(kind, config),
-            (Target::Hf, Some(kind)) => hf::rules(kind, config),
-            (Target::MistralRs, Some(kind)) => mistralrs::rules(kind, config),
+        let rules = match (self, kind) {
+            (Target::Plain, _) => (family.rules)(config)?,
+            (Target::Vllm, Some(kind)) => vllm::rules(kind, config)?,
+            (Target::Hf, Some(kind)) => hf::rules(kind, config)?,
+            (Target::MistralRs, Some(kind)) => mistralrs::rules(kind, config)?,
             (_, None) => {
                 let known: Vec<&str> = Kind::ALL.iter().flat_map(|kind| kind.family().model_types).copied().collect();
-                Err(broken("target", format!("target {self} is not known for this model")).with_expected(
+                return Err(broken("target", format!("target {self} is not known for this model")).with_expected(
                     format!("target plain, or vllm, hf or mistralrs for one of {}", known.join(", ")),
                     family.model_types[0],
-                ))
+                ));
             }
-        }
+        };
+        // Behind all others: a family's own rules know better.
+        Ok(rules.beside_the_model(kind.filter(|_| self == Target::Vllm).map(vllm::attention_core)))
     }
 }
 
 impl Rules {
-    /// What all decoders have: norms, pipeline stages, what is left out.
+    /// What all decoders have: norms, pipeline stages.
     fn common(self, config: &Config<'_>) -> Result<Rules> {
-        self.norms("{input_layernorm,post_attention_layernorm}")
-            .norms("norm")
-            .stage(Stage::Last)
-            .without_rotations()
-            .layers("{model.,}layers.*.**", &["num_hidden_layers"], config)
+        self.norms("{input_layernorm,post_attention_layernorm}").norms("norm").stage(Stage::Last).layers(
+            "{model.,}layers.*.**",
+            &["num_hidden_layers"],
+            config,
+        )
     }
 }
 

@@ -3,12 +3,16 @@
 
 use super::Kind;
 use super::merge::{Names, Stacked};
+use crate::checkpoint::TensorMeta;
+use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::plan::cut::{Cut, Split};
 use crate::plan::expr::{Expr, Fill};
+use crate::plan::family::broken;
 use crate::plan::family::config::{Config, Heads};
 use crate::plan::family::deepseek::without_predicting_layers;
 use crate::plan::family::parts::{ADAPTED, Block, Experts};
+use crate::plan::quant::Scalars;
 use crate::plan::rules::{Rules, Stage};
 use crate::plan::world::{Ax, Coord, Mesh};
 
@@ -18,6 +22,7 @@ const VOCABULARY_UNIT: u64 = 64;
 /// What stacked experts' tensors are named after their module (`routed_experts.py`).
 const EXPERT_SUFFIXES: &[(&str, &str)] = &[
     (".weight", "_weight"),
+    (".bias", "_bias"),
     (".weight_scale", "_weight_scale"),
     (".weight_scale_inv", "_weight_scale_inv"),
     (".weight_scale_2", "_weight_scale_2"),
@@ -34,6 +39,10 @@ const EXPERT_SUFFIXES: &[(&str, &str)] = &[
     (".g_idx", "_g_idx"),
 ];
 
+/// What its parameters have of scales that are one number: one for each expert; of those of inputs one for gate and up, but
+/// for both where weights are FP4 (ModelOpt's, which have a scale of their scales).
+const EXPERT_SCALARS: Scalars = Scalars { flat: true, last: &[(".input_scale", ".weight_scale_2")] };
+
 pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
     match kind {
         Kind::Llama => {
@@ -43,16 +52,25 @@ pub(super) fn rules(kind: Kind, config: &Config<'_>) -> Result<Rules> {
         Kind::Mixtral => {
             let count = config.count(&["num_local_experts"])?;
             let experts = Experts::new(config, count, config.count(&["intermediate_size"])?)?;
-            Ok(stacked(decoder(config)?, &Names::MIXTRAL, &experts).whole("**.block_sparse_moe.gate"))
+            Ok(stacked(decoder(config)?, config, &Names::MIXTRAL, &experts)?.whole("**.block_sparse_moe.gate"))
         }
         Kind::Qwen3Moe => {
             let count = config.count(&["num_experts"])?;
             let experts = Experts::new(config, count, config.count(&["moe_intermediate_size"])?)?;
-            let rules = stacked(decoder(config)?, &Names::PROJECTIONS, &experts).whole("**.mlp.gate");
+            let rules = stacked(decoder(config)?, config, &Names::PROJECTIONS, &experts)?.whole("**.mlp.gate");
             Ok(gate_up(rules, "mlp", config.count(&["intermediate_size"])?))
         }
         Kind::DeepSeek => deepseek(config),
         Kind::GptOss => gpt_oss(config),
+    }
+}
+
+/// The module below a layer that has scales of cached keys and values (`maybe_remap_kv_scale_name`).
+pub(super) fn attention_core(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Llama | Kind::Mixtral | Kind::Qwen3Moe => "self_attn.attn",
+        Kind::DeepSeek => "self_attn.mla_attn.mla_attn",
+        Kind::GptOss => "attn.attn",
     }
 }
 
@@ -88,11 +106,26 @@ fn gate_up(rules: Rules, below: &str, intermediate: u64) -> Rules {
         .optional()
 }
 
-fn stacked(rules: Rules, names: &Names, experts: &Experts) -> Rules {
-    let (gate_up, down) =
-        (format!("{}.routed_experts.w13", names.experts), format!("{}.routed_experts.w2", names.experts));
-    let (inner, suffixes) = (Some(experts.inner()), EXPERT_SUFFIXES);
-    rules.stacked(names, &Stacked { experts, inner, gate_up: &gate_up, down: &down, suffixes })
+fn stacked(rules: Rules, config: &Config<'_>, names: &Names, experts: &Experts) -> Result<Rules> {
+    refuse_words(config, names)?;
+    let stack = |of: &str| format!("{}.routed_experts.{of}", names.experts);
+    let (gate_up, down) = (&stack("w13"), &stack("w2"));
+    let (inner, suffixes, scalars) = (Some(experts.inner()), EXPERT_SUFFIXES, EXPERT_SCALARS);
+    Ok(rules.stacked(names, &Stacked { experts, inner, gate_up, down, suffixes, scalars }))
+}
+
+/// Refuses experts of compressed-tensors in words, of weights alone: with most kernels vLLM has inputs before outputs of
+/// them, with some not (`CompressedTensorsWNA16MoEMethod`), and integers are not turned round here.
+fn refuse_words(config: &Config<'_>, names: &Names) -> Result<()> {
+    let experts = format!(".{}.", names.experts);
+    let is_packed = |tensor: &&TensorMeta| {
+        tensor.dtype == Dtype::I32 && tensor.name.ends_with(".weight_packed") && tensor.name.contains(&experts)
+    };
+    let packed = config.checkpoint.tensors().iter().find(is_packed);
+    let Some(packed) = packed.filter(|_| !config.has_float_inputs()) else { return Ok(()) };
+    Err(broken("target", "target vllm has no one layout of experts that are packed into words")
+        .with_expected("target plain, or experts that are GPTQ, AWQ, FP4, FP8 or not quantised", "weight_packed of I32")
+        .with_tensor(packed.name.as_str()))
 }
 
 /// Embeddings and output head: rows padded with zeros and divided.
@@ -143,7 +176,7 @@ fn deepseek(config: &Config<'_>) -> Result<Rules> {
         .column("**.self_attn.kv_b_proj", heads, nope.saturating_add(value))
         .row("**.self_attn.o_proj", heads, value)
         .norms("self_attn.{q_a,kv_a}_layernorm");
-    let rules = stacked(rules, &Names::PROJECTIONS, &experts);
+    let rules = stacked(rules, config, &Names::PROJECTIONS, &experts)?;
     let rules = match whole_shared_experts(config.options.mesh) {
         true => rules.whole("**.mlp.shared_experts.down_proj").optional().merged(
             "mlp.shared_experts",

@@ -132,6 +132,10 @@ impl<'a> Placing<'a> {
     pub(super) fn place(&self, style: Style, tensor: &TensorMeta, expert: Option<Expert>) -> Result<Placement> {
         let dims = tensor.shape.len() + usize::from(expert.is_some());
         let whole = Placement::replicate();
+        // A scale of all of a matrix, which is one of every part of it. Whole experts take theirs along.
+        if style != Style::Experts && tensor.shape.dims().iter().all(|&size| size == 1) {
+            return Ok(whole);
+        }
         let Some((dim, packed)) = style.cuts(dims, tensor.name.ends_with(".bias")) else { return Ok(whole) };
         let cut = match (expert, dim.checked_sub(1)) {
             (None, _) => self.cut(style, tensor, dim, packed)?,
