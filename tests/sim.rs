@@ -290,7 +290,16 @@ fn failing_late() {
         loader.release();
         assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
     }
-    loader.load(&plan).unwrap().0.check().unwrap();
+    let (mut weights, _) = loader.load(&plan).unwrap();
+    weights.check().unwrap();
+    // What a reload cannot start without is asked for before anything is given up.
+    twins::cuda::fault("cuStreamCreate@1=2");
+    let error = loader.reload(&plan, &mut weights).unwrap_err();
+    twins::cuda::fault("");
+    assert_eq!(error.kind(), ErrorKind::DeviceMemory, "{error}");
+    weights.check().unwrap();
+    loader.reload(&plan, &mut weights).unwrap();
+    weights.check().unwrap();
 }
 
 /// In a process of its own: a link that moves next to nothing ends the load; what copies still use is kept.

@@ -78,3 +78,73 @@ impl Drop for MadeSlot {
         self.registered = None;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::device::{Feed, Queue};
+
+    /// A device whose memory starts so many bytes behind the start of a block.
+    #[derive(Debug)]
+    struct Crooked(usize);
+
+    impl Device for Crooked {
+        fn name(&self) -> String {
+            "crooked".into()
+        }
+
+        fn queue(&self, _: Feed) -> Result<Option<Box<dyn Queue>>> {
+            unreachable!("nothing is copied")
+        }
+
+        fn block(&self, _: usize) -> Result<Allocation> {
+            unreachable!("no destinations")
+        }
+
+        fn tensor(&self, _: usize, _: usize) -> Result<Allocation> {
+            unreachable!("no destinations")
+        }
+
+        unsafe fn lent(&self, _: *mut u8, _: Arc<dyn Any + Send + Sync>) -> Allocation {
+            unreachable!("no destinations")
+        }
+
+        fn slot(&self, _: usize) -> Result<Allocation> {
+            let address = std::ptr::without_provenance_mut(limits::DIRECT_ALIGNMENT as usize + self.0);
+            // SAFETY: nothing is read from it, or written to it.
+            Ok(unsafe { Allocation::lent(address, Arc::new(())) })
+        }
+    }
+
+    #[derive(Debug, Default)]
+    struct Counting(AtomicUsize);
+
+    impl Registrar for Counting {
+        fn register(&self, _: u64, _: usize) -> Result<Box<dyn Any + Send + Sync>> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(Box::new(()))
+        }
+    }
+
+    #[test]
+    fn only_memory_that_a_block_starts_on_is_registered() {
+        for (behind, registered) in [(0, 1), (512, 0), (1, 0)] {
+            let registrar = Arc::new(Counting::default());
+            let maker = SlotMaker::new(Arc::new(Crooked(behind)), Arc::clone(&registrar) as Arc<dyn Registrar>);
+            let ring = Ring::on_device(1 << 20, 1 << 20);
+            let outcome = maker.try_out(&ring, Duration::from_secs(1));
+            assert_eq!(registrar.0.load(Ordering::Relaxed), registered, "{behind}");
+            assert_eq!(ring.pinned_bytes(), (registered << 20) as u64);
+            match registered {
+                1 => outcome.unwrap(),
+                _ => {
+                    let error = outcome.unwrap_err();
+                    assert_eq!(error.kind(), ErrorKind::Unsupported);
+                    assert_eq!(error.message(), "crooked has memory for slots that no block starts on");
+                }
+            }
+        }
+    }
+}
