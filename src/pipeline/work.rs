@@ -200,10 +200,10 @@ impl Job {
             Room::Destination => {
                 self.reads.pieces(&op, &mut pieces);
                 pieces.retain(|piece| self.setup.destinations.waits(piece.rank, piece.dest));
-                match pieces.first() {
-                    Some(piece) => std::ptr::with_exposed_provenance_mut(self.address(piece) as usize),
-                    None => return Ok(Taken::Skipped),
-                }
+                let Some(piece) = pieces.first() else { return Ok(Taken::Skipped) };
+                let fits = piece.run == bytes as u64 && piece.loops.is_empty() && piece.cast.is_none();
+                assert!(fits, "bug in shardlift: a read that is not as its destination has it");
+                std::ptr::with_exposed_provenance_mut(self.address(piece) as usize)
             }
         };
         let id = self.request_id();
