@@ -284,6 +284,30 @@ fn strangers_neither_stop_nor_stall_a_group() {
     quit(ranks);
 }
 
+/// As torchrun restarts ranks: in the same session, where the ones before them met.
+#[test]
+fn a_group_that_was_killed_meets_again_at_once() {
+    let setup = Setup { master: Some(free_port()), session: Some("torchrun/none/29500".into()), ..Setup::new(4) };
+    let mut first = setup.joined();
+    tell_all(&mut first, "await");
+    first[2].signal(Signal::KILL); // a crash, of which the others hear
+    for rank in first.iter().filter(|rank| rank.rank != 2) {
+        assert!(rank.error(SOON).text.ends_with(", rank 2"));
+    }
+    first.iter().for_each(|rank| rank.signal(Signal::KILL));
+    drop(first);
+    let mut second = setup.start_all(0..4);
+    let began = Instant::now();
+    tell_all(&mut second, "join");
+    second.iter().for_each(|rank| rank.is_ok());
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    tell_all(&mut second, "exchange plan x");
+    second.iter().for_each(|rank| assert_eq!(rank.answer(SOON).text, "x,x,x,x"));
+    tell_all(&mut second, "finish");
+    second.iter().for_each(|rank| rank.is_ok());
+    quit(second);
+}
+
 #[test]
 fn somebody_else_on_the_port_is_not_taken_for_rank_0() {
     let port = free_port();
