@@ -284,6 +284,36 @@ fn strangers_neither_stop_nor_stall_a_group() {
     quit(ranks);
 }
 
+/// Rank 0 does not run while rank 1 tries again and again: attempts that were given up are nobody's, and the last one hears that
+/// all are there.
+#[test]
+fn attempts_that_were_given_up_do_not_complete_a_group() {
+    // Between two attempts, while the second is waiting, and while the third is.
+    for stopped in [Duration::from_millis(2100), Duration::from_millis(3500), Duration::from_millis(5000)] {
+        let setup = Setup::new(2);
+        let mut ranks = setup.start_all(0..2);
+        let port: u16 = setup.rendezvous.rsplit_once(':').unwrap().1.parse().unwrap();
+        ranks[0].tell("join");
+        let until = Instant::now() + SOON;
+        // A stranger that goes away at once shows that it listens.
+        while TcpStream::connect(("127.0.0.1", port)).is_err() && Instant::now() < until {
+            thread::sleep(Duration::from_millis(10));
+        }
+        ranks[0].signal(Signal::STOP);
+        ranks[1].tell("join");
+        thread::sleep(stopped);
+        let began = Instant::now();
+        ranks[0].signal(Signal::CONT);
+        ranks.iter().for_each(|rank| rank.is_ok());
+        assert!(began.elapsed() < Duration::from_secs(4), "stopped for {stopped:?}: {:?}", began.elapsed());
+        tell_all(&mut ranks, "exchange plan x");
+        ranks.iter().for_each(|rank| assert_eq!(rank.answer(SOON).text, "x,x"));
+        tell_all(&mut ranks, "finish");
+        ranks.iter().for_each(|rank| rank.is_ok());
+        quit(ranks);
+    }
+}
+
 /// As torchrun restarts ranks: in the same session, where the ones before them met.
 #[test]
 fn a_group_that_was_killed_meets_again_at_once() {

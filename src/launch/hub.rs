@@ -139,7 +139,10 @@ impl<'a> Hub<'a> {
                 stranger.connection.receive(now);
             }
             match stranger.connection.next() {
-                Ok(Some(Message::Hello(hello))) => self.admit(hello, stranger.connection),
+                // Who has gone again may have tried several times while this rank did not look; the last attempt counts.
+                Ok(Some(Message::Hello(hello))) if stranger.connection.is_open() => {
+                    self.admit(hello, stranger.connection)
+                }
                 Ok(None) if stranger.connection.is_open() && now < stranger.until => self.strangers.push_back(stranger),
                 _ => {} // nobody of ours; dropping it closes the connection
             }
@@ -180,6 +183,9 @@ impl<'a> Hub<'a> {
             && let Some(failure) = self.shared.lock().failure.clone()
         {
             connection.send(&Message::Failed(failure));
+        }
+        if self.joined {
+            connection.send(&Message::Joined); // all have come, of whom this one heard no answer
         }
         self.ranks[rank.index()] = Some(Peer { connection, nonce: hello.nonce });
         if !self.joined && self.absent().next().is_none() {
