@@ -532,6 +532,20 @@ fn a_failure_wakes_whoever_asked_for_it() {
     assert_eq!(group.exchange("x", vec![]).unwrap_err().kind(), ErrorKind::Io);
 }
 
+/// Ranks tell each other whole milliseconds.
+#[test]
+fn equal_timeouts_are_equal_to_the_last_microsecond() {
+    let rendezvous = Setup::new(2).rendezvous;
+    let mut options = GroupOptions::default();
+    options.fail_timeout = Duration::from_micros(1_000_500);
+    thread::scope(|scope| {
+        let join = |rank| Group::join(&launch(rank, 2, &rendezvous), &options).map(drop);
+        let other = scope.spawn(move || join(1));
+        join(0).unwrap();
+        other.join().unwrap().unwrap();
+    });
+}
+
 #[test]
 fn joining_can_be_cancelled_and_others_hear_of_it() {
     let rendezvous = Setup::new(3).rendezvous;

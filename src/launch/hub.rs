@@ -159,7 +159,7 @@ impl<'a> Hub<'a> {
         let refusal = if hello.size != *size {
             let message = "ranks disagree about how many they are";
             Some(Failure::of(rank, ErrorKind::Usage, message).with_expected(size, hello.size))
-        } else if hello.fail_timeout != *fail_timeout {
+        } else if hello.fail_timeout.as_millis() != fail_timeout.as_millis() {
             let message = "ranks disagree about how soon a silent one has failed";
             let seconds = |time: std::time::Duration| format!("{} s", time.as_secs_f64());
             let failure = Failure::of(rank, ErrorKind::Usage, message);
