@@ -219,6 +219,19 @@ fn the_master_is_where_ranks_of_any_launcher_meet() {
     assert_eq!(refused(&variables, &LaunchOptions::default()).found(), Some("70000"));
 }
 
+/// Kubernetes gives the ports of a service that is called so to all pods.
+#[test]
+fn a_port_of_a_master_that_nobody_meets_at_is_not_looked_at() {
+    let mut variables = recorded("srun-22.05-2of3");
+    let place = meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap());
+    variables.insert("MASTER_PORT".into(), "tcp://10.0.0.1:29500".into());
+    assert_eq!(meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap()), place);
+    variables.insert("MASTER_ADDR".into(), "node02".into());
+    let elsewhere = LaunchOptions { rendezvous: Some("tcp://node03:5000".into()), ..LaunchOptions::default() };
+    assert_eq!(meets(&launch(&variables, &elsewhere).unwrap().unwrap()).0, "tcp://node03:5000");
+    assert_eq!(refused(&variables, &LaunchOptions::default()).found(), Some("\"tcp://10.0.0.1:29500\""));
+}
+
 #[test]
 fn gpus_of_ranks() {
     let with = |local: Option<u32>, size, list: Option<&str>| {
