@@ -339,6 +339,42 @@ fn a_group_that_was_killed_meets_again_at_once() {
 }
 
 #[test]
+fn rank_0_has_a_connection_for_each_rank() {
+    const RANKS: u32 = 100;
+    let limited = |limit: &str| Setup {
+        within: ["sh", "-c", &format!("ulimit {limit}; exec \"$@\""), "sh"].map(str::to_owned).into(),
+        join_timeout: Duration::from_secs(20),
+        ..Setup::new(RANKS)
+    };
+    let setup = limited("-Sn 64");
+    let mut hub = setup.start(0);
+    hub.tell("join");
+    let mut options = GroupOptions::default();
+    (options.join_timeout, options.fail_timeout) = (setup.join_timeout, setup.fail_timeout);
+    let (rendezvous, options) = (&setup.rendezvous, &options);
+    let others: Vec<Group> = thread::scope(|scope| {
+        let join = |rank| scope.spawn(move || Group::join(&launch(rank, RANKS, rendezvous), options));
+        let joining: Vec<_> = (1..RANKS).map(join).collect();
+        joining.into_iter().map(|rank| rank.join().unwrap().unwrap()).collect()
+    });
+    hub.is_ok();
+    drop(others);
+    hub.tell("drop");
+    hub.answer(SOON);
+    hub.quit();
+
+    let mut hub = limited("-n 64").start(0);
+    hub.tell("join");
+    let error = hub.error(SOON).text;
+    assert!(
+        error.starts_with("io rank 0 has a connection to each rank, and may not open so many: expected "),
+        "{error}"
+    );
+    assert!(error.contains("found 64 (ulimit -n)"), "{error}");
+    hub.quit();
+}
+
+#[test]
 fn somebody_else_on_the_port_is_not_taken_for_rank_0() {
     let port = free_port();
     let silent = TcpListener::bind(("127.0.0.1", port + 1)).unwrap();

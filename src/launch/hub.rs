@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use super::connection::Connection;
 use super::control::{self, Pulse};
+use super::descriptors;
 use super::failure::{Failure, Missing};
 use super::group::Membership;
 use super::rendezvous::Listening;
@@ -21,7 +22,8 @@ use crate::limits;
 
 /// Runs until the group is dropped.
 pub(super) fn run(shared: &Shared, bell: &UnixStream, membership: &Membership) {
-    match membership.place.listen(shared, membership) {
+    let listening = descriptors::make_room(membership.size).and_then(|()| membership.place.listen(shared, membership));
+    match listening {
         Ok(listening) => Hub::new(shared, membership, listening).run(bell),
         Err(error) => shared.fail(Failure::said(&error, shared.rank)),
     }

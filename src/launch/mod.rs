@@ -7,6 +7,7 @@
 
 mod connection;
 mod control;
+mod descriptors;
 mod env;
 mod failure;
 mod group;
