@@ -284,96 +284,6 @@ fn strangers_neither_stop_nor_stall_a_group() {
     quit(ranks);
 }
 
-/// Rank 0 does not run while rank 1 tries again and again: attempts that were given up are nobody's, and the last one hears that
-/// all are there.
-#[test]
-fn attempts_that_were_given_up_do_not_complete_a_group() {
-    // Between two attempts, while the second is waiting, and while the third is.
-    for stopped in [Duration::from_millis(2100), Duration::from_millis(3500), Duration::from_millis(5000)] {
-        let setup = Setup::new(2);
-        let mut ranks = setup.start_all(0..2);
-        let port: u16 = setup.rendezvous.rsplit_once(':').unwrap().1.parse().unwrap();
-        ranks[0].tell("join");
-        let until = Instant::now() + SOON;
-        // A stranger that goes away at once shows that it listens.
-        while TcpStream::connect(("127.0.0.1", port)).is_err() && Instant::now() < until {
-            thread::sleep(Duration::from_millis(10));
-        }
-        ranks[0].signal(Signal::STOP);
-        ranks[1].tell("join");
-        thread::sleep(stopped);
-        let began = Instant::now();
-        ranks[0].signal(Signal::CONT);
-        ranks.iter().for_each(|rank| rank.is_ok());
-        assert!(began.elapsed() < Duration::from_secs(4), "stopped for {stopped:?}: {:?}", began.elapsed());
-        tell_all(&mut ranks, "exchange plan x");
-        ranks.iter().for_each(|rank| assert_eq!(rank.answer(SOON).text, "x,x"));
-        tell_all(&mut ranks, "finish");
-        ranks.iter().for_each(|rank| rank.is_ok());
-        quit(ranks);
-    }
-}
-
-/// As torchrun restarts ranks: in the same session, where the ones before them met.
-#[test]
-fn a_group_that_was_killed_meets_again_at_once() {
-    let setup = Setup { master: Some(free_port()), session: Some("torchrun/none/29500".into()), ..Setup::new(4) };
-    let mut first = setup.joined();
-    tell_all(&mut first, "await");
-    first[2].signal(Signal::KILL); // a crash, of which the others hear
-    for rank in first.iter().filter(|rank| rank.rank != 2) {
-        assert!(rank.error(SOON).text.ends_with(", rank 2"));
-    }
-    first.iter().for_each(|rank| rank.signal(Signal::KILL));
-    drop(first);
-    let mut second = setup.start_all(0..4);
-    let began = Instant::now();
-    tell_all(&mut second, "join");
-    second.iter().for_each(|rank| rank.is_ok());
-    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
-    tell_all(&mut second, "exchange plan x");
-    second.iter().for_each(|rank| assert_eq!(rank.answer(SOON).text, "x,x,x,x"));
-    tell_all(&mut second, "finish");
-    second.iter().for_each(|rank| rank.is_ok());
-    quit(second);
-}
-
-#[test]
-fn rank_0_has_a_connection_for_each_rank() {
-    const RANKS: u32 = 100;
-    let limited = |limit: &str| Setup {
-        within: ["sh", "-c", &format!("ulimit {limit}; exec \"$@\""), "sh"].map(str::to_owned).into(),
-        join_timeout: Duration::from_secs(20),
-        ..Setup::new(RANKS)
-    };
-    let setup = limited("-Sn 64");
-    let mut hub = setup.start(0);
-    hub.tell("join");
-    let mut options = GroupOptions::default();
-    (options.join_timeout, options.fail_timeout) = (setup.join_timeout, setup.fail_timeout);
-    let (rendezvous, options) = (&setup.rendezvous, &options);
-    let others: Vec<Group> = thread::scope(|scope| {
-        let join = |rank| scope.spawn(move || Group::join(&launch(rank, RANKS, rendezvous), options));
-        let joining: Vec<_> = (1..RANKS).map(join).collect();
-        joining.into_iter().map(|rank| rank.join().unwrap().unwrap()).collect()
-    });
-    hub.is_ok();
-    drop(others);
-    hub.tell("drop");
-    hub.answer(SOON);
-    hub.quit();
-
-    let mut hub = limited("-n 64").start(0);
-    hub.tell("join");
-    let error = hub.error(SOON).text;
-    assert!(
-        error.starts_with("io rank 0 has a connection to each rank, and may not open so many: expected "),
-        "{error}"
-    );
-    assert!(error.contains("found 64 (ulimit -n)"), "{error}");
-    hub.quit();
-}
-
 #[test]
 fn somebody_else_on_the_port_is_not_taken_for_rank_0() {
     let port = free_port();
@@ -566,20 +476,6 @@ fn a_failure_wakes_whoever_asked_for_it() {
     group.wake_on_failure(Arc::new(Woken(sender, Mutex::new(Some(Arc::clone(&group))))).into());
     assert_eq!(woken.recv_timeout(SOON).unwrap(), expected);
     assert_eq!(group.exchange("x", vec![]).unwrap_err().kind(), ErrorKind::Io);
-}
-
-/// Ranks tell each other whole milliseconds.
-#[test]
-fn equal_timeouts_are_equal_to_the_last_microsecond() {
-    let rendezvous = Setup::new(2).rendezvous;
-    let mut options = GroupOptions::default();
-    options.fail_timeout = Duration::from_micros(1_000_500);
-    thread::scope(|scope| {
-        let join = |rank| Group::join(&launch(rank, 2, &rendezvous), &options).map(drop);
-        let other = scope.spawn(move || join(1));
-        join(0).unwrap();
-        other.join().unwrap().unwrap();
-    });
 }
 
 #[test]
