@@ -69,7 +69,6 @@ pub mod candle;
 mod cast;
 pub mod checkpoint;
 #[cfg(feature = "cuda")]
-#[cfg_attr(not(test), expect(dead_code, reason = "operations that loads do not use"))]
 mod collective;
 mod copy;
 pub mod device;

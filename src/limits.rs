@@ -363,6 +363,10 @@ pub const HELLO_MAX: usize = 1024;
 /// Connections that have not said who they are, beside one for each rank; of more the oldest is dropped.
 pub const STRANGERS: usize = 64;
 
+/// Files that rank 0 may open besides those of its group, at least where the system allows it: those of a checkpoint, a few of
+/// each device, and what a program has itself.
+pub const DESCRIPTORS_SPARE: u64 = 256;
+
 /// Largest part of a rank in an exchange: digests, sizes and identities of some thousands of files.
 pub const EXCHANGE_PART: usize = 1 << 20;
 

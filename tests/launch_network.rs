@@ -42,6 +42,19 @@ fn nodes_meet_at_an_address_and_at_a_file() {
     }
 }
 
+/// Where sockets of IPv6 are made for IPv6 only, rank 0 still listens for all.
+#[test]
+fn ranks_of_ipv4_meet_where_ipv6_keeps_to_itself() {
+    let Some(network) = Network::of(2, 'g') else { return };
+    network.run(0, "echo 1 > /proc/sys/net/ipv6/bindv6only").unwrap();
+    let at_address = format!("tcp://{}:{}", Network::address(0), free_port());
+    let soon = Duration::from_secs(10);
+    finish(network.joined(1, &Setup { rendezvous: at_address, join_timeout: soon, ..Setup::new(2) }));
+    let folder = tempfile::tempdir().unwrap();
+    let at_file = format!("file://{}/meet", folder.path().display());
+    finish(network.joined(1, &Setup { rendezvous: at_file, join_timeout: soon, ..Setup::new(2) }));
+}
+
 /// A node is cut off: its ranks miss rank 0, and all others miss one of its ranks. Or it is the node of rank 0: then the others
 /// miss rank 0, and the ranks beside it one of those beyond.
 fn cut(nodes: u32, node: u32, test: char, command: &str) {

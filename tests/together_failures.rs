@@ -27,12 +27,19 @@ const LONG: Duration = Duration::from_secs(60);
 
 /// Four ranks that read together, of which the victim gets these flags and settings, too.
 fn start(model: &Model, throttle: &str, victim: impl Fn(&mut Command)) -> Ranks {
-    Ranks::start(model, COUNT, |rank, command| {
-        command.args(["--tp", "4", "--cooperate", "always", "--engine", "pread", "--throttle", throttle]);
-        command.args(["--fail-timeout", "2", "--join-timeout", JOIN_TIMEOUT]);
+    start_each(model, throttle, |rank, command| {
         if rank == VICTIM {
             victim(command);
         }
+    })
+}
+
+/// The same, each with what `with` gives it.
+fn start_each(model: &Model, throttle: &str, with: impl Fn(usize, &mut Command)) -> Ranks {
+    Ranks::start(model, COUNT, |rank, command| {
+        command.args(["--tp", "4", "--cooperate", "always", "--engine", "pread", "--throttle", throttle]);
+        command.args(["--fail-timeout", "2", "--join-timeout", JOIN_TIMEOUT]);
+        with(rank, command);
     })
 }
 
@@ -80,6 +87,23 @@ fn a_rank_that_never_starts_is_named() {
 
 #[test]
 fn calls_that_fail_on_one_rank_are_everybodys_error() {
+    calls_fail("");
+}
+
+/// Their connections end with the abort of the rank that failed, of which its peers hear before anybody says why.
+#[test]
+fn an_abort_that_others_hear_of_is_not_what_failed() {
+    calls_fail("tell");
+}
+
+/// No rank of a node has aborted before all have: none waits for that before it says why.
+#[test]
+fn an_abort_that_waits_for_others_does_not_keep_them_from_hearing() {
+    calls_fail("wait");
+}
+
+/// Calls that fail, with an NCCL whose aborts are so.
+fn calls_fail(aborts: &str) {
     let model = Model::new();
     for (variable, fault) in [
         ("SIMCUDA_FAULT", "cuMemAlloc_v2@1=2"),
@@ -95,8 +119,11 @@ fn calls_that_fail_on_one_rank_are_everybodys_error() {
         // Queued well, and failed when it ran.
         ("SIMNCCL_FAULT", "run:ncclRecv@2=6"),
     ] {
-        let ranks = start(&model, "100M", |command| {
-            command.env(variable, fault);
+        let ranks = start_each(&model, "100M", |rank, command| {
+            command.env("SIMNCCL_ABORT", aborts);
+            if rank == VICTIM {
+                command.env(variable, fault);
+            }
         });
         let ended = ranks.ended(LONG);
         all_failed(fault, &ended, LONG);
@@ -164,6 +191,29 @@ fn a_rank_that_is_killed_or_stopped_is_missed_by_all() {
         }
         let ended = ranks.ended(Duration::from_secs(30));
         all_failed(&format!("{signal:?} after {when:?}"), &ended, Duration::from_secs(30));
+        nothing_is_left(&model);
+    }
+}
+
+/// NCCL keeps a thread of a rank when another one dies: it is aborted from elsewhere, and where that does not help given up.
+#[test]
+fn a_rank_that_nccl_keeps_ends_when_another_fails() {
+    let model = Model::new();
+    for call in ["ncclSend@3=hang", "ncclGroupEnd@3=hang"] {
+        let mut ranks = start_each(&model, "1G", |rank, command| {
+            if rank == 1 {
+                // What NCCL keeps cannot be given back.
+                command.envs([("SIMNCCL_FAULT", call), ("SIMCUDA_LEAKS", "ignore"), ("SIMNCCL_LEAKS", "ignore")]);
+            }
+        });
+        thread::sleep(Duration::from_millis(1500)); // all wait for the one that is kept
+        kill_process(Pid::from_child(&ranks.processes[VICTIM]), Signal::KILL).unwrap();
+        let struck = Instant::now();
+        while (0..COUNT).any(|rank| ranks.processes[rank].try_wait().unwrap().is_none()) {
+            assert!(struck.elapsed() < FAIL_TIMEOUT * 3 + SLACK, "{call}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        all_failed(call, &ranks.ended(LONG), LONG);
         nothing_is_left(&model);
     }
 }

@@ -11,6 +11,7 @@
 //! | SIGSTOP | `struck` | some reads, and between calls | `struck` |
 //! | never started, never loads | `struck` | `struck` | b |
 //! | another checkpoint | c | cut short at some read | changed at the last one |
+//! | an abort that peers hear of, or that waits for theirs | | a few calls and operations | |
 //! | other flags | other ranks, session or timeout: `tests/launch.rs` | c | d |
 //!
 //! - a: whoever has not joined speaks to nobody: the others miss a rank that never came. What fails between joining and
@@ -199,6 +200,38 @@ fn every_function_and_operation_of_nccl_can_fail() {
                 let fault = |_, call: &str, at| format!("run:{call}@{at}=6");
                 let every = |_: &str, count: u64| (1..=count).collect();
                 sweep(&mut team, "nccl", &operations, every, fault, made);
+                team.quit();
+            });
+        }
+    });
+}
+
+/// What the abort of a rank is to its peers: an error of their connections, or what theirs waits for. Neither hides why it aborted.
+#[test]
+fn an_abort_hides_no_failure() {
+    thread::scope(|scope| {
+        for (victim, aborts) in VICTIMS.into_iter().flat_map(|victim| [(victim, "tell"), (victim, "wait")]) {
+            scope.spawn(move || {
+                let settings = vec![("SIMNCCL_ABORT", aborts.to_owned())];
+                let mut team = Team::new(victim, Setup { settings, ..setup() });
+                let Counts { driver, nccl, operations, .. } = team.counted();
+                let middle = |count: u64| vec![count.div_ceil(2)];
+                let of_device = |call: &str, count| match call {
+                    "cuStreamWaitEvent" | "cuMemcpyHtoDAsync_v2" | "cuEventRecord" | "cuLaunchKernel" => middle(count),
+                    _ => vec![],
+                };
+                let fault = |_, call: &str, at| format!("{call}@{at}=1");
+                let made = |counts: &Counts, call: &str| counts.driver.get(call).copied().unwrap_or(0);
+                sweep(&mut team, "driver", &driver, of_device, fault, made);
+                let of_nccl = |call: &str, count| match call {
+                    "ncclGetVersion" | "ncclCommGetAsyncError" => vec![],
+                    _ => middle(count),
+                };
+                let made = |counts: &Counts, call: &str| counts.nccl.get(call).copied().unwrap_or(0);
+                sweep(&mut team, "nccl", &nccl, of_nccl, |_, call, at| format!("{call}@{at}=3"), made);
+                let made = |counts: &Counts, call: &str| counts.operations.get(call).map_or(1, |count| count + 1);
+                let fault = |_, call: &str, at| format!("run:{call}@{at}=6");
+                sweep(&mut team, "nccl", &operations, |_, count| middle(count), fault, made);
                 team.quit();
             });
         }

@@ -1,7 +1,8 @@
 //! Communicators: how ranks meet, move bytes, and part, or are torn apart.
 //!
 //! A communicator's calls return at once and are asked for how they went, until they are done, the deadline has passed, or
-//! whoever waits is told to stop; then it is aborted. So no call of NCCL is waited for without a bound.
+//! whoever waits is told to stop. So no call of NCCL is waited for without a bound. After an error it is to be aborted, and not
+//! before the other ranks were told why: they may see an abort as an error of their own, or NCCL may wait for theirs.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -34,11 +35,15 @@ impl fmt::Debug for Wait<'_> {
 
 /// One rank of a communicator. Operations are for one thread at a time (`&mut`); [aborting](Aborter) is for any.
 ///
-/// After an error of any call the communicator is gone, and what it had under way is over or, if even aborting failed, may
-/// still touch its memory: [`abort`](Comm::abort) says which. Dropping it aborts.
+/// After an error of any call the communicator is of no use, and [to be aborted](Comm::abort): then what it had under way is over
+/// or, if even aborting failed, may still touch its memory. Dropping it aborts, too.
 #[derive(Debug)]
 pub(crate) struct Comm {
     shared: Arc<Shared>,
+    /// How the call went that began it, until the ranks have met.
+    begun: Status<Progress>,
+    failed: bool,
+    #[cfg(test)]
     size: u32,
 }
 
@@ -97,6 +102,16 @@ impl Comm {
         size: u32,
         wait: &Wait<'_>,
     ) -> Result<Comm> {
+        let mut comm = Comm::begin(nccl, device, id, rank, size)?;
+        comm.met(wait)?;
+        Ok(comm)
+    }
+
+    /// Begins to [meet](Comm::meet) the other ranks; it has not before [`met`](Comm::met) is `Ok`.
+    ///
+    /// # Errors
+    /// NCCL refused, and there is no communicator.
+    pub(crate) fn begin(nccl: Nccl, device: &Cuda, id: UniqueId, rank: Rank, size: u32) -> Result<Comm> {
         let mut raw: RawComm = std::ptr::null_mut();
         let begun = {
             let _entered = device.enter()?;
@@ -110,17 +125,37 @@ impl Comm {
         }
         let state = Mutex::new(State::Live(Handle(raw)));
         let shared = Arc::new(Shared { nccl, device: device.clone(), rank, state });
-        let mut comm = Comm { shared, size };
-        comm.settle("ncclCommInitRankConfig", begun, wait)?;
-        Ok(comm)
+        Ok(Comm {
+            shared,
+            begun,
+            failed: false,
+            #[cfg(test)]
+            size,
+        })
+    }
+
+    /// Waits until all ranks have met.
+    ///
+    /// # Errors
+    /// As for [`meet`](Comm::meet).
+    pub(crate) fn met(&mut self, wait: &Wait<'_>) -> Result<()> {
+        let begun = std::mem::replace(&mut self.begun, Ok(Progress::Done));
+        self.settle("ncclCommInitRankConfig", begun, wait)
+    }
+
+    /// Whether NCCL failed, or did not answer in time: which may be what another rank's failure looks like from here.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.failed
     }
 
     /// This rank.
+    #[cfg(test)]
     pub(crate) fn rank(&self) -> Rank {
         self.shared.rank
     }
 
     /// How many ranks there are.
+    #[cfg(test)]
     pub(crate) fn size(&self) -> u32 {
         self.size
     }
@@ -171,6 +206,7 @@ impl Comm {
     ///
     /// # Safety
     /// As for [`broadcast`](Comm::broadcast).
+    #[cfg(test)]
     pub(crate) unsafe fn send(
         &mut self,
         peer: Rank,
@@ -188,6 +224,7 @@ impl Comm {
     ///
     /// # Safety
     /// As for [`broadcast`](Comm::broadcast).
+    #[cfg(test)]
     pub(crate) unsafe fn recv(
         &mut self,
         peer: Rank,
@@ -202,7 +239,7 @@ impl Comm {
     }
 
     /// Queues what `body` asks the group for, as one operation of one stream: no order of messages within can block. If
-    /// `body` fails, the group ends all the same, and the communicator with it.
+    /// `body` fails, the group ends all the same, and the communicator is of no use.
     ///
     /// # Safety
     /// As for [`broadcast`](Comm::broadcast), for each operation of the group.
@@ -214,14 +251,17 @@ impl Comm {
     ) -> Result<()> {
         let nccl = self.shared.nccl;
         let entered = self.shared.device.enter()?;
-        nccl.group_start().map_err(|failure| self.error(failure))?;
+        if let Err(failure) = nccl.group_start() {
+            return self.failed(failure);
+        }
         let mut group = Group { shared: &self.shared, stream, ended: false, _here: PhantomData };
         let asked = body(&mut group);
         let ended = group.end();
         drop(entered);
         if let Err(error) = asked {
             // What of it was launched nobody can say.
-            self.abort_for(error)?;
+            self.failed = true;
+            return Err(error);
         }
         self.settle("ncclGroupEnd", ended, wait)
     }
@@ -229,23 +269,19 @@ impl Comm {
     /// Whether all is well as far as is known; to be asked while one waits for what is queued.
     ///
     /// # Errors
-    /// What an operation came to, of this rank or, as far as NCCL notices, of another; then the communicator is aborted.
+    /// What an operation came to, of this rank or, as far as NCCL notices, of another.
     pub(crate) fn check(&mut self) -> Result<()> {
-        let polled = self.shared.poll("an operation of NCCL")?;
-        match polled {
+        match self.shared.poll("an operation of NCCL")? {
             Ok(_) => Ok(()),
-            Err(failure) => {
-                let error = self.error(failure);
-                self.abort_for(error)
-            }
+            Err(failure) => self.failed(failure),
         }
     }
 
-    /// Ends well: all ranks do so, after all that was queued has run.
+    /// Ends well: all ranks do so, after all that was queued has run. Nothing is left to abort then.
     ///
     /// # Errors
-    /// As for any call; then it was aborted instead.
-    pub(crate) fn finish(mut self, wait: &Wait<'_>) -> Result<()> {
+    /// As for any call.
+    pub(crate) fn finish(&mut self, wait: &Wait<'_>) -> Result<()> {
         // SAFETY: live, and the lock keeps others away; the context is current.
         let begun = self.shared.with(|nccl, raw| unsafe { nccl.finalize(raw) })?;
         self.settle("ncclCommFinalize", begun, wait)?;
@@ -254,7 +290,7 @@ impl Comm {
         // SAFETY: finalized, and nobody names it any more.
         let destroyed = unsafe { self.shared.nccl.destroy(raw) };
         self.shared.settled();
-        destroyed.map_err(|failure| self.error(failure))
+        destroyed.or_else(|failure| self.failed(failure))
     }
 
     /// As [`Aborter::abort`].
@@ -272,7 +308,7 @@ impl Comm {
         self.settle(operation.kind.call(), begun, wait)
     }
 
-    /// Waits for the end of a call; if that is not a good one, the communicator is aborted.
+    /// Waits for the end of a call.
     fn settle(&mut self, call: &'static str, begun: Status<Progress>, wait: &Wait<'_>) -> Result<()> {
         let began = Instant::now();
         let mut pause = limits::NCCL_POLL_FIRST;
@@ -281,18 +317,14 @@ impl Comm {
             match progress {
                 Ok(Progress::Done) => return Ok(()),
                 Ok(Progress::Pending) => {}
-                Err(failure) => {
-                    let error = self.error(failure);
-                    return self.abort_for(error);
-                }
+                Err(failure) => return self.failed(failure),
             }
-            if let Err(error) = (wait.stop)() {
-                return self.abort_for(error);
-            }
+            (wait.stop)()?;
             if Instant::now() >= wait.deadline {
+                self.failed = true;
                 let waited = began.elapsed().as_secs_f64();
                 let error = Error::new(ErrorKind::Stalled, format!("{call} did not end within {waited:.1} s"));
-                return self.abort_for(error.with_rank(self.shared.rank));
+                return Err(error.with_rank(self.shared.rank));
             }
             thread::sleep(pause);
             pause = (pause * 2).min(limits::NCCL_POLL);
@@ -300,16 +332,9 @@ impl Comm {
         }
     }
 
-    /// Aborts because of an error, and gives that back. If aborting fails too, that is said in the log.
-    fn abort_for(&mut self, error: Error) -> Result<()> {
-        if let Err(also) = self.shared.abort() {
-            tracing::warn!("{also}");
-        }
-        Err(error)
-    }
-
-    fn error(&self, failure: Failure) -> Error {
-        self.shared.error(failure)
+    fn failed(&mut self, failure: Failure) -> Result<()> {
+        self.failed = true;
+        Err(self.shared.error(failure))
     }
 }
 

@@ -7,6 +7,6 @@ mod nccl;
 mod tests;
 
 pub use alone::nccl_alone;
-pub(crate) use comm::{Comm, Group, Wait};
+pub(crate) use comm::{Aborter, Comm, Group, Wait};
 pub(crate) use nccl::{Nccl, UniqueId};
 pub use nccl::{NcclVersion, nccl_version};

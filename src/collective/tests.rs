@@ -14,8 +14,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 use std::{env, thread};
 
-use super::comm::Aborter;
-use super::{Comm, Nccl, UniqueId, Wait};
+use super::{Aborter, Comm, Nccl, UniqueId, Wait};
 use crate::device::{Allocation, Cuda, CudaStream, Device, Feed, Home, Op, RawCopy};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
@@ -422,6 +421,10 @@ fn every_call_fails() {
                 comm.check()
             })()
         };
+        if done.is_err() {
+            // What it has under way ends; the error stays the one that there was.
+            let _ = comm.abort();
+        }
         drop(seat.read(&memory, 300));
         done?;
         comm.finish(&wait)
@@ -488,6 +491,22 @@ fn nccl_hangs() {
         }
         let error = aborter.abort().unwrap_err();
         assert_eq!(error.to_string(), "another call of NCCL did not end within 2.0 s, rank 0");
+        // The end of a group is no call of one communicator: aborting that is what may free it.
+        let id = Nccl::open().unwrap().unique_id().unwrap();
+        let mut comm = seat.meet(id).unwrap();
+        let aborter = comm.aborter();
+        twins::fault("ncclGroupEnd@1=hang");
+        // SAFETY: as above.
+        thread::spawn(move || unsafe {
+            comm.grouped(stream, &patient(Instant::now() + LONG), |group| {
+                group.send(Rank(0), memory, 10)?;
+                group.recv(Rank(0), memory, 10)
+            })
+        });
+        while twins::calls(Some("ncclGroupEnd")) == 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        aborter.abort().unwrap();
     });
 }
 

@@ -74,7 +74,10 @@ impl Connection {
                 Ok(count) => self.sent += count,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,
-                Err(_) => self.queue.clear(),
+                Err(_) => {
+                    self.queue.clear();
+                    self.sent = 0;
+                }
             }
         }
     }
@@ -187,3 +190,28 @@ const READ: usize = 16 << 10;
 
 /// Reads of one turn, so that a long message holds nobody else up.
 const READS: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_sent_any_more_is_forgotten_as_a_whole() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (other, _) = listener.accept().unwrap();
+        let mut connection = Connection::new(stream).unwrap();
+        // More than sockets keep: some of it has been sent.
+        connection.send_frame(vec![0; 64 << 20].into());
+        assert!(!connection.is_flushed() && connection.sent > 0);
+        drop(other); // with something unread
+        while !connection.is_flushed() {
+            connection.flush();
+            std::thread::yield_now();
+        }
+        connection.send(&Message::Beat);
+        assert!(connection.is_flushed());
+    }
+}

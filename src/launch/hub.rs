@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use super::connection::Connection;
 use super::control::{self, Pulse};
+use super::descriptors;
 use super::failure::{Failure, Missing};
 use super::group::Membership;
 use super::rendezvous::Listening;
@@ -21,7 +22,8 @@ use crate::limits;
 
 /// Runs until the group is dropped.
 pub(super) fn run(shared: &Shared, bell: &UnixStream, membership: &Membership) {
-    match membership.place.listen(shared, membership) {
+    let listening = descriptors::make_room(membership.size).and_then(|()| membership.place.listen(shared, membership));
+    match listening {
         Ok(listening) => Hub::new(shared, membership, listening).run(bell),
         Err(error) => shared.fail(Failure::said(&error, shared.rank)),
     }
@@ -139,7 +141,10 @@ impl<'a> Hub<'a> {
                 stranger.connection.receive(now);
             }
             match stranger.connection.next() {
-                Ok(Some(Message::Hello(hello))) => self.admit(hello, stranger.connection),
+                // Who has gone again may have tried several times while this rank did not look; the last attempt counts.
+                Ok(Some(Message::Hello(hello))) if stranger.connection.is_open() => {
+                    self.admit(hello, stranger.connection)
+                }
                 Ok(None) if stranger.connection.is_open() && now < stranger.until => self.strangers.push_back(stranger),
                 _ => {} // nobody of ours; dropping it closes the connection
             }
@@ -156,7 +161,7 @@ impl<'a> Hub<'a> {
         let refusal = if hello.size != *size {
             let message = "ranks disagree about how many they are";
             Some(Failure::of(rank, ErrorKind::Usage, message).with_expected(size, hello.size))
-        } else if hello.fail_timeout != *fail_timeout {
+        } else if hello.fail_timeout.as_millis() != fail_timeout.as_millis() {
             let message = "ranks disagree about how soon a silent one has failed";
             let seconds = |time: std::time::Duration| format!("{} s", time.as_secs_f64());
             let failure = Failure::of(rank, ErrorKind::Usage, message);
@@ -180,6 +185,9 @@ impl<'a> Hub<'a> {
             && let Some(failure) = self.shared.lock().failure.clone()
         {
             connection.send(&Message::Failed(failure));
+        }
+        if self.joined {
+            connection.send(&Message::Joined); // all have come, of whom this one heard no answer
         }
         self.ranks[rank.index()] = Some(Peer { connection, nonce: hello.nonce });
         if !self.joined && self.absent().next().is_none() {

@@ -7,6 +7,7 @@
 
 mod connection;
 mod control;
+mod descriptors;
 mod env;
 mod failure;
 mod group;
@@ -141,7 +142,11 @@ impl Launch {
             node,
             visible_gpus: vars.raw("CUDA_VISIBLE_DEVICES").map(|list| visible(&list)),
             session: session.clone().or(found.session),
-            meeting: Meeting { rendezvous: rendezvous.clone(), master: master(vars)?, first_host: found.first_host },
+            meeting: Meeting {
+                rendezvous: rendezvous.clone(),
+                master: if rendezvous.is_none() { master(vars)? } else { None },
+                first_host: found.first_host,
+            },
         }))
     }
 
@@ -240,9 +245,11 @@ fn visible(list: &str) -> u32 {
     u32::try_from(shown.count()).unwrap_or(u32::MAX)
 }
 
-/// `MASTER_ADDR` and `MASTER_PORT`, where both are set.
+/// `MASTER_ADDR` and `MASTER_PORT`, where both are set. Alone the latter may be anything: to a service that is called
+/// `master`, Kubernetes gives a URL of that name.
 fn master(vars: Vars<'_>) -> Result<Option<(String, u16)>> {
-    let (Some(host), Some(port)) = (vars.text("MASTER_ADDR"), vars.number("MASTER_PORT")?) else { return Ok(None) };
+    let Some(host) = vars.text("MASTER_ADDR") else { return Ok(None) };
+    let Some(port) = vars.number("MASTER_PORT")? else { return Ok(None) };
     match u16::try_from(port.value) {
         Ok(port) => Ok(Some((host, port))),
         Err(_) => {

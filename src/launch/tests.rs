@@ -50,25 +50,26 @@ fn torchrun() {
     let launch = of("torchrun-1.13-two-nodes-3of4");
     assert_eq!(who(&launch), ("torchrun", 3, 4, Some(1), Some(2)));
     assert_eq!(launch.node(), "1");
-    assert_eq!(meets(&launch), ("tcp://127.0.0.1:29612-29627".into(), "torchrun/none/29611/0".into()));
+    assert_eq!(meets(&launch), ("tcp://127.0.0.1:29612-29627".into(), "torchrun/none/29611".into()));
 
     let launch = of("torchrun-1.13-standalone-1of2");
     assert_eq!(who(&launch), ("torchrun", 1, 2, Some(1), Some(2)));
     let (place, session) = meets(&launch);
     assert_eq!(place, "tcp://localhost:33122-33137");
-    assert!(session.starts_with("torchrun/bd3af4cc-") && session.ends_with("/33121/0"), "{session}");
+    assert!(session.starts_with("torchrun/bd3af4cc-") && session.ends_with("/33121"), "{session}");
 
     let launch = of("torchrun-2.15-standalone-1of2");
     assert_eq!(who(&launch), ("torchrun", 1, 2, Some(1), Some(2)));
     assert_eq!(meets(&launch).0, "tcp://localhost:44440-44455");
 }
 
+/// Only the agent whose rank crashed counts; those of the other nodes restart theirs, too, and all meet again.
 #[test]
-fn a_restarted_run_is_another_session() {
+fn restarts_that_agents_count_each_for_itself_are_one_session() {
     let mut variables = recorded("torchrun-1.13-two-nodes-3of4");
-    let first = meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap()).1;
+    let not_counted = meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap());
     variables.insert("TORCHELASTIC_RESTART_COUNT".into(), "1".into());
-    assert_ne!(meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap()).1, first);
+    assert_eq!(meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap()), not_counted);
 }
 
 #[test]
@@ -216,6 +217,19 @@ fn the_master_is_where_ranks_of_any_launcher_meet() {
     assert_eq!(meets(&launched), ("tcp://node02:29501-29516".into(), "slurm/1.0".into()));
     variables.insert("MASTER_PORT".into(), "70000".into());
     assert_eq!(refused(&variables, &LaunchOptions::default()).found(), Some("70000"));
+}
+
+/// Kubernetes gives the ports of a service that is called so to all pods.
+#[test]
+fn a_port_of_a_master_that_nobody_meets_at_is_not_looked_at() {
+    let mut variables = recorded("srun-22.05-2of3");
+    let place = meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap());
+    variables.insert("MASTER_PORT".into(), "tcp://10.0.0.1:29500".into());
+    assert_eq!(meets(&launch(&variables, &LaunchOptions::default()).unwrap().unwrap()), place);
+    variables.insert("MASTER_ADDR".into(), "node02".into());
+    let elsewhere = LaunchOptions { rendezvous: Some("tcp://node03:5000".into()), ..LaunchOptions::default() };
+    assert_eq!(meets(&launch(&variables, &elsewhere).unwrap().unwrap()).0, "tcp://node03:5000");
+    assert_eq!(refused(&variables, &LaunchOptions::default()).found(), Some("\"tcp://10.0.0.1:29500\""));
 }
 
 #[test]

@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use smallvec::SmallVec;
 
 use super::Job;
+use super::Peers;
 use super::peers::Meeting;
 use super::run::{keep_for_ever, spawn};
-use crate::collective::{Comm, Wait};
+use crate::collective::{Aborter, Comm, Wait};
 use crate::copy::{CopyError, Landed, Landing, Part, costs, lower};
 use crate::device::{Arrived, Home, Op, RawCopy, Wire, WireSize, stay};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,6 +33,16 @@ pub(super) struct Exchanging {
     begun: AtomicU64,
     waiting: Mutex<Waiting>,
     arrived: Condvar,
+    calls: Mutex<Calls>,
+}
+
+/// What the thread that exchanges calls NCCL with.
+#[derive(Debug, Default)]
+struct Calls {
+    /// For others, until that thread needs no help any more.
+    aborter: Option<Aborter>,
+    /// When one of them used it.
+    aborted: Option<Instant>,
 }
 
 /// Chunks that were read and wait for their round, by their number among those that this process reads.
@@ -55,7 +66,7 @@ impl Exchanging {
     /// Nothing was read yet.
     pub(super) fn new(meeting: &Meeting) -> Exchanging {
         let (begun, waiting) = (AtomicU64::default(), Mutex::default());
-        Exchanging { meeting: meeting.clone(), begun, waiting, arrived: Condvar::new() }
+        Exchanging { meeting: meeting.clone(), begun, waiting, arrived: Condvar::new(), calls: Mutex::default() }
     }
 
     /// Most bytes of a read for several ranks.
@@ -84,6 +95,21 @@ impl Exchanging {
             (waiting, _) = self.arrived.wait_timeout(waiting, bound).unwrap_or_else(PoisonError::into_inner);
         }
         waiting.chunks.remove(&number)
+    }
+
+    /// Whether NCCL keeps the thread that exchanges, although the load stopped `since`. Before it says so it aborts the
+    /// communicator from the caller's thread, which takes as long as that may.
+    pub(super) fn is_stuck(&self, since: Instant) -> bool {
+        let aborter = match &*lock(&self.calls) {
+            Calls { aborted: Some(at), aborter: Some(_) } => return at.elapsed() > limits::NCCL_ABORT,
+            Calls { aborter: Some(aborter), .. } if since.elapsed() > NOTICED => aborter.clone(),
+            _ => return false,
+        };
+        if let Err(error) = aborter.abort() {
+            tracing::warn!("{error}");
+        }
+        lock(&self.calls).aborted = Some(Instant::now());
+        false
     }
 
     /// Takes no more, and lets go of what waits.
@@ -122,18 +148,15 @@ fn exchange(job: &Arc<Job>) -> Result<()> {
     let (Some(exchanging), Some(peers)) = (&job.exchanging, &job.setup.peers) else { return Ok(()) };
     let Some(rounds) = Exchange::new(&job.setup.plan, exchanging.chunk()) else { return Ok(()) };
     let members: Vec<Rank> = rounds.members().collect();
-    let mut traffic = Traffic::begin(job, exchanging, members).map_err(|error| peers.cause_of(error))?;
-    if let Err(error) = traffic.all(rounds) {
-        // Ends the streams' waiting for others, who may know better why this failed.
-        let aborted = traffic.comm.abort();
-        if aborted.is_err() || !traffic.wire.settle(job.setup.stall_error) {
-            traffic.keep_for_ever();
-        }
-        return Err(peers.cause_of(error));
+    let mut traffic = Traffic::begin(job, exchanging, members)?;
+    let outcome = traffic.run(rounds);
+    if let Err(error) = outcome {
+        // Before anything ends: peers whose connections end with the communicator would tell of that, and not why; and where
+        // NCCL waits for all to abort, this tells them to.
+        job.fail(traffic.cause_of(error, peers));
+        traffic.abort();
     }
-    let stopped = || stop(job);
-    let Traffic { comm, .. } = traffic;
-    comm.finish(&wait(&stopped, job.setup.stall_error * PATIENCE)).map_err(|error| peers.cause_of(error))
+    Ok(())
 }
 
 /// The rounds that are under way.
@@ -165,7 +188,7 @@ struct UnderWay {
 }
 
 impl<'a> Traffic<'a> {
-    /// Meets the others.
+    /// Begins to meet the others.
     fn begin(job: &'a Arc<Job>, exchanging: &'a Exchanging, members: Vec<Rank>) -> Result<Traffic<'a>> {
         let (device, rank) = &job.devices[0];
         let unable = || Error::new(ErrorKind::Unsupported, format!("{} exchanges nothing with others", device.name()));
@@ -173,10 +196,42 @@ impl<'a> Traffic<'a> {
         let wire = device.wire(size).map_err(|error| error.with_rank(*rank))?.ok_or_else(unable)?;
         let cuda = device.cuda().ok_or_else(unable)?;
         let Meeting { nccl, id, .. } = exchanging.meeting.clone();
-        let stopped = || stop(job);
-        let until = wait(&stopped, job.setup.stall_error);
-        let comm = Comm::meet(nccl, cuda, id, position(&members, *rank), members.len() as u32, &until)?;
+        let comm = Comm::begin(nccl, cuda, id, position(&members, *rank), members.len() as u32)?;
+        lock(&exchanging.calls).aborter = Some(comm.aborter());
         Ok(Traffic { job, exchanging, members, comm, wire, under_way: VecDeque::new(), begun: 0, read: 0 })
+    }
+
+    /// Meets the others, exchanges all that there is, and parts.
+    fn run(&mut self, rounds: Exchange) -> Result<()> {
+        let job = self.job;
+        let stopped = || stop(job);
+        self.comm.met(&wait(&stopped, job.setup.stall_error))?;
+        self.all(rounds)?;
+        self.comm.finish(&wait(&stopped, job.setup.stall_error * PATIENCE))?;
+        *lock(&self.exchanging.calls) = Calls::default();
+        Ok(())
+    }
+
+    /// What is to be told of an error: what failed at another rank, if that comes to be known soon. What a device says is seldom
+    /// a consequence of it, what NCCL says often.
+    fn cause_of(&self, error: Error, peers: &Peers) -> Error {
+        if self.job.is_stopped() {
+            return error; // the load knows more
+        }
+        let part = if self.comm.has_failed() { CAUSE_OF_NCCL } else { CAUSE_OF_DEVICE };
+        peers.cause_of(error, peers.group.fail_timeout() / part)
+    }
+
+    /// Ends the streams' waiting for others.
+    fn abort(mut self) {
+        lock(&self.exchanging.calls).aborter = None; // what follows has its own bounds
+        let aborted = self.comm.abort();
+        if let Err(error) = &aborted {
+            tracing::warn!("{error}");
+        }
+        if aborted.is_err() || !self.wire.settle(self.job.setup.stall_error) {
+            self.keep_for_ever();
+        }
     }
 
     /// Every round.
@@ -443,6 +498,14 @@ fn wait(stop: &dyn Fn() -> Result<()>, bound: Duration) -> Wait<'_> {
 
 /// Bytes that members give each other when they part.
 const PARTING: usize = 16;
+
+/// Which part of the time in which all ranks know of a failure one waits for the cause of an error of NCCL's, and of a device's:
+/// others tell before they abort.
+const CAUSE_OF_NCCL: u32 = 5;
+const CAUSE_OF_DEVICE: u32 = 50;
+
+/// How long the thread that exchanges has to notice that the load has stopped: it looks every few milliseconds.
+const NOTICED: Duration = Duration::from_millis(500);
 
 /// How many times the bound on a rank's own reads others are waited for: they may wait for theirs, and tell.
 pub(super) const PATIENCE: u32 = 3;

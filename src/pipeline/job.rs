@@ -345,6 +345,17 @@ impl Job {
         bound
     }
 
+    /// Whether a thread does not come back from NCCL although the load stopped `since`; what it waits for is aborted first.
+    #[cfg(feature = "cuda")]
+    pub(super) fn is_stuck(&self, since: Instant) -> bool {
+        self.exchanging.as_ref().is_some_and(|exchanging| exchanging.is_stuck(since))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    pub(super) fn is_stuck(&self, _: Instant) -> bool {
+        false
+    }
+
     /// Fails if another rank has.
     pub(super) fn watch_peers(&self) {
         if let Some(error) = self.setup.peers.as_ref().and_then(Peers::failure) {

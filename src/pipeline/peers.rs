@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 #[cfg(feature = "cuda")]
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[cfg(feature = "cuda")]
 use crate::collective::{Nccl, UniqueId};
@@ -39,10 +39,11 @@ impl Peers {
         self.group.failure()
     }
 
-    /// What failed at another rank if that comes to be known soon, else `error`, which may be nothing but its consequence.
+    /// What failed, here or at another rank, if that comes to be known within a time, else `error`, which may be nothing but its
+    /// consequence.
     #[cfg(feature = "cuda")]
-    pub(super) fn cause_of(&self, error: Error) -> Error {
-        let until = Instant::now() + self.group.fail_timeout() / CAUSE;
+    pub(super) fn cause_of(&self, error: Error, within: Duration) -> Error {
+        let until = Instant::now() + within;
         loop {
             match self.failure() {
                 Some(cause) => return cause,
@@ -57,7 +58,3 @@ impl Peers {
         self.group.await_all("loaded")
     }
 }
-
-/// Which part of the time in which all ranks know of a failure one waits for its cause.
-#[cfg(feature = "cuda")]
-const CAUSE: u32 = 5;

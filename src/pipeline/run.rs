@@ -148,9 +148,10 @@ fn await_peers(job: &Job) -> Result<()> {
 }
 
 /// Waits until the threads that call drivers have ended; false if one of them does not come back from its driver: copies
-/// fail when they make no progress for the stall bound, and are given as long again to end.
+/// fail when they make no progress for the stall bound, and are given as long again to end. NCCL is aborted once the load has
+/// stopped, and given up soon.
 fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
-    let bound = job.patience(job.setup.stall_error * 3);
+    let mut stopped: Option<Instant> = None;
     let mut progress = (job.counters.bytes_landed.load(Ordering::Relaxed), Instant::now());
     while alive.recv_timeout(limits::SUPERVISE_EVERY) == Err(RecvTimeoutError::Timeout) {
         job.watch_peers();
@@ -158,7 +159,13 @@ fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
         if landed != progress.0 {
             progress = (landed, Instant::now());
         }
-        if progress.1.elapsed() > bound {
+        // Nobody waits for others any more.
+        let bound = job.setup.stall_error * 3;
+        let bound = if job.is_stopped() { bound } else { job.patience(bound) };
+        if job.is_stopped() {
+            stopped.get_or_insert_with(Instant::now);
+        }
+        if stopped.is_some_and(|since| job.is_stuck(since)) || progress.1.elapsed() > bound {
             let all = job.setup.ring.bytes() / job.setup.ring.slot_bytes() as u64;
             job.abandon(all as usize);
             keep_for_ever(job);

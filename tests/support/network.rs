@@ -63,6 +63,11 @@ impl Network {
         ip(&format!("-n {} link set {} down", self.name, self.cable(node))).unwrap();
     }
 
+    /// What a shell does on a node.
+    pub(crate) fn run(&self, node: u32, command: &str) -> Result<(), String> {
+        words(&["netns", "exec", &self.space(node), "sh", "-c", command])
+    }
+
     /// `per_node` ranks on each node.
     pub(crate) fn started(&self, per_node: u32, setup: &Setup) -> Vec<Process> {
         let start = |rank: u32| {
@@ -91,9 +96,13 @@ impl Drop for Network {
 }
 
 fn ip(arguments: &str) -> Result<(), String> {
-    let output = Command::new("ip").args(arguments.split(' ')).output().map_err(|error| format!("ip: {error}"))?;
+    words(&arguments.split(' ').collect::<Vec<_>>())
+}
+
+fn words(arguments: &[&str]) -> Result<(), String> {
+    let output = Command::new("ip").args(arguments).output().map_err(|error| format!("ip: {error}"))?;
     match output.status.success() {
         true => Ok(()),
-        false => Err(format!("ip {arguments}: {}", String::from_utf8_lossy(&output.stderr).trim())),
+        false => Err(format!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())),
     }
 }

@@ -10,11 +10,11 @@ pub(super) fn find(vars: Vars<'_>) -> Result<Option<Found>> {
         return Ok(None);
     }
     let (Some(rank), Some(size)) = (vars.number("RANK")?, vars.number("WORLD_SIZE")?) else { return Ok(None) };
-    // The id of static runs is `none` for all of them, and a restart has the id of the attempt before it.
-    let session = vars.text("TORCHELASTIC_RUN_ID").map(|run| {
-        let part = |name| vars.text(name).unwrap_or_default();
-        format!("torchrun/{run}/{}/{}", part("MASTER_PORT"), part("TORCHELASTIC_RESTART_COUNT"))
-    });
+    // The id of static runs is `none` for all of them. Restarts are no part of it: each agent counts those that its own ranks
+    // made needed, so that ranks of one attempt have different counts. All agents end their ranks before any starts others.
+    let session = vars
+        .text("TORCHELASTIC_RUN_ID")
+        .map(|run| format!("torchrun/{run}/{}", vars.text("MASTER_PORT").unwrap_or_default()));
     Ok(Some(Found {
         launcher: "torchrun",
         rank,

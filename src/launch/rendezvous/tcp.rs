@@ -2,6 +2,8 @@
 
 use std::fmt;
 use std::io;
+#[cfg(target_os = "linux")]
+use std::net::SocketAddrV6;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::time::Instant;
 
@@ -120,10 +122,29 @@ pub(super) fn bind_any() -> io::Result<TcpListener> {
 
 /// IPv6 sockets take IPv4, too, where the system has IPv6.
 fn bind_all(port: u16) -> io::Result<TcpListener> {
-    match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)) {
+    match bind_both(port) {
         Err(error) if error.kind() != io::ErrorKind::AddrInUse => TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)),
         bound => bound,
     }
+}
+
+/// As the standard library does, but for both kinds of addresses also where sockets are for one kind unless they are told
+/// otherwise (`net.ipv6.bindv6only`).
+#[cfg(target_os = "linux")]
+fn bind_both(port: u16) -> io::Result<TcpListener> {
+    use rustix::net::{self, AddressFamily, SocketFlags, SocketType, sockopt};
+
+    let socket = net::socket_with(AddressFamily::INET6, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_ipv6_v6only(&socket, false)?;
+    sockopt::set_socket_reuseaddr(&socket, true)?;
+    net::bind(&socket, &SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0))?;
+    net::listen(&socket, limits::RANKS_MAX as i32)?; // the system takes no more than it keeps
+    Ok(socket.into())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn bind_both(port: u16) -> io::Result<TcpListener> {
+    TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! Communicators: how ranks meet, and how they part.
 
+use std::fs;
 use std::process;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicBool, AtomicI32};
@@ -8,8 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::abi::{Code, Handle, IN_PROGRESS, INVALID_ARGUMENT, INVALID_USAGE, REMOTE_ERROR, Result, SUCCESS, UniqueId};
+use crate::config::Abort;
 use crate::driver::{self, Place};
-use crate::segment::{self, MAX_RANKS, Segment};
+use crate::segment::{self, MAX_RANKS, Member, Segment};
 use crate::sim::{config, dawdle, fail, lock, violate};
 
 /// One rank of a communicator.
@@ -104,7 +106,25 @@ impl Comm {
     }
 
     pub(crate) fn status(&self) -> Code {
-        self.status.load(SeqCst)
+        let status = self.status.load(SeqCst);
+        match (status, self.hears_of_an_abort()) {
+            (SUCCESS | IN_PROGRESS, Some(code)) if !(self.is_finalized() && status == SUCCESS) => {
+                self.set_status(code);
+                code
+            }
+            _ => status,
+        }
+    }
+
+    /// What a peer's abort is to this rank, where it hears of it.
+    fn hears_of_an_abort(&self) -> Option<Code> {
+        if config().abort != Abort::Tells {
+            return None;
+        }
+        let members = &self.segment.get()?.members[..self.size];
+        let others = || members.iter().enumerate().filter(|(rank, _)| *rank != self.rank);
+        let (peer, _) = others().find(|(_, member)| member.aborted.load(SeqCst) == 1)?;
+        Some(fail(REMOTE_ERROR, &format!("connection closed by remote peer: rank {peer} has aborted")))
     }
 
     pub(crate) fn set_status(&self, status: Code) {
@@ -149,6 +169,9 @@ impl Comm {
             }
             if let Some(found) = look() {
                 return Some(Ok(found));
+            }
+            if let Some(code) = self.hears_of_an_abort() {
+                return Some(Err(Stop::Failed(code)));
             }
             let late = config().timeout.is_some_and(|timeout| began.elapsed() > timeout);
             late.then(|| Err(Stop::Failed(fail(REMOTE_ERROR, "a peer did not come within SIMNCCL_TIMEOUT"))))
@@ -298,8 +321,24 @@ impl Comm {
         // Whoever is launching something has done so; nobody begins to.
         drop(self.order.lock());
         if let Some(segment) = self.segment.get() {
-            segment.ring(self.rank);
+            segment.members[self.rank].aborted.store(1, SeqCst);
+            segment.ring_all();
         }
         self.settle(|counts| counts.running == 0);
+        if let Some(segment) = self.segment.get().filter(|_| config().abort == Abort::Waits) {
+            let parts = |member: &Member| {
+                let process = member.process.load(SeqCst);
+                [&member.aborted, &member.finalized].iter().any(|flag| flag.load(SeqCst) == 1) || !lives(process)
+            };
+            while !segment.members[..self.size].iter().all(parts) {
+                thread::sleep(Duration::from_millis(2));
+            }
+        }
     }
+}
+
+/// Whether a process runs, or could: one that has ended and was not waited for does not, nor one that never came.
+fn lives(process: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    process != 0 && stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with(['Z', 'X']))
 }

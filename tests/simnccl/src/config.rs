@@ -11,11 +11,23 @@ pub(crate) struct Config {
     pub(crate) link: Option<Rate>,
     pub(crate) fault: String,
     pub(crate) timeout: Option<Duration>,
+    pub(crate) abort: Abort,
     pub(crate) seed: u64,
     pub(crate) jitter_us: u64,
     pub(crate) strict: bool,
     pub(crate) ledger: Option<String>,
     pub(crate) leaks: Leaks,
+}
+
+/// What the peers have to do with a rank's abort.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Abort {
+    /// Nothing: they wait until they abort, too.
+    Alone,
+    /// They hear of it, as over a network whose connections end.
+    Tells,
+    /// It ends when all of them abort or have gone, as within a node.
+    Waits,
 }
 
 /// Of each rank's link to its peers, in each direction.
@@ -30,7 +42,14 @@ impl Config {
     pub(crate) fn from_env() -> Config {
         let link = text("SIMNCCL_LINK")
             .map(|text| Rate::parse(&text).unwrap_or_else(|| die("SIMNCCL_LINK", &text, "GB/s[,latency_us]")));
+        let abort = match text("SIMNCCL_ABORT").as_deref() {
+            None => Abort::Alone,
+            Some("tell") => Abort::Tells,
+            Some("wait") => Abort::Waits,
+            Some(other) => die("SIMNCCL_ABORT", other, "tell or wait"),
+        };
         Config {
+            abort,
             version: number("SIMNCCL_VERSION").unwrap_or(23003) as i32,
             shared_gpus: number("NCCL_MULTI_RANK_GPU_ENABLE") == Some(1),
             // Under a model of the links the times are the model's alone.

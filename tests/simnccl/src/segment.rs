@@ -46,6 +46,7 @@ pub(crate) struct Member {
     /// Its process; 0 until it has arrived.
     pub(crate) process: AtomicU32,
     pub(crate) finalized: AtomicU32,
+    pub(crate) aborted: AtomicU32,
     /// Changes when something did that it may wait for.
     bell: AtomicU32,
     /// Which of the machine's devices it is on.

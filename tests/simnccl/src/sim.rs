@@ -120,7 +120,7 @@ pub(crate) fn release(name: &'static str, body: impl FnOnce() -> Result<Code>) -
     if let Some(Due::Code(code)) = due { fail(code, "a test wants this call to fail") } else { code }
 }
 
-fn never() -> ! {
+pub(crate) fn never() -> ! {
     loop {
         thread::sleep(Duration::from_secs(3600));
     }

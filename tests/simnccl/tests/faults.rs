@@ -5,6 +5,7 @@
 mod support;
 
 use std::collections::BTreeSet;
+use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 use std::{fs, io};
@@ -159,6 +160,81 @@ fn a_peer_that_is_killed_is_waited_for_until_the_abort() {
 fn shared_files() -> io::Result<BTreeSet<String>> {
     let files = fs::read_dir("/dev/shm")?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
     files.filter(|name: &io::Result<String>| name.as_ref().is_ok_and(|name| name.contains("nccl"))).collect()
+}
+
+/// Rank 0 aborts while rank 1 waits for a message, and rank 2 for nothing.
+#[test]
+#[ignore = "run in a process of its own"]
+fn aborts() {
+    if !started() {
+        return;
+    }
+    let (tells, both) = (setting("SIMNCCL_ABORT") == "tell", Barrier::new(3));
+    ranks(3, |rank| {
+        let memory = rank.memory(&[0; BYTES]);
+        if rank.rank == 1 {
+            rank.ok(ncclRecv(memory, BYTES, BYTE, 0, rank.comm, rank.stream));
+        }
+        both.wait();
+        let began = Instant::now();
+        if rank.rank > 0 {
+            thread::sleep(Duration::from_millis(300));
+            assert_eq!(status(rank.comm), if tells { REMOTE_ERROR } else { SUCCESS });
+            assert!(!tells || last_error().contains("rank 0 has aborted"), "{}", last_error());
+            assert_eq!(rank.is_idle(), rank.rank == 2, "the stream waits until the communicator is aborted");
+            both.wait();
+        } else if tells {
+            rank.free_after_abort(memory);
+            assert!(began.elapsed() < Duration::from_millis(250));
+            both.wait();
+            return;
+        } else {
+            let waiting = thread::scope(|scope| {
+                let abort = scope.spawn(|| ncclCommAbort(rank.comm));
+                both.wait();
+                abort.join().unwrap()
+            });
+            assert_eq!(waiting, SUCCESS);
+            assert!(began.elapsed() >= Duration::from_millis(300), "it waits for the others");
+            rank.free_aborted(memory);
+            return;
+        }
+        rank.free_after_abort(memory);
+    });
+}
+
+#[test]
+fn an_abort_is_told_to_peers_or_waits_for_them() {
+    for how in ["tell", "wait"] {
+        let (ledger, _) = run("aborts", &[("SIMNCCL_ABORT", how)]);
+        assert_eq!([&ledger["aborted"], &ledger["leaks"]], [3, 0], "{how}");
+    }
+}
+
+#[test]
+#[ignore = "run in a process of its own"]
+fn a_group_never_ends() {
+    if !started() {
+        return;
+    }
+    load();
+    let rank = Rank::meet(new_id(), 0, 1);
+    let memory = rank.memory(&[0; BYTES]);
+    let (comm, stream) = (rank.comm, rank.stream);
+    twins::nccl::fault("ncclGroupEnd@1=hang");
+    let ended = thread::spawn(move || {
+        assert_eq!(ncclGroupStart(), SUCCESS);
+        ncclSend(memory, 1, BYTE, 0, comm, stream);
+        ncclGroupEnd()
+    });
+    thread::sleep(Duration::from_millis(300));
+    assert!(!ended.is_finished() && rank.is_idle());
+    rank.free_after_abort(memory);
+}
+
+#[test]
+fn the_end_of_a_group_can_hang() {
+    run("a_group_never_ends", &[]);
 }
 
 #[test]

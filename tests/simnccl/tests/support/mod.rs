@@ -190,6 +190,11 @@ impl Rank {
     /// Ends whatever is under way, and only then gives its memory back.
     pub(crate) fn free_after_abort(self, memory: u64) {
         assert_eq!(ncclCommAbort(self.comm), SUCCESS);
+        self.free_aborted(memory);
+    }
+
+    /// The same for one that was aborted.
+    pub(crate) fn free_aborted(self, memory: u64) {
         self.synchronize();
         self.free(memory);
         unsafe { stream::destroy(self.stream as sys::CUstream) }.unwrap();
