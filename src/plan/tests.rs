@@ -375,3 +375,21 @@ fn parts_of_destinations_are_bounded() {
     assert_eq!((error.rule(), error.expected()), (Some("parts"), Some("at most 1048576 of all rules")));
     assert!(error.message().starts_with("rule `w.*`: "), "{error}");
 }
+
+/// What a plan says of itself takes no more work for more rows.
+#[test]
+fn experts_are_told_however_many_rows_say_so() {
+    let rows = 1 << 36;
+    let checkpoint = checkpoint(&[("x", Dtype::U8, &[rows])], None);
+    for (how, unit, experts) in [
+        (Split::Even, 1, "34359738368..68719476736"),
+        (Split::Even, 1 << 30, "32..64"),
+        (Split::RoundRobin, 1, "1..68719476736 by 2"),
+    ] {
+        let cut = Cut { by: Coord::Axis(Ax::Ep), how, unit, ..Cut::default() };
+        let rules = Rules::new().place("x", Expr::shard(0, cut));
+        let world = World::host(2).with_mesh(Mesh { ep: 2, ..Mesh::tp(2) });
+        let told = Plan::new(&checkpoint, &rules, &world).unwrap().to_string();
+        assert!(told.contains(experts), "{told}");
+    }
+}
