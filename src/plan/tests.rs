@@ -1,5 +1,7 @@
 //! Whole plans over synthetic headers.
 
+use std::time::{Duration, Instant};
+
 use super::*;
 use crate::error::{Error, ErrorKind};
 
@@ -391,5 +393,27 @@ fn experts_are_told_however_many_rows_say_so() {
         let world = World::host(2).with_mesh(Mesh { ep: 2, ..Mesh::tp(2) });
         let told = Plan::new(&checkpoint, &rules, &world).unwrap().to_string();
         assert!(told.contains(experts), "{told}");
+    }
+}
+
+/// Every name is looked at once or twice, not each beside each other.
+#[test]
+fn many_aliases_and_long_orders_are_checked_at_once() {
+    let aliases =
+        |count: u32| (0..count).fold(Rules::new().replicate("w"), |rules, at| rules.alias(at.to_string(), "w"));
+    let checkpoint = checkpoint(&[("w", Dtype::U8, &[8])], None);
+    let begin = Instant::now();
+    let plan = Plan::new(&checkpoint, &aliases(150_000), &World::host(1)).unwrap();
+    assert_eq!(plan.params().len(), 150_001);
+    let plan = Plan::new(&checkpoint, &aliases(150_000).skipping("w"), &World::host(1)).unwrap();
+    assert_eq!(plan.params().len(), 150_000);
+    let order: Vec<usize> = (0..500_000).rev().collect();
+    let rules = Rules::new().place("w", Expr::Permute { x: Box::new(Expr::Source), order: order.clone() });
+    assert!(refused(&checkpoint, &rules, &World::host(1)).message().contains("another number of dimensions"));
+    // Quadratic they take minutes.
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    for twice in [vec![1, 0, 1], vec![0, 3, 1], vec![0, usize::MAX]] {
+        let rules = Rules::new().place("w", Expr::Permute { x: Box::new(Expr::Source), order: twice });
+        assert!(refused(&checkpoint, &rules, &World::host(1)).message().contains("not an order of dimensions"));
     }
 }
