@@ -417,3 +417,23 @@ fn many_aliases_and_long_orders_are_checked_at_once() {
         assert!(refused(&checkpoint, &rules, &World::host(1)).message().contains("not an order of dimensions"));
     }
 }
+
+/// Numbers that a header or a rule may have, and that a product of does not fit.
+#[test]
+fn sizes_and_steps_up_to_the_largest_number() {
+    let slice = |x, dim, step| Expr::Slice { x: Box::new(x), dim, start: 0, len: 1, step };
+    let checkpoint = checkpoint(&[("none", Dtype::U8, &[0, 1 << 40, 1 << 40]), ("w", Dtype::Bf16, &[4, 512])], None);
+    for expr in [
+        slice(Expr::Source, 0, i64::MAX as u64),
+        slice(slice(Expr::Source, 0, u64::MAX), 0, u64::MAX),
+        slice(slice(Expr::Source, 1, u64::MAX), 0, u64::MAX),
+    ] {
+        let rules = Rules::new().place("w", expr).replicate("none");
+        let plan = Plan::new(&checkpoint, &rules, &World::host(2)).unwrap();
+        let [whole, part] = &plan.rank(Rank(1)).dests[..] else { panic!("two destinations") };
+        assert_eq!(whole.bytes, 0);
+        let piece = &plan.rank(Rank(1)).pieces[part.pieces.start as usize];
+        assert_eq!(piece.src, checkpoint.tensor("w").unwrap().start);
+        assert!(!plan.to_string().is_empty() && ["none", "w"].iter().all(|name| plan.explain(name).is_ok()));
+    }
+}

@@ -135,7 +135,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
         let mut dims: Dims = (0..shape.len()).map(Dim::same).collect();
         let last = shape.len().wrapping_sub(1);
         if pairs && shape.len() >= 2 {
-            sizes[last] *= 2;
+            sizes[last] = times(sizes[last], 2, weight)?;
             dims[last] = Dim::each(last, 2);
         }
         let is_turned = self.known.orientation == Orientation::InOut && shape.len() >= 2;
@@ -207,8 +207,8 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
             return Err(wrong("nothing says which method packed this", weight).with_expected("gptq or awq", "neither"));
         };
         let (outputs, inputs) = match packed {
-            Packed::Gptq => (columns, rows / words * values),
-            Packed::Awq => (columns / words * values, rows),
+            Packed::Gptq => (columns, times(rows / words, values, weight)?),
+            Packed::Awq => (times(columns / words, values, weight)?, rows),
         };
         let mut linear = Linear::new(smallvec![outputs, inputs]);
         let word = |dim| Dim::Of { dim, per: words, of: values };
@@ -233,7 +233,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
     fn weight_packed(&self, weight: &TensorMeta) -> Result<Linear> {
         let (values, words) = if weight.dtype == Dtype::U8 { (2, 1) } else { self.word() };
         let [outputs, columns] = two(weight)?;
-        let most = columns.div_ceil(words) * values;
+        let most = times(columns.div_ceil(words), values, weight)?;
         let scale = self.find(".weight_scale");
         let groups = scale.map(two).transpose()?.map_or(1, |[_, groups]| groups);
         // The last word may not be full; whole groups say how many values there are.
@@ -265,7 +265,7 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
                 wrong("not blocks of MXFP4", blocks).with_expected("[experts, outputs, blocks, bytes]", &blocks.shape)
             );
         };
-        let mut linear = Linear::new(smallvec![experts, outputs, count * MX_BLOCK]);
+        let mut linear = Linear::new(smallvec![experts, outputs, times(count, MX_BLOCK, blocks)?]);
         let block = Dim::each(2, MX_BLOCK);
         linear.push("_blocks", smallvec![Dim::same(0), Dim::same(1), block, Dim::Own]);
         linear.push("_scales", smallvec![Dim::same(0), Dim::same(1), block]);
@@ -278,6 +278,9 @@ impl<'a, F: Fn(&str) -> Option<&'a TensorMeta>> Maker<'a, F> {
             return Err(wrong("no weight beside its absmax", absmax));
         };
         let elements = weight.shape.dims().iter().product::<u64>() * 2;
+        if elements == 0 {
+            return Err(wrong("no rows to tell apart", weight).with_expected("elements", &weight.shape));
+        }
         let outputs = self.known.outputs.filter(|&outputs| outputs > 0 && elements.is_multiple_of(outputs));
         let (outputs, inputs) = outputs.map_or((1, elements), |outputs| (outputs, elements / outputs));
         let mut linear = Linear::new(smallvec![outputs, inputs]);
@@ -371,6 +374,12 @@ impl Linear {
 /// A tensor without a logical dimension.
 fn own(tensor: &TensorMeta) -> Dims {
     tensor.shape.dims().iter().map(|_| Dim::Own).collect()
+}
+
+/// A logical size; where a tensor has a dimension of 0 the others may be of any size.
+fn times(size: u64, of: u64, tensor: &TensorMeta) -> Result<u64> {
+    size.checked_mul(of)
+        .ok_or_else(|| wrong("dimension is too large", tensor).with_expected(format!("less than 2^64 / {of}"), size))
 }
 
 fn two(tensor: &TensorMeta) -> Result<[u64; 2]> {

@@ -396,3 +396,37 @@ fn scales_of_inputs_before_outputs_turn_nothing_round() {
     let blocks = [("m.weight", F8E4M3, &[256, 256][..]), ("m.weight_scale_inv", F32, &[2, 2])];
     assert_eq!(plan(&blocks, &rules, 2).unwrap_err().rule(), Some("quantization"));
 }
+
+/// A dimension of 0 lets a header have others of any size.
+#[test]
+fn sizes_that_no_number_holds_are_refused() {
+    let gptq = Quantization { bits: 1, ..gptq(false) };
+    let large = 1 << 62;
+    for (tensors, quantization) in [
+        (&[("m_blocks", U8, &[0, 0, large, 16][..]), ("m_scales", U8, &[0, 0, large])][..], gptq.clone()),
+        (&[("m.weight", U8, &[0, 1 << 63]), ("m.weight_scale", F32, &[0, 1])], gptq.clone()),
+        (&[("m.qweight", I32, &[large, 0]), ("m.scales", F16, &[0, 0])], gptq.clone()),
+        (
+            &[("m.qweight", I32, &[0, large]), ("m.scales", F16, &[0, 0])],
+            Quantization { packed: Some(Packed::Awq), ..gptq.clone() },
+        ),
+        (&[("m.weight_packed", I32, &[0, large]), ("m.weight_scale", F16, &[0, 1])], gptq.clone()),
+    ] {
+        let error = plan(tensors, &Rules::new().module("m", shard(0, 1)).quantization(quantization), 1).unwrap_err();
+        assert_eq!((error.rule(), error.tensor()), (Some("quantization"), Some(tensors[0].0)), "{error}");
+        assert!(error.expected().is_some_and(|expected| expected.starts_with("less than 2^64 / ")), "{error}");
+    }
+}
+
+#[test]
+fn bytes_of_no_rows_are_refused() {
+    let nothing = [("m.weight", U8, &[0, 1][..]), ("m.weight.absmax", F32, &[0])];
+    for outputs in [0, 1, 4] {
+        let cut = Cut { units: Some(outputs), ..Cut::default() };
+        let error = plan(&nothing, &Rules::new().module("m", Expr::shard(0, cut)), 1).unwrap_err();
+        assert_eq!(
+            (error.rule(), error.tensor(), error.found()),
+            (Some("quantization"), Some("m.weight"), Some("[0,1]"))
+        );
+    }
+}
