@@ -208,7 +208,8 @@ impl<'a> Builder<'a> {
             let dtype = |tensor: u32| self.tensors[tensor as usize].dtype;
             let (from, to) = self.rules.dtypes(placed, tensor.map(dtype), named.first().copied().map(dtype));
             self.rules.request(placed).map_or(Ok(()), |request| request.check_dtype(to))?;
-            params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
+            // A value of any type may be one of another; else what cannot be cast is refused where its form is made.
+            params.push((to, Cast::new(from, to).ok(), alias_of));
         }
         let scales = Scales::default();
         for (param, entry) in (0..).zip(&named) {

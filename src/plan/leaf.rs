@@ -155,7 +155,7 @@ impl Leaf {
             _ => 1,
         };
         let in_file = |elements| self.bytes_of(self.dtype, elements);
-        let landed = |elements| self.bytes_of(self.cast.map_or(self.dtype, |cast| cast.to), elements);
+        let landed = |elements| self.bytes_of(self.cast.map_or(self.dtype, Cast::to), elements);
         let mut copy = BoxCopy {
             tensor: self.tensor,
             src: start + in_file(from)?,

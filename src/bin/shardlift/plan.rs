@@ -3,7 +3,7 @@
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use shardlift::plan::{Ax, BoxCopy, BoxFill, ClassReport, Cooperate, Dest, Mesh, Multiplicity, RankPlan, Traffic};
-use shardlift::{Cast, Plan, Rank, World};
+use shardlift::{Plan, Rank, World};
 
 use crate::args::{CooperateChoice, Devices, PlanArgs};
 use crate::output::{Answer, Array, Failure, Output, count, fields, hex};
@@ -216,7 +216,7 @@ impl Serialize for DestObject<'_> {
             prefill: fills.first().map(|fill| fill.fill.to_string()),
             fills: Array(|| fills.iter().map(fill_object)),
             alias_of: param.alias_of.map(|other| plan.params()[other as usize].name.as_str()),
-            cast: param.cast.map(|Cast { from, to }| json!({ "from": from.name(), "to": to.name() })),
+            cast: param.cast.map(|cast| json!({ "from": cast.from().name(), "to": cast.to().name() })),
             pieces: Array(|| own.iter().map(|piece| piece_object(plan, piece))),
         };
         fields.serialize(serializer)
