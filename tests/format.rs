@@ -236,6 +236,7 @@ fn all_22_dtypes_and_what_is_odd_but_allowed() {
 /// Whoever makes a file knows no hash of it: what takes quadratic time for whom every name has one is as quick as ever.
 #[test]
 fn names_that_are_made_to_collide_cost_no_more_than_others() {
+    type Work<'a> = &'a dyn Fn(&[String]);
     let others: Vec<String> =
         (0..1 << collisions::BITS).map(|at| format!("{at:0>width$}", width = collisions::LEN)).collect();
     let hostile = collisions::names();
@@ -248,7 +249,7 @@ fn names_that_are_made_to_collide_cost_no_more_than_others() {
         fs::write(folder.path().join(name), file_of(&format!("{{{}}}", join(names, entry)), &[])).unwrap()
     };
     let header = |text: String| drop(parse(&file_of(&text, &[])).unwrap());
-    let work: [(&str, &dyn Fn(&[String])); 5] = [
+    let work: [(&str, Work<'_>); 5] = [
         ("tensors", &|names| header(format!("{{{}}}", join(names, entry)))),
         ("metadata", &|names| header(format!("{{\"__metadata__\":{{{}}}}}", join(names, "\"\"")))),
         ("fields", &|names| header(format!("{{\"w\":{{{},{}", join(names, "0"), &format!("{entry}}}")[1..]))),

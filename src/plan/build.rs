@@ -209,7 +209,8 @@ impl<'a> Builder<'a> {
             let (from, to) = self.rules.dtypes(placed, tensor.map(dtype), named.first().copied().map(dtype));
             self.rules.request(placed).map_or(Ok(()), |request| request.check_dtype(to))?;
             // A value of any type may be one of another; else what cannot be cast is refused where its form is made.
-            params.push((to, Cast::new(from, to).ok(), alias_of));
+            let cast = if from == to { None } else { Cast::new(from, to).ok() };
+            params.push((to, cast, alias_of));
         }
         let scales = Scales::default();
         for (param, entry) in (0..).zip(&named) {
