@@ -9,10 +9,8 @@ use crate::error::{Error, ErrorKind, Result};
 /// A conversion of elements from one dtype to another while they are copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Cast {
-    /// The type in the file.
-    pub from: Dtype,
-    /// The type at the destination.
-    pub to: Dtype,
+    from: Dtype,
+    to: Dtype,
 }
 
 impl Cast {
@@ -32,6 +30,16 @@ impl Cast {
         let casts = "F16, BF16 or F32 to another of them, F8_E4M3 or F8_E5M2 to one of them";
         let error = Error::new(ErrorKind::Rules, "no such cast").with_rule("cast");
         Err(error.with_expected(casts, format!("{from} to {to}")))
+    }
+
+    /// The type in the file.
+    pub fn from(self) -> Dtype {
+        self.from
+    }
+
+    /// The type at the destination.
+    pub fn to(self) -> Dtype {
+        self.to
     }
 
     /// Bytes that `bytes` of the source become.

@@ -18,7 +18,7 @@ pub const JSON_DEPTH: usize = 128;
 /// Largest index or `config.json` that is accepted: an index of 92,000 tensors takes 10 MB.
 pub const INDEX_MAX: u64 = 100_000_000;
 
-/// Largest rules file that is accepted: a rule for each of 92,000 tensors takes 10 MB.
+/// Largest rules file, or file of a split, that is accepted: a rule for each of 92,000 tensors takes 10 MB.
 pub const RULES_MAX: u64 = 16 << 20;
 
 /// Most expressions that one rules file makes, those of `each` counted as often as they are: three tensors with three

@@ -412,7 +412,7 @@ fn execute(copies: &[BoxCopy], dtype: Dtype, file: &[u8], bytes: u64) -> Vec<u8>
     let mut out = vec![None; bytes as usize];
     let element = u64::from(dtype.bits()) / 8;
     for copy in copies {
-        let landed = copy.cast.map_or(element, |cast| u64::from(cast.to.bits()) / 8);
+        let landed = copy.cast.map_or(element, |cast| u64::from(cast.to().bits()) / 8);
         let steps: u64 = copy.loops.iter().map(|inner| inner.count).product();
         for step in 0..steps {
             let (mut left, mut src, mut dst) = (step, copy.src, copy.dst);
@@ -428,7 +428,7 @@ fn execute(copies: &[BoxCopy], dtype: Dtype, file: &[u8], bytes: u64) -> Vec<u8>
             );
             for at in 0..copy.run / element {
                 let from = &file[(src + at * element) as usize..][..element as usize];
-                let to = copy.cast.map_or(dtype, |cast| cast.to);
+                let to = copy.cast.map_or(dtype, |cast| cast.to());
                 for (byte, to) in transform::element(dtype, to, from).into_iter().zip(dst + at * landed..) {
                     assert!(out[to as usize].replace(byte).is_none(), "byte {to} written twice");
                 }

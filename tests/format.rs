@@ -2,17 +2,21 @@
 
 use std::collections::BTreeSet;
 use std::error::Error as _;
+use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use safetensors::SafeTensors;
-use shardlift::checkpoint::{Checkpoint, HubCache};
+use shardlift::checkpoint::{Checkpoint, HubCache, Index};
 use shardlift::format::{FormatError, Header, HeaderWarning};
 use shardlift::limits::INDEX_MAX;
 use shardlift::{Dtype, ErrorKind, Rank, Rules};
 
 #[path = "fuzz/bodies.rs"]
 mod bodies;
+#[path = "support/collisions.rs"]
+mod collisions;
 
 fn data(folder: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(folder)
@@ -83,9 +87,9 @@ fn every_rule_has_a_file_that_breaks_it_alone() {
         let path = folder.join(format!("{rule}.safetensors"));
         #[expect(clippy::disallowed_methods, reason = "a switch of this test")]
         if std::env::var_os("SHARDLIFT_WRITE_DATA").is_some() {
-            std::fs::write(&path, &bytes).unwrap();
+            fs::write(&path, &bytes).unwrap();
         }
-        assert_eq!(std::fs::read(&path).unwrap(), bytes, "{rule}: the committed file differs");
+        assert_eq!(fs::read(&path).unwrap(), bytes, "{rule}: the committed file differs");
         let found = parse(&bytes).unwrap_err();
         assert_eq!(found.rule(), rule);
         assert!(SafeTensors::read_metadata(&bytes).is_err() || STRICTER.contains(&rule), "{rule}");
@@ -229,6 +233,57 @@ fn all_22_dtypes_and_what_is_odd_but_allowed() {
     assert_eq!(header.warnings, [HeaderWarning::PaddingBefore(2), HeaderWarning::PaddingAfter(8), unaligned]);
 }
 
+/// Whoever makes a file knows no hash of it: what takes quadratic time for whom every name has one is as quick as ever.
+#[test]
+fn names_that_are_made_to_collide_cost_no_more_than_others() {
+    type Work<'a> = &'a dyn Fn(&[String]);
+    let others: Vec<String> =
+        (0..1 << collisions::BITS).map(|at| format!("{at:0>width$}", width = collisions::LEN)).collect();
+    let hostile = collisions::names();
+    let entry = r#"{"dtype":"U8","shape":[0],"data_offsets":[0,0]}"#;
+    let join = |names: &[String], value: &str| {
+        names.iter().map(|name| format!("\"{name}\":{value}")).collect::<Vec<_>>().join(",")
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, names: &[String]| {
+        fs::write(folder.path().join(name), file_of(&format!("{{{}}}", join(names, entry)), &[])).unwrap()
+    };
+    let header = |text: String| drop(parse(&file_of(&text, &[])).unwrap());
+    let work: [(&str, Work<'_>); 5] = [
+        ("tensors", &|names| header(format!("{{{}}}", join(names, entry)))),
+        ("metadata", &|names| header(format!("{{\"__metadata__\":{{{}}}}}", join(names, "\"\"")))),
+        ("fields", &|names| header(format!("{{\"w\":{{{},{}", join(names, "0"), &format!("{entry}}}")[1..]))),
+        ("index", &|names| {
+            drop(Index::parse(format!("{{\"weight_map\":{{{}}}}}", join(names, "\"a\"")).as_bytes()).unwrap())
+        }),
+        ("files of an index", &|names| {
+            let map: Vec<String> = names.iter().map(|name| format!("\"{name}\":\"{name}\"")).collect();
+            drop(Index::parse(format!("{{\"weight_map\":{{{}}}}}", map.join(",")).as_bytes()).unwrap());
+        }),
+    ];
+    for (what, work) in work {
+        let time = |names: &[String]| {
+            let begin = Instant::now();
+            work(names);
+            begin.elapsed()
+        };
+        let quickest = |names: &[String]| (0..3).map(|_| time(names)).min().unwrap();
+        let [others, hostile] = [&others, &hostile].map(|names| quickest(names));
+        assert!(hostile < 5 * others + Duration::from_millis(200), "{what}: {hostile:?}, others {others:?}");
+    }
+    for (names, tensors) in [(&others, "others.safetensors"), (&hostile, "hostile.safetensors")] {
+        write(tensors, names);
+    }
+    let open = |file: &str| {
+        let begin = Instant::now();
+        Checkpoint::open(folder.path().join(file)).unwrap();
+        begin.elapsed()
+    };
+    let [others, hostile] =
+        ["others.safetensors", "hostile.safetensors"].map(|file| (0..3).map(|_| open(file)).min().unwrap());
+    assert!(hostile < 5 * others + Duration::from_millis(200), "open: {hostile:?}, others {others:?}");
+}
+
 fn model(tensors: &[(&str, u64)]) -> Vec<u8> {
     let (mut at, mut entries) = (0, Vec::new());
     for (name, len) in tensors {
@@ -241,9 +296,9 @@ fn model(tensors: &[(&str, u64)]) -> Vec<u8> {
 /// A directory with `a` and `b` in `1.safetensors`, `c` in `2.safetensors`, and this index.
 fn indexed(index: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("1.safetensors"), model(&[("a", 1), ("b", 2)])).unwrap();
-    std::fs::write(folder.path().join("2.safetensors"), model(&[("c", 3)])).unwrap();
-    std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+    fs::write(folder.path().join("1.safetensors"), model(&[("a", 1), ("b", 2)])).unwrap();
+    fs::write(folder.path().join("2.safetensors"), model(&[("c", 3)])).unwrap();
+    fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
     folder
 }
 
@@ -283,7 +338,7 @@ fn an_index_that_is_too_large_is_not_read() {
     // Sparse: no such bytes are on disk.
     let resize = |name: &str, bytes| {
         let path = folder.path().join(name);
-        std::fs::File::create(&path).unwrap().set_len(bytes).unwrap();
+        fs::File::create(&path).unwrap().set_len(bytes).unwrap();
         path
     };
     let index = resize("model.safetensors.index.json", INDEX_MAX + 1);
@@ -294,7 +349,7 @@ fn an_index_that_is_too_large_is_not_read() {
     resize("model.safetensors.index.json", INDEX_MAX);
     assert_eq!(Checkpoint::open(folder.path()).unwrap_err().rule(), Some("index-not-json"));
 
-    std::fs::remove_file(&index).unwrap();
+    fs::remove_file(&index).unwrap();
     resize("config.json", INDEX_MAX + 1);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     assert!(checkpoint.config().is_none());
@@ -306,7 +361,7 @@ fn orphans_and_a_wrong_total_are_warnings() {
     let folder = indexed(
         r#"{"metadata":{"total_size":6},"weight_map":{"a":"1.safetensors","b":"1.safetensors","c":"2.safetensors"}}"#,
     );
-    std::fs::write(folder.path().join("3.safetensors"), model(&[("not the index's", 1)])).unwrap();
+    fs::write(folder.path().join("3.safetensors"), model(&[("not the index's", 1)])).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let names: Vec<&str> = checkpoint.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
     assert_eq!((names, checkpoint.bytes()), (vec!["a", "b", "c"], 6));
@@ -317,15 +372,14 @@ fn orphans_and_a_wrong_total_are_warnings() {
     assert_eq!(odd, ["left out: 1 .safetensors file that the index does not name: 3.safetensors"]);
 
     let folder = indexed(r#"{"metadata":{"total_size":1},"weight_map":{"a":"1.safetensors"}}"#);
-    std::fs::write(folder.path().join("2.safetensors"), model(&[("a", 1)])).unwrap();
+    fs::write(folder.path().join("2.safetensors"), model(&[("a", 1)])).unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     assert_eq!((checkpoint.tensors().len(), checkpoint.bytes(), checkpoint.position("b")), (1, 1, None));
     assert!(!checkpoint.warnings().iter().any(|warning| warning.contains("total_size")), "{:?}", checkpoint.warnings());
 
     let folder = indexed(r#"{"metadata":{"total_size":7},"weight_map":{"a":"1.safetensors","c":"2.safetensors"}}"#);
-    std::fs::write(folder.path().join("2.safetensors"), model(&[("a", 1), ("c", 3), ("d", 0), ("e", 1), ("f", 1)]))
-        .unwrap();
-    std::fs::write(folder.path().join("config.json"), "{").unwrap();
+    fs::write(folder.path().join("2.safetensors"), model(&[("a", 1), ("c", 3), ("d", 0), ("e", 1), ("f", 1)])).unwrap();
+    fs::write(folder.path().join("config.json"), "{").unwrap();
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     assert_eq!((checkpoint.tensors().len(), checkpoint.bytes()), (2, 4));
     for wanted in [
@@ -342,8 +396,7 @@ fn orphans_and_a_wrong_total_are_warnings() {
 #[test]
 fn directories_without_an_index() {
     let folder = tempfile::tempdir().unwrap();
-    let (path, write) =
-        (folder.path(), |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap());
+    let (path, write) = (folder.path(), |name: &str, bytes: &[u8]| fs::write(folder.path().join(name), bytes).unwrap());
     assert_eq!(Checkpoint::open(path).unwrap_err().kind(), ErrorKind::NotFound);
     write("pytorch_model.bin", b"");
     let error = Checkpoint::open(path).unwrap_err();
@@ -367,13 +420,13 @@ fn what_a_directory_names_must_open() {
     use std::os::unix::fs::symlink;
     let make = |kind: &str, path: &Path| match kind {
         "link to nothing" => symlink("../blobs/0", path).unwrap(),
-        "folder" => std::fs::create_dir(path).unwrap(),
+        "folder" => fs::create_dir(path).unwrap(),
         _ => assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success()),
     };
     for name in ["model.safetensors.index.json", "model.safetensors", "model-00002-of-00002.safetensors"] {
         for kind in ["link to nothing", "folder", "fifo"] {
             let folder = tempfile::tempdir().unwrap();
-            std::fs::write(folder.path().join("model-00001-of-00002.safetensors"), model(&[("a", 1)])).unwrap();
+            fs::write(folder.path().join("model-00001-of-00002.safetensors"), model(&[("a", 1)])).unwrap();
             make(kind, &folder.path().join(name));
             let error = Checkpoint::open(folder.path()).unwrap_err();
             assert_eq!(
@@ -385,8 +438,8 @@ fn what_a_directory_names_must_open() {
         }
     }
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("model.safetensors"), model(&[("a", 1)])).unwrap();
-    std::fs::write(folder.path().join("other.safetensors"), model(&[("b", 1)])).unwrap();
+    fs::write(folder.path().join("model.safetensors"), model(&[("a", 1)])).unwrap();
+    fs::write(folder.path().join("other.safetensors"), model(&[("b", 1)])).unwrap();
     symlink("nothing", folder.path().join("config.json")).unwrap();
     let warnings = Checkpoint::open(folder.path()).unwrap().warnings().join("\n");
     assert!(warnings.contains("left out: 1 .safetensors file beside model.safetensors: other.safetensors"));
@@ -398,9 +451,9 @@ fn what_a_directory_names_must_open() {
 fn a_name_that_is_not_utf8_is_not_passed_over() {
     use std::os::unix::ffi::OsStrExt;
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("a.safetensors"), model(&[("a", 1)])).unwrap();
+    fs::write(folder.path().join("a.safetensors"), model(&[("a", 1)])).unwrap();
     let odd = folder.path().join(std::ffi::OsStr::from_bytes(b"b\xff.safetensors"));
-    std::fs::write(&odd, model(&[("b", 1)])).unwrap();
+    fs::write(&odd, model(&[("b", 1)])).unwrap();
     let error = Checkpoint::open(folder.path()).unwrap_err();
     let found = (error.kind(), error.rule(), error.file());
     assert_eq!(found, (ErrorKind::Index, Some("file-name-not-utf8"), Some(&*odd)));
@@ -409,10 +462,10 @@ fn a_name_that_is_not_utf8_is_not_passed_over() {
 #[test]
 fn errors_about_the_config_name_it() {
     let folder = tempfile::tempdir().unwrap();
-    std::fs::write(folder.path().join("model.safetensors"), model(&[("a", 1)])).unwrap();
+    fs::write(folder.path().join("model.safetensors"), model(&[("a", 1)])).unwrap();
     let config = folder.path().join("config.json");
     for (text, rule) in [(r#"{"model_type":"x"}"#, "unknown-architecture"), (r#"{"model_type":"llama"}"#, "config")] {
-        std::fs::write(&config, text).unwrap();
+        fs::write(&config, text).unwrap();
         let error = Rules::for_model(&Checkpoint::open(folder.path()).unwrap()).unwrap_err();
         assert_eq!((error.rule(), error.file()), (Some(rule), Some(&*config)));
     }
@@ -423,7 +476,7 @@ fn one_checkpoint_per_rank_is_never_merged() {
     let folder = tempfile::tempdir().unwrap();
     for (rank, part) in [(0, 0), (0, 1), (1, 0)] {
         let name = format!("model-rank-{rank}-part-{part}.safetensors");
-        std::fs::write(folder.path().join(name), model(&[(&format!("w{part}"), rank + 1)])).unwrap();
+        fs::write(folder.path().join(name), model(&[(&format!("w{part}"), rank + 1)])).unwrap();
     }
     let error = Checkpoint::open(folder.path()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Usage);
@@ -433,7 +486,7 @@ fn one_checkpoint_per_rank_is_never_merged() {
     assert_eq!(Checkpoint::open_rank(folder.path(), Rank(0)).unwrap().tensors().len(), 2);
     assert_eq!(Checkpoint::open_rank(folder.path(), Rank(1)).unwrap().bytes(), 2);
     assert_eq!(Checkpoint::open_rank(folder.path(), Rank(2)).unwrap_err().kind(), ErrorKind::NotFound);
-    std::fs::remove_file(folder.path().join("model-rank-0-part-0.safetensors")).unwrap();
+    fs::remove_file(folder.path().join("model-rank-0-part-0.safetensors")).unwrap();
     assert_eq!(Checkpoint::open_rank(folder.path(), Rank(0)).unwrap_err().rule(), Some("rank-part-missing"));
 }
 
@@ -442,13 +495,13 @@ fn the_hub_cache() {
     let folder = tempfile::tempdir().unwrap();
     let repo = folder.path().join("models--org--name");
     for dir in ["blobs", "refs/pr", "snapshots/c0ffee"] {
-        std::fs::create_dir_all(repo.join(dir)).unwrap();
+        fs::create_dir_all(repo.join(dir)).unwrap();
     }
-    std::fs::write(repo.join("blobs/1234"), model(&[("a", 1)])).unwrap();
+    fs::write(repo.join("blobs/1234"), model(&[("a", 1)])).unwrap();
     std::os::unix::fs::symlink("../../blobs/1234", repo.join("snapshots/c0ffee/model.safetensors")).unwrap();
-    std::fs::write(repo.join("refs/main"), "c0ffee").unwrap();
-    std::fs::write(repo.join("refs/pr/1"), "c0ffee\n").unwrap();
-    std::fs::write(repo.join("refs/gone"), "dead").unwrap();
+    fs::write(repo.join("refs/main"), "c0ffee").unwrap();
+    fs::write(repo.join("refs/pr/1"), "c0ffee\n").unwrap();
+    fs::write(repo.join("refs/gone"), "dead").unwrap();
     let cache = HubCache::new(folder.path());
     for id in ["org/name", "org/name@main", "org/name@pr/1", "org/name@c0ffee"] {
         assert_eq!(Checkpoint::open_hub(id, &cache).unwrap().tensors().len(), 1, "{id}");
@@ -465,8 +518,8 @@ fn the_hub_cache() {
 fn fuzz_bodies_run_over_their_corpus() {
     for (folder, body) in [("header", bodies::header as fn(&[u8])), ("index", bodies::index)] {
         let mut count = 0;
-        for entry in std::fs::read_dir(data("fuzz/corpus").join(folder)).unwrap() {
-            body(&std::fs::read(entry.unwrap().path()).unwrap());
+        for entry in fs::read_dir(data("fuzz/corpus").join(folder)).unwrap() {
+            body(&fs::read(entry.unwrap().path()).unwrap());
             count += 1;
         }
         assert!(count > 0, "empty corpus {folder}");

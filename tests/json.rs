@@ -88,6 +88,29 @@ fn plan_tells_its_sizes_and_what_the_audit_counted() {
 }
 
 #[test]
+fn plan_tells_each_value_of_what_no_tensor_fills() {
+    let model = model();
+    let rules = tempfile::Builder::new().suffix(".toml").tempfile().unwrap();
+    let pads = "{ pad = { dim = 0, to = 10, fill = 'zero' } }, { pad = { dim = 0, to = 12, fill = 'one' } }";
+    let columns = "{ pad = { dim = 1, to = 5, fill = '-inf' } }";
+    let other = "{ match = 'b.bias', replicate = true }";
+    let fills = |steps: &str| {
+        fs::write(rules.path(), format!("rule = [{{ match = 'a.weight', steps = [{steps}] }}, {other}]")).unwrap();
+        let object = run(&["plan", path(model.path()), "--rules", path(rules.path())], 0);
+        let [padded, whole] = &object["ranks"][0]["destinations"].as_array().unwrap()[..] else { panic!("{object}") };
+        assert_eq!((&whole["prefill"], &whole["fills"]), (&Value::Null, &json!([])));
+        (padded["prefill"].clone(), padded["fills"].clone())
+    };
+    let expected = json!([
+        { "value": "zero", "dst_offset": 128, "loops": [], "run": 32 },
+        { "value": "one", "dst_offset": 160, "loops": [], "run": 32 },
+    ]);
+    assert_eq!(fills(pads), (json!("zero"), expected));
+    let expected = json!([{ "value": "-inf", "dst_offset": 16, "loops": [[8, 20]], "run": 4 }]);
+    assert_eq!(fills(columns), (json!("-inf"), expected));
+}
+
+#[test]
 fn plan_tells_what_ranks_pass_on() {
     let (model, rules) = (model(), rules());
     let args = ["plan", path(model.path()), "--tp", "2", "--rules", path(rules.path())];

@@ -152,6 +152,8 @@ fn layers_are_split_as_engines_do_or_as_a_file_says() {
     }
     let error = refused(&model, &["--pp", "3", "--pp-split", "no/such/file"]);
     assert!(error["file"].as_str().unwrap().ends_with("no/such/file"), "{error}");
+    let error = refused(&model, &["--pp", "3", "--pp-split", "/dev/zero"]);
+    assert_eq!((&error["kind"], &error["expected"]), (&json!("rules"), &json!("at most 16777216 bytes")), "{error}");
     // More stages than layers.
     assert_eq!(refused(&model, &["--pp", "6", "--pp-split", "hf"])["rule"], "stages");
 }
@@ -176,6 +178,8 @@ fn experts_are_split_by_name_or_as_a_file_says() {
         let error = refused(&model, &["--dp", "2", "--ep", "2", "--ep-split", path]);
         assert_eq!((&error["rule"], &error["found"]), (&json!("table"), &json!(found)), "{error}");
     }
+    let error = refused(&model, &["--dp", "2", "--ep", "2", "--ep-split", "/dev/zero"]);
+    assert_eq!((&error["kind"], &error["expected"]), (&json!("rules"), &json!("at most 16777216 bytes")), "{error}");
     let error = refused(&model, &["--ep-split", "balanced", "--rules", "replicate"]);
     assert_eq!(error["kind"], "usage");
 }

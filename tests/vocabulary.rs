@@ -204,7 +204,7 @@ fn check_plan(case: &Case, expected: &Expected, plan: &Plan) {
                 let tensor = plan.tensor(copy.tensor);
                 let landed = copy
                     .cast
-                    .map_or(copy.run, |cast| copy.run * u64::from(cast.to.bits()) / u64::from(cast.from.bits()));
+                    .map_or(copy.run, |cast| copy.run * u64::from(cast.to().bits()) / u64::from(cast.from().bits()));
                 for step in 0..copy.loops.iter().map(|inner| inner.count).product() {
                     let (mut left, mut src, mut dst): (u64, u64, u64) = (step, copy.src - tensor.start, copy.dst);
                     for inner in copy.loops.iter().rev() {

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::collections::HashSet;
 use std::fmt;
 
-use foldhash::fast::FixedState;
+use foldhash::fast::RandomState;
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
@@ -47,7 +47,7 @@ impl Index {
                 .with_expected("a tensor and its file", "an empty weight_map"));
         }
         let mut files: Vec<String> = Vec::new();
-        let mut seen = HashSet::with_hasher(FixedState::default());
+        let mut seen = HashSet::with_hasher(RandomState::default());
         for (tensor, file) in &weight_map {
             if seen.insert(&**file) {
                 check_path(tensor, file)?;
@@ -122,7 +122,7 @@ impl<'de> Visitor<'de> for Root<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
         let slot = self.slot;
         let (mut weight_map, mut total_size) = (None, None);
-        let mut keys = HashSet::with_hasher(FixedState::default());
+        let mut keys = HashSet::with_hasher(RandomState::default());
         while let Some(key) = entries.next_key_seed(Text)? {
             match &*key {
                 "weight_map" => weight_map = Some(entries.next_value_seed(WeightMapOf { slot })?),
@@ -166,7 +166,7 @@ impl<'de> Visitor<'de> for WeightMapOf<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
-        let mut names = HashSet::with_hasher(FixedState::default());
+        let mut names = HashSet::with_hasher(RandomState::default());
         let mut map = Vec::new();
         while let Some(name) = entries.next_key_seed(Text)? {
             let broken = || {

@@ -2,19 +2,20 @@
 
 use std::hash::BuildHasher;
 
-use foldhash::fast::FixedState;
+use foldhash::fast::RandomState;
 
-/// An open-addressing table of positions; the names stay in the tensors. The seed is fixed, so that equal checkpoints
-/// cost equal work.
+/// An open-addressing table of positions; the names stay in the tensors. Its seed is another in each process, so that no
+/// file has names which meet in one slot.
 #[derive(Debug)]
 pub(super) struct NameTable {
     slots: Vec<u32>,
+    hasher: RandomState,
 }
 
 impl NameTable {
     /// A table that takes `count` names.
     pub(super) fn with_capacity(count: usize) -> NameTable {
-        NameTable { slots: vec![EMPTY; (count * 2).next_power_of_two()] }
+        NameTable { slots: vec![EMPTY; (count * 2).next_power_of_two()], hasher: RandomState::default() }
     }
 
     /// Enters a name; answers the position that has the same name, if there is one, and then changes nothing.
@@ -41,7 +42,7 @@ impl NameTable {
     /// The position with this name, or the free slot for it. At most half of the slots are in use.
     fn find<'a>(&self, name: &str, name_of: impl Fn(usize) -> &'a str) -> Result<usize, usize> {
         let mask = self.slots.len() - 1;
-        let mut slot = FixedState::default().hash_one(name) as usize & mask;
+        let mut slot = self.hasher.hash_one(name) as usize & mask;
         loop {
             match self.slots[slot] {
                 EMPTY => return Err(slot),

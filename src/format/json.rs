@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::collections::HashSet;
 use std::fmt;
 
-use foldhash::fast::FixedState;
+use foldhash::fast::RandomState;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use smallvec::SmallVec;
 
@@ -160,7 +160,7 @@ impl<'de> Visitor<'de> for Metadata<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
-        let mut keys = HashSet::with_hasher(FixedState::default());
+        let mut keys = HashSet::with_hasher(RandomState::default());
         let mut metadata = Vec::new();
         while let Some(key) = entries.next_key_seed(Text)? {
             let value = entries.next_value_seed(MetadataValue { slot: self.slot, key: &key })?;
@@ -222,7 +222,7 @@ impl<'de> Visitor<'de> for Entry<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Fields, A::Error> {
         let Entry { slot, name: tensor } = self;
         let (mut dtype, mut shape, mut offsets) = (None, None, None);
-        let mut unknown = HashSet::with_hasher(FixedState::default());
+        let mut unknown = HashSet::with_hasher(RandomState::default());
         while let Some(field) = entries.next_key_seed(Text)? {
             let again = match &*field {
                 "dtype" => dtype.replace(entries.next_value_seed(DtypeOf { slot, tensor })?).is_some(),

@@ -1,6 +1,7 @@
 //! Makes a [`Plan`]: rules over the tensors -> parameters -> each rank's partition -> audit -> who reads what.
 
 use std::cell::OnceCell;
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -207,7 +208,9 @@ impl<'a> Builder<'a> {
             let dtype = |tensor: u32| self.tensors[tensor as usize].dtype;
             let (from, to) = self.rules.dtypes(placed, tensor.map(dtype), named.first().copied().map(dtype));
             self.rules.request(placed).map_or(Ok(()), |request| request.check_dtype(to))?;
-            params.push((to, (from != to).then_some(Cast { from, to }), alias_of));
+            // A value of any type may be one of another; else what cannot be cast is refused where its form is made.
+            let cast = if from == to { None } else { Cast::new(from, to).ok() };
+            params.push((to, cast, alias_of));
         }
         let scales = Scales::default();
         for (param, entry) in (0..).zip(&named) {
@@ -309,14 +312,15 @@ impl<'a> Builder<'a> {
         };
         let wanted: Vec<bool> = named.iter().map(wants).collect();
         let is_left = |name: &str| find(&named, name).is_some_and(|at| wanted[at]);
+        let mut heirs: HashMap<&str, &'a str> = HashMap::new();
+        for AliasRule { name, of, .. } in self.rules.aliases.iter().filter(|alias| is_left(&alias.name)) {
+            heirs.entry(of).or_insert(name);
+        }
         let what = |entry: &Named<'a>| match entry.what {
-            What::AliasOf(of) if !is_left(of) => {
-                let heir = self.rules.aliases.iter().find(|alias| alias.of == of && is_left(&alias.name));
-                match heir {
-                    Some(heir) if heir.name != entry.name => What::AliasOf(&heir.name),
-                    _ => find(&named, of).map_or(entry.what, |original| named[original].what),
-                }
-            }
+            What::AliasOf(of) if !is_left(of) => match heirs.get(of) {
+                Some(&heir) if heir != entry.name => What::AliasOf(heir),
+                _ => find(&named, of).map_or(entry.what, |original| named[original].what),
+            },
             what => what,
         };
         let what: Vec<What<'a>> = named.iter().map(what).collect();

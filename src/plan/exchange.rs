@@ -202,8 +202,7 @@ impl Parcel {
     fn of(pieces: &[Piece]) -> Parcel {
         let (mut parts, mut bytes) = (Vec::with_capacity(pieces.len()), 0);
         for piece in pieces {
-            // What is repeated in the destination travels once.
-            let mut loops: Loops = piece.loops.iter().filter(|inner| inner.src_stride > 0).copied().collect();
+            let mut loops = piece.loops.clone();
             let mut dense = piece.run;
             for inner in loops.iter_mut().rev() {
                 inner.dst_stride = dense;
@@ -222,12 +221,9 @@ impl Parcel {
             return pieces.iter().map(|&piece| piece.clone()).collect();
         }
         let packed = |(&piece, part): (&&Piece, &Part)| {
-            let mut strides = part.loops.iter().map(|inner| inner.dst_stride);
-            let stride = |inner: &Loop| match inner.src_stride {
-                0 => *inner,
-                _ => Loop { src_stride: strides.next().expect("bug in shardlift: a part of another piece"), ..*inner },
-            };
-            Piece { src: part.dst, loops: piece.loops.iter().map(stride).collect(), ..piece.clone() }
+            let loops = piece.loops.iter().zip(&part.loops);
+            let loops = loops.map(|(inner, packed)| Loop { src_stride: packed.dst_stride, ..*inner }).collect();
+            Piece { src: part.dst, loops, ..piece.clone() }
         };
         pieces.iter().zip(&self.parts).map(packed).collect()
     }

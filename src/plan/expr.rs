@@ -185,7 +185,7 @@ impl Expr {
             Expr::Shard { cut: Cut { by, .. }, .. } | Expr::Select { by: Cut { by, .. }, .. } | Expr::On { by, .. } => {
                 by.check()?;
             }
-            Expr::Permute { order, .. } if !(0..order.len()).all(|dim| order.contains(&dim)) => {
+            Expr::Permute { order, .. } if !is_order(order) => {
                 return Err(broken("permute", "not an order of dimensions")
                     .with_expected(format!("each of 0 to {} once", order.len().saturating_sub(1)), list(order)));
             }
@@ -338,6 +338,12 @@ impl std::fmt::Display for Fill {
             Fill::Bytes(bytes) => bytes.iter().try_for_each(|byte| write!(f, "{byte:02x}")),
         }
     }
+}
+
+/// Whether each of as many dimensions is in it once.
+fn is_order(order: &[usize]) -> bool {
+    let mut seen = vec![false; order.len()];
+    order.iter().all(|&dim| seen.get_mut(dim).is_some_and(|seen| !std::mem::replace(seen, true)))
 }
 
 /// Refuses types that nothing can be cast to.

@@ -122,8 +122,16 @@ impl Leaf {
         self.factors[self.order[dim]].len
     }
 
+    /// Whether it takes no elements; the product of its other sizes may be no number then.
+    fn is_empty(&self) -> bool {
+        self.factors.iter().any(|factor| factor.len == 0)
+    }
+
     /// Appends what it takes of its tensor as copies, wherever they land.
     pub(super) fn source(&self, start: u64, into: &mut Vec<BoxCopy>) -> Result<()> {
+        if self.is_empty() {
+            return Ok(());
+        }
         let mut strides: SmallVec<[u64; 4]> = smallvec![1; self.order.len()];
         for dim in (1..self.order.len()).rev() {
             strides[dim - 1] = strides[dim] * self.len(dim);
@@ -135,7 +143,7 @@ impl Leaf {
     /// file. The box begins at element `offset` of the destination; `strides` are the elements there from one index of
     /// each of its dimensions to the next.
     pub(super) fn copies(&self, start: u64, offset: u64, strides: &[u64], into: &mut Vec<BoxCopy>) -> Result<()> {
-        if self.factors.iter().any(|factor| factor.len == 0) {
+        if self.is_empty() {
             return Ok(());
         }
         let (from, mut loops) = self.loops(strides);
@@ -147,7 +155,7 @@ impl Leaf {
             _ => 1,
         };
         let in_file = |elements| self.bytes_of(self.dtype, elements);
-        let landed = |elements| self.bytes_of(self.cast.map_or(self.dtype, |cast| cast.to), elements);
+        let landed = |elements| self.bytes_of(self.cast.map_or(self.dtype, Cast::to), elements);
         let mut copy = BoxCopy {
             tensor: self.tensor,
             src: start + in_file(from)?,
@@ -285,7 +293,8 @@ impl Factor {
         // The start of nothing is kept inside the tensor.
         self.start += if len == 0 { 0 } else { start * self.step };
         self.len = len;
-        self.step *= step;
+        // From one index there is no way to the next, so that a step may be any number.
+        self.step = if len < 2 { 1 } else { self.step * step };
     }
 
     /// Splits into factors of these lengths, whose product is `len`. `None` if the indices taken are not a box.

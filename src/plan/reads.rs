@@ -338,9 +338,6 @@ fn run_at(copy: &BoxCopy, position: u64) -> RunAt {
     let mut start = copy.src;
     let mut next = None;
     for (level, l) in copy.loops.iter().enumerate() {
-        if l.src_stride == 0 {
-            continue;
-        }
         let step = ((position - start) / l.src_stride).min(l.count - 1);
         if step + 1 < l.count {
             next = Some(start + (step + 1) * l.src_stride);
@@ -384,10 +381,6 @@ fn clip(copy: &BoxCopy, from: u64, to: u64, out: &mut SmallVec<[BoxCopy; 4]>) {
         loops: inner.into(),
         ..copy.clone()
     };
-    if src_stride == 0 {
-        (0..count).for_each(|index| clip(&step(index), from, to, out));
-        return;
-    }
     let inner_span = source_span(inner, copy.run);
     // Steps touch from..to in touched_from..touched_to, and lie in it whole in whole_from..whole_to.
     let touched_from = if from >= start + inner_span { (from - start - inner_span) / src_stride + 1 } else { 0 };
@@ -437,7 +430,7 @@ mod tests {
             make(&[(5, 9, 4)], 4),
             make(&[(3, 40, 16), (4, 10, 4)], 4),
             make(&[(2, 100, 24), (3, 30, 8), (2, 9, 4)], 4),
-            make(&[(2, 0, 50), (3, 8, 5)], 5),
+            make(&[(2, 30, 50), (3, 8, 5)], 5),
         ]
     }
 

@@ -127,8 +127,7 @@ impl Unit {
         if !extent.outer.is_empty() {
             return Unit::Ranges;
         }
-        let pitch =
-            |copy: &BoxCopy| copy.loops.first().map(|outermost| outermost.src_stride).filter(|pitch| *pitch > 0);
+        let pitch = |copy: &BoxCopy| copy.loops.first().map(|outermost| outermost.src_stride);
         let first = copies.clone().next().and_then(pitch);
         match first.filter(|first| copies.all(|copy| pitch(copy) == Some(*first))) {
             Some(step) => Unit::Bytes { base: tensor_start, step },

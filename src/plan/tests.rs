@@ -1,5 +1,7 @@
 //! Whole plans over synthetic headers.
 
+use std::time::{Duration, Instant};
+
 use super::*;
 use crate::error::{Error, ErrorKind};
 
@@ -374,4 +376,64 @@ fn parts_of_destinations_are_bounded() {
     let error = refused(&checkpoint(&tensors, None), &rules, &World::host(1));
     assert_eq!((error.rule(), error.expected()), (Some("parts"), Some("at most 1048576 of all rules")));
     assert!(error.message().starts_with("rule `w.*`: "), "{error}");
+}
+
+/// What a plan says of itself takes no more work for more rows.
+#[test]
+fn experts_are_told_however_many_rows_say_so() {
+    let rows = 1 << 36;
+    let checkpoint = checkpoint(&[("x", Dtype::U8, &[rows])], None);
+    for (how, unit, experts) in [
+        (Split::Even, 1, "34359738368..68719476736"),
+        (Split::Even, 1 << 30, "32..64"),
+        (Split::RoundRobin, 1, "1..68719476736 by 2"),
+    ] {
+        let cut = Cut { by: Coord::Axis(Ax::Ep), how, unit, ..Cut::default() };
+        let rules = Rules::new().place("x", Expr::shard(0, cut));
+        let world = World::host(2).with_mesh(Mesh { ep: 2, ..Mesh::tp(2) });
+        let told = Plan::new(&checkpoint, &rules, &world).unwrap().to_string();
+        assert!(told.contains(experts), "{told}");
+    }
+}
+
+/// Every name is looked at once or twice, not each beside each other.
+#[test]
+fn many_aliases_and_long_orders_are_checked_at_once() {
+    let aliases =
+        |count: u32| (0..count).fold(Rules::new().replicate("w"), |rules, at| rules.alias(at.to_string(), "w"));
+    let checkpoint = checkpoint(&[("w", Dtype::U8, &[8])], None);
+    let begin = Instant::now();
+    let plan = Plan::new(&checkpoint, &aliases(150_000), &World::host(1)).unwrap();
+    assert_eq!(plan.params().len(), 150_001);
+    let plan = Plan::new(&checkpoint, &aliases(150_000).skipping("w"), &World::host(1)).unwrap();
+    assert_eq!(plan.params().len(), 150_000);
+    let order: Vec<usize> = (0..500_000).rev().collect();
+    let rules = Rules::new().place("w", Expr::Permute { x: Box::new(Expr::Source), order: order.clone() });
+    assert!(refused(&checkpoint, &rules, &World::host(1)).message().contains("another number of dimensions"));
+    // Quadratic they take minutes.
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    for twice in [vec![1, 0, 1], vec![0, 3, 1], vec![0, usize::MAX]] {
+        let rules = Rules::new().place("w", Expr::Permute { x: Box::new(Expr::Source), order: twice });
+        assert!(refused(&checkpoint, &rules, &World::host(1)).message().contains("not an order of dimensions"));
+    }
+}
+
+/// Numbers that a header or a rule may have, and that a product of does not fit.
+#[test]
+fn sizes_and_steps_up_to_the_largest_number() {
+    let slice = |x, dim, step| Expr::Slice { x: Box::new(x), dim, start: 0, len: 1, step };
+    let checkpoint = checkpoint(&[("none", Dtype::U8, &[0, 1 << 40, 1 << 40]), ("w", Dtype::Bf16, &[4, 512])], None);
+    for expr in [
+        slice(Expr::Source, 0, i64::MAX as u64),
+        slice(slice(Expr::Source, 0, u64::MAX), 0, u64::MAX),
+        slice(slice(Expr::Source, 1, u64::MAX), 0, u64::MAX),
+    ] {
+        let rules = Rules::new().place("w", expr).replicate("none");
+        let plan = Plan::new(&checkpoint, &rules, &World::host(2)).unwrap();
+        let [whole, part] = &plan.rank(Rank(1)).dests[..] else { panic!("two destinations") };
+        assert_eq!(whole.bytes, 0);
+        let piece = &plan.rank(Rank(1)).pieces[part.pieces.start as usize];
+        assert_eq!(piece.src, checkpoint.tensor("w").unwrap().start);
+        assert!(!plan.to_string().is_empty() && ["none", "w"].iter().all(|name| plan.explain(name).is_ok()));
+    }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
-use super::cut::Cut;
+use super::cut::{Cut, Taken};
 use super::expr::Expr;
 use super::rules::{Origin, Rule};
 use super::world::{Ax, Mesh};
@@ -74,25 +74,33 @@ impl<'a> Who<'a> {
         for &ax in &self.axes {
             _ = write!(row, "  {:>3}", mesh.coordinate(rank, ax));
         }
-        let (mut layers, mut experts) = (BTreeSet::new(), BTreeSet::new());
+        let (mut layers, mut experts) = (Numbers::default(), Numbers::default());
         for dest in &self.plan.rank(rank).dests {
             let Belongs { layer, experts: of } = &self.of[dest.param as usize];
-            layers.extend(layer);
+            layer.iter().for_each(|&layer| layers.add(layer, 1, 1));
             of.iter().for_each(|of| of.add(mesh, rank, &mut experts));
         }
-        _ = write!(row, "  {:<12}  {}", spans(&layers), spans(&experts));
+        _ = write!(row, "  {:<12}  {}", layers.spans(), experts.spans());
         row
     }
 }
 
 impl Experts<'_> {
     /// Those of a rank.
-    fn add(&self, mesh: Mesh, rank: Rank, to: &mut BTreeSet<u64>) {
+    fn add(&self, mesh: Mesh, rank: Rank, to: &mut Numbers) {
         match *self {
-            Experts::One(number) => drop(to.insert(number)),
+            Experts::One(number) => to.add(number, 1, 1),
             Experts::Cut(cut, size) => {
-                for run in cut.take(size, mesh, rank).unwrap_or_default() {
-                    to.extend((0..run.len).map(|at| (run.start + at * run.step) / cut.unit));
+                for Taken { start, len, step } in cut.take(size, mesh, rank).unwrap_or_default() {
+                    match (len.checked_sub(1), step) {
+                        (None, _) => {}
+                        (Some(last), 1) => {
+                            let first = start / cut.unit;
+                            to.add(first, (start + last) / cut.unit - first + 1, 1);
+                        }
+                        // Only units of one index are taken in steps.
+                        (Some(_), step) => to.add(start, len, step),
+                    }
                 }
             }
         }
@@ -110,29 +118,64 @@ fn expert_cut<'a>(expr: &'a Expr, tensor: &TensorMeta) -> Option<Experts<'a>> {
     }
 }
 
-/// Numbers as ranges, a few of them.
-fn spans(numbers: &BTreeSet<u64>) -> String {
-    let list: Vec<u64> = numbers.iter().copied().collect();
-    if let [first, second, .., last] = list[..]
-        && second > first + 1
-        && list.windows(2).all(|pair| pair[1] - pair[0] == second - first)
-    {
-        return format!("{first}..{} by {}", last + 1, second - first);
-    }
-    let spans = list.chunk_by(|a, b| a + 1 == *b).map(|span| match *span {
-        [first, .., last] => format!("{first}..{}", last + 1),
-        _ => span[0].to_string(),
-    });
-    let mut spans: Vec<String> = spans.collect();
-    if spans.is_empty() {
-        return "-".into();
-    }
-    if spans.len() > SPANS_SHOWN {
-        spans.truncate(SPANS_SHOWN);
-        spans.push(format!("... {} in all", list.len()));
-    }
-    spans.join(", ")
+/// Numbers, however many: a rank's part of a dimension is a few ranges, or many numbers in equal steps.
+#[derive(Default)]
+struct Numbers {
+    /// First and last.
+    ranges: BTreeSet<(u64, u64)>,
+    /// First, last and step, of more than are told apart.
+    steps: BTreeSet<(u64, u64, u64)>,
 }
+
+impl Numbers {
+    /// Adds `len` numbers from `first` on, every `step`-th.
+    fn add(&mut self, first: u64, len: u64, step: u64) {
+        match step {
+            1 => drop(self.ranges.insert((first, first + len - 1))),
+            _ if len <= APART => self.ranges.extend((0..len).map(|at| first + at * step).map(|one| (one, one))),
+            _ => drop(self.steps.insert((first, first + (len - 1) * step, step))),
+        }
+    }
+
+    /// A few of them, as ranges.
+    fn spans(&self) -> String {
+        let mut ranges: Vec<(u64, u64)> = Vec::new();
+        for &(first, last) in &self.ranges {
+            match ranges.last_mut() {
+                Some((_, end)) if first <= end.saturating_add(1) => *end = last.max(*end),
+                _ => ranges.push((first, last)),
+            }
+        }
+        let by = |(first, last, step): (u64, u64, u64)| format!("{first}..{} by {step}", last + 1);
+        if let ([(first, _), (second, _), .., (_, last)], true) = (&ranges[..], self.steps.is_empty())
+            && ranges.iter().all(|(first, last)| first == last)
+            && ranges.windows(2).all(|pair| pair[1].0 - pair[0].0 == second - first)
+        {
+            return by((*first, *last, second - first));
+        }
+        let spans = ranges.iter().map(|&(first, last)| match first == last {
+            true => first.to_string(),
+            false => format!("{first}..{}", last + 1),
+        });
+        let mut spans: Vec<String> = spans.chain(self.steps.iter().copied().map(by)).collect();
+        if spans.is_empty() {
+            return "-".into();
+        }
+        if spans.len() > SPANS_SHOWN {
+            spans.truncate(SPANS_SHOWN);
+            spans.push(match self.steps.is_empty() {
+                true => format!("... {} in all", ranges.iter().map(|(first, last)| last - first + 1).sum::<u64>()),
+                // Those in steps may be among the others.
+                false => "...".into(),
+            });
+        }
+        spans.join(", ")
+    }
+}
+
+/// Numbers in equal steps that are told apart, so that those of several tensors are put together: more experts than
+/// models have.
+const APART: u64 = 4096;
 
 #[cfg(test)]
 mod tests {
@@ -140,12 +183,33 @@ mod tests {
 
     #[test]
     fn numbers_are_told_as_ranges() {
-        let told = |numbers: &[u64]| spans(&numbers.iter().copied().collect());
+        let told = |numbers: &[u64]| {
+            let mut all = Numbers::default();
+            numbers.iter().for_each(|&number| all.add(number, 1, 1));
+            all.spans()
+        };
         assert_eq!(told(&[]), "-");
         assert_eq!(told(&[7]), "7");
         assert_eq!(told(&[0, 1, 2, 3]), "0..4");
         assert_eq!(told(&[0, 1, 2, 252, 253]), "0..3, 252..254");
         assert_eq!(told(&[3, 11, 19]), "3..20 by 8");
         assert_eq!(told(&[0, 2, 3, 5, 8, 12]), "0, 2..4, 5, 8, ... 6 in all");
+    }
+
+    #[test]
+    fn many_numbers_are_not_told_apart() {
+        let told = |runs: &[(u64, u64, u64)]| {
+            let mut all = Numbers::default();
+            runs.iter().for_each(|&(first, len, step)| all.add(first, len, step));
+            all.spans()
+        };
+        let many = 1 << 60;
+        assert_eq!(told(&[(0, many, 1), (5, many, 1)]), format!("0..{}", many + 5));
+        assert_eq!(told(&[(1, 4, 2), (9, 2, 2)]), "1..12 by 2");
+        assert_eq!(told(&[(1, many, 2)]), format!("1..{} by 2", 2 * many));
+        assert_eq!(told(&[(1, many, 2), (0, 3, 1)]), format!("0..3, 1..{} by 2", 2 * many));
+        assert_eq!(told(&[(0, many, 1), (u64::MAX - 1, 1, 1)]), format!("0..{many}, {}", u64::MAX - 1));
+        let apart: Vec<_> = (0..9).map(|at| (many + 2 * at * at, 1, 1)).chain([(0, many / 4, 4)]).collect();
+        assert!(told(&apart).ends_with(", ..."), "{}", told(&apart));
     }
 }

@@ -1,12 +1,15 @@
 //! The grammar of the command line. What belongs to later is parsed here and refused by name, never ignored.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use shardlift::limits::RULES_MAX;
 use shardlift::plan::{self, MeshOrder, Split, StageSplit};
 use shardlift::{Error, ErrorKind, Result, limits};
 
@@ -148,9 +151,17 @@ impl<T: Clone> SplitChoice<T> {
         match self {
             SplitChoice::Named(split) => Ok(split.clone()),
             SplitChoice::File(path) => {
-                let text =
-                    std::fs::read_to_string(path).map_err(|error| Error::io("cannot read split", path, error))?;
-                read(&text).map_err(|error| error.with_file(path))
+                // As rules are read: a pipe has no size, and a device no end.
+                let mut bytes = Vec::new();
+                let cannot = |error| Error::io("cannot read split", path, error);
+                let file = File::open(path).map_err(cannot)?;
+                file.take(RULES_MAX + 1).read_to_end(&mut bytes).map_err(cannot)?;
+                if bytes.len() as u64 > RULES_MAX {
+                    let error = Error::new(ErrorKind::Rules, "file of a split is too large").with_file(path);
+                    return Err(error.with_expected(format!("at most {RULES_MAX} bytes"), "more"));
+                }
+                let text = String::from_utf8(bytes).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error));
+                read(&text.map_err(cannot)?).map_err(|error| error.with_file(path))
             }
         }
     }

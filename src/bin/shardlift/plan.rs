@@ -3,7 +3,7 @@
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value, json};
 use shardlift::plan::{Ax, BoxCopy, BoxFill, ClassReport, Cooperate, Dest, Mesh, Multiplicity, RankPlan, Traffic};
-use shardlift::{Cast, Plan, Rank, World};
+use shardlift::{Plan, Rank, World};
 
 use crate::args::{CooperateChoice, Devices, PlanArgs};
 use crate::output::{Answer, Array, Failure, Output, count, fields, hex};
@@ -19,7 +19,7 @@ pub(crate) struct Planned {
 }
 
 pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failure> {
-    let PlanArgs { model, mesh, rank, cooperate, explain, audit, storage, link, doctor, json: _ } = args;
+    let PlanArgs { model, mesh, rank, cooperate, explain, audit, storage, link, doctor, json } = args;
     let measured = doctor.as_deref().map(rates::measured).transpose()?.unwrap_or_default();
     let checkpoint = model::open_adapted(model, mesh)?;
     output.warn(checkpoint.warnings());
@@ -30,9 +30,10 @@ pub(crate) fn run(args: &PlanArgs, output: &mut Output) -> Result<Answer, Failur
     let explanation = explain.as_ref().map(|tensor| plan.explain(tensor)).transpose()?;
     let report = plan.report();
     let seconds = report.predicted_seconds(storage.or(measured.storage), link.or(measured.link));
-    let told = explanation.clone().unwrap_or_else(|| format!("{plan}{report}"));
-    for line in told.lines() {
-        output.line(format_args!("{line}"));
+    // Nothing is told with `--json`, and telling all of a plan takes longer than many a plan.
+    if !json {
+        let told = explanation.clone().unwrap_or_else(|| format!("{plan}{report}"));
+        told.lines().for_each(|line| output.line(format_args!("{line}")));
     }
     if let Some(seconds) = seconds {
         output.line(format_args!("predicted: {seconds:.3} s"));
@@ -192,12 +193,13 @@ struct DestObject<'a> {
 impl Serialize for DestObject<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         #[derive(Serialize)]
-        struct Fields<'a, P> {
+        struct Fields<'a, F, P> {
             name: &'a str,
             dtype: &'static str,
             shape: &'a [u64],
             bytes: u64,
             prefill: Option<String>,
+            fills: F,
             alias_of: Option<&'a str>,
             cast: Option<Value>,
             pieces: P,
@@ -212,11 +214,29 @@ impl Serialize for DestObject<'_> {
             shape: dest.shape.dims(),
             bytes: dest.bytes,
             prefill: fills.first().map(|fill| fill.fill.to_string()),
+            fills: Array(|| fills.iter().map(fill_object)),
             alias_of: param.alias_of.map(|other| plan.params()[other as usize].name.as_str()),
-            cast: param.cast.map(|Cast { from, to }| json!({ "from": from.name(), "to": to.name() })),
+            cast: param.cast.map(|cast| json!({ "from": cast.from().name(), "to": cast.to().name() })),
             pieces: Array(|| own.iter().map(|piece| piece_object(plan, piece))),
         };
         fields.serialize(serializer)
+    }
+}
+
+#[derive(Serialize)]
+struct FillObject {
+    value: String,
+    dst_offset: u64,
+    loops: Vec<[u64; 2]>,
+    run: u64,
+}
+
+fn fill_object(fill: &BoxFill) -> FillObject {
+    FillObject {
+        value: fill.fill.to_string(),
+        dst_offset: fill.dst,
+        loops: fill.loops.iter().map(|&(count, stride)| [count, stride]).collect(),
+        run: fill.run,
     }
 }
 

@@ -165,8 +165,8 @@ impl Kernel {
         loops.sort_by_key(|inner| std::cmp::Reverse(inner.dst_stride));
         if let Some(cast) = copy.cast {
             let name = |dtype: crate::dtype::Dtype| dtype.name().to_ascii_lowercase();
-            let name = named(&format!("shardlift_cast_{}_{}", name(cast.from), name(cast.to)));
-            let run_elements = copy.run / u64::from(cast.from.bits() / 8);
+            let name = named(&format!("shardlift_cast_{}_{}", name(cast.from()), name(cast.to())));
+            let run_elements = copy.run / u64::from(cast.from().bits() / 8);
             return Ok(Kernel::Cast { name, loops: KernelLoops::new(&loops)?, run_elements });
         }
         if let Some(transpose) = transpose(&loops, copy.run) {
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn casts_name_their_kernel() {
-        let cast = Cast { from: Dtype::F8E4M3, to: Dtype::Bf16 };
+        let cast = Cast::new(Dtype::F8E4M3, Dtype::Bf16).unwrap();
         let Kernel::Cast { name, loops, run_elements } =
             Kernel::of(&copy(&[(3, 64, 64)], 32, Some(cast)), 256).unwrap()
         else {

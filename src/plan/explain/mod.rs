@@ -16,7 +16,6 @@ use super::report::{ClassReport, Size};
 use super::rules::Placed;
 use super::world::Ax;
 use super::{Dest, Inner, Plan, ReadExtent};
-use crate::cast::Cast;
 use crate::checkpoint::TensorMeta;
 use crate::error::{Error, ErrorKind, OneLine, Result};
 use crate::extent::Rank;
@@ -73,8 +72,8 @@ impl Plan {
         let placed = self.placed_of(entry);
         let (what, name) = rules.said_by(placed);
         lines.add_some(what, format!("`{}`: {}", OneLine(name), OneLine(placed.expr.to_string())));
-        if let Some(Cast { from, to }) = params[param as usize].cast {
-            lines.add("cast", format!("cast from {from} to {to}"));
+        if let Some(cast) = params[param as usize].cast {
+            lines.add("cast", format!("cast from {} to {}", cast.from(), cast.to()));
         }
         let sources = self.sources_of(entry);
         for &source in sources.iter().take(SOURCES) {

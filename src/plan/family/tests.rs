@@ -6,7 +6,7 @@ use crate::dtype::Dtype;
 use crate::error::ErrorKind;
 use crate::extent::Rank;
 use crate::plan::tests::checkpoint;
-use crate::plan::{Mesh, ModelOptions, Plan, Rules, Split, World};
+use crate::plan::{Mesh, ModelOptions, Plan, Rules, Split, Target, World};
 
 type Named<'a> = (&'a str, &'a [u64]);
 
@@ -516,4 +516,15 @@ fn what_is_not_known_is_said() {
     assert!(error.expected().unwrap().contains("qwen3"));
     let checkpoint = checkpoint(&[("w", Dtype::F32, &[1])], None);
     assert_eq!(Rules::for_model(&checkpoint).unwrap_err().rule(), Some("no-config"));
+}
+
+#[test]
+fn a_vocabulary_that_cannot_be_padded_is_refused() {
+    let mut config = llama();
+    config["vocab_size"] = json!(u64::MAX);
+    let named: Vec<_> = LLAMA[1..].iter().map(|&(name, dims)| (name, Dtype::Bf16, dims)).collect();
+    let checkpoint = checkpoint(&named, Some(config));
+    let options = ModelOptions { target: Target::Vllm, ..ModelOptions::default() };
+    let error = Rules::for_model_with(&checkpoint, &options).unwrap_err();
+    assert_eq!((error.rule(), error.found()), (Some("config"), Some("18446744073709551615")), "{error}");
 }

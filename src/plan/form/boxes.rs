@@ -63,6 +63,9 @@ impl Boxes {
 
     /// Shows all boxes that have elements.
     pub(crate) fn for_each(&self, mut show: impl FnMut(BoxAt<'_>) -> Result<()>) -> Result<()> {
+        if self.0.dims.contains(&0) {
+            return Ok(());
+        }
         let strides = self.0.strides();
         for Placed { spots, what } in &self.0.boxes {
             let lens = match what {

@@ -432,7 +432,8 @@ fn quantised_weights_without_elements_are_refused() {
     let rows = Rules::new().module("m", shard(1, 1));
     let gptq = whole.clone().quantization(gptq(false));
     type Tensors<'a> = &'a [(&'a str, Dtype, &'a [u64])];
-    let cases: [(Tensors<'_>, &Rules); 7] = [
+    let large = 1 << 62;
+    let cases: [(Tensors<'_>, &Rules); 10] = [
         (&[("m.weight", U8, &[0, 1]), ("m.weight.absmax", U8, &[0])], &whole),
         (&[("m.weight", F8E4M3, &[4, 0]), ("m.weight_scale", F32, &[4, 2])], &rows),
         (&[("m.weight", F8E4M3, &[0, 4]), ("m.weight_scale", F32, &[0, 2])], &rows),
@@ -440,6 +441,10 @@ fn quantised_weights_without_elements_are_refused() {
         (&[("m.weight_packed", I32, &[4, 0]), ("m.weight_scale", Bf16, &[4, 2])], &rows),
         (&[("m.qweight", I32, &[0, 4]), ("m.scales", F16, &[2, 4])], &gptq),
         (&[("m_blocks", U8, &[2, 4, 0, 16]), ("m_scales", U8, &[2, 4, 0])], &whole),
+        // Beside a dimension of 0 a header has room for others of any size.
+        (&[("m_blocks", U8, &[0, 0, large, 16]), ("m_scales", U8, &[0, 0, large])], &whole),
+        (&[("m.weight", U8, &[0, 1 << 63]), ("m.weight_scale", F32, &[0, 1])], &whole),
+        (&[("m.qweight", I32, &[large, 0]), ("m.scales", F16, &[0, 0])], &gptq),
     ];
     for (tensors, rules) in cases {
         let error = plan(tensors, rules, 2).unwrap_err();

@@ -8,6 +8,7 @@ mod pattern;
 mod request;
 mod rule;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 pub(super) use self::matching::{Made, Matches, Origin, Placed, TENSORS_PER_TASK};
@@ -390,12 +391,13 @@ impl Rules {
         if let Some(Pipeline { pattern, .. }) = &self.pipeline {
             compiled("pattern", pattern)?;
         }
+        let aliases: HashSet<&str> = self.aliases.iter().map(|alias| &*alias.name).collect();
         for AliasRule { name, of, stage: _ } in &self.aliases {
             let wrong = |what: String| broken("alias", what).with_tensor(name.as_str());
             if let Some(what) = unusable(name) {
                 return Err(wrong(format!("alias of `{of}` is {what}")));
             }
-            if self.aliases.iter().any(|other| other.name == *of) {
+            if aliases.contains(&**of) {
                 return Err(wrong(format!("alias of `{of}`, which is an alias itself")));
             }
         }

@@ -21,6 +21,8 @@ pub(super) struct Modules<'a> {
     mesh: Mesh,
     /// The tensors of each module that a rule of modules matches.
     tensors: HashMap<&'a str, Vec<(&'static str, u32)>>,
+    /// What aliases are of.
+    aliases: HashMap<&'a str, &'a str>,
     /// A number for each way in which a module is stored.
     signatures: HashMap<Vec<(&'static str, Dtype, Shape)>, u32>,
     signature_of: HashMap<&'a str, u32>,
@@ -56,6 +58,7 @@ impl<'a> Modules<'a> {
             signatures: HashMap::new(),
             signature_of: HashMap::with_capacity(tensors.len()),
             tensors,
+            aliases: rules.aliases.iter().map(|alias| (&*alias.name, &*alias.of)).collect(),
             templates: rules.rules.iter().map(of_rule).collect::<Result<_>>()?,
             derived: HashMap::new(),
         })
@@ -110,8 +113,7 @@ impl<'a> Modules<'a> {
         let Some(base) = module.strip_prefix(ADAPTER) else { return Ok(()) };
         let tensor = |name: &str| -> Option<&TensorMeta> {
             // A tied head is no tensor.
-            let alias = || self.rules.aliases.iter().find(|alias| alias.name == name);
-            self.checkpoint.tensor(name).or_else(|| self.checkpoint.tensor(&alias()?.of))
+            self.checkpoint.tensor(name).or_else(|| self.checkpoint.tensor(self.aliases.get(name)?))
         };
         let wrong = |what: &str, expected: String, found: &dyn Display| {
             broken("adapter", what).with_expected(expected, found).with_tensor(factor.name.as_str())

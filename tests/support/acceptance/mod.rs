@@ -268,6 +268,17 @@ impl Dest {
         assert_eq!((&found["dtype"], &found["shape"]), (&json!(dtype), &json!(shape)), "{place}");
         assert_eq!(found["alias_of"].as_str(), *alias_of, "{place}");
         assert_eq!(found["prefill"].as_str(), fill.map(|(fill, _)| fill), "{place}");
+        let fills = found["fills"].as_array().expect("a list");
+        let filled = fills.iter().map(|fill| {
+            let counts =
+                fill["loops"].as_array().expect("a list").iter().map(|inner| inner[0].as_u64().expect("a count"));
+            counts.product::<u64>() * fill["run"].as_u64().expect("bytes")
+        });
+        assert_eq!(filled.sum::<u64>(), fill.map_or(0, |(_, filled)| filled), "{place}");
+        assert!(
+            fills.iter().all(|each| Some(each["value"].as_str().expect("a value")) == fill.map(|(fill, _)| fill)),
+            "{place}"
+        );
         assert_eq!(found["cast"], Value::Null, "{place}");
         let pieces = found["pieces"].as_array().expect("a list").iter();
         let pieces: Vec<Piece> =

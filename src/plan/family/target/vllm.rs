@@ -137,7 +137,10 @@ fn vocabulary(rules: Rules, config: &Config<'_>, renamed: &str) -> Result<Rules>
             Some(rows) => rows,
             None => config.count(&["vocab_size"])?,
         };
-        let to = rows.next_multiple_of(VOCABULARY_UNIT);
+        let to = rows.checked_next_multiple_of(VOCABULARY_UNIT).ok_or_else(|| {
+            broken("config", "config.json: vocab_size makes no sense")
+                .with_expected(format!("a number that can be padded to a multiple of {VOCABULARY_UNIT}"), rows)
+        })?;
         let x = Expr::Pad { x: Box::new(Expr::Source), dim: 0, to, fill: Fill::Zero };
         Ok(Expr::Shard { x: Box::new(x), dim: 0, cut: Cut::default() })
     };
