@@ -298,6 +298,10 @@ pub const NCCL_POLL: Duration = Duration::from_millis(5);
 /// milliseconds, but has been seen to hang where a driver or a network was broken.
 pub const NCCL_ABORT: Duration = Duration::from_secs(2);
 
+/// After how long a thread that was about to call `ncclGroupEnd` is in it, where it may be aborted: far longer than a
+/// scheduler takes, and far less than what an abort waits for.
+pub const NCCL_ENTERED: Duration = Duration::from_millis(200);
+
 /// Slots that are pinned before the first read: enough to begin with while others are pinned.
 pub const FIRST_SLOTS: usize = 2;
 

@@ -4,7 +4,7 @@ use std::hash::BuildHasher;
 
 use foldhash::fast::RandomState;
 
-/// An open-addressing table of positions; the names stay in the tensors. Its seed is another in each process, so that no
+/// An open-addressing table of positions; the names stay in the tensors. Its seed is another in each table, so that no
 /// file has names which meet in one slot.
 #[derive(Debug)]
 pub(super) struct NameTable {

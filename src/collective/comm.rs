@@ -64,7 +64,10 @@ struct Shared {
 
 #[derive(Debug, Clone, Copy)]
 enum State {
-    Live(Handle),
+    Live {
+        handle: Handle,
+        group: Grouping,
+    },
     /// Nobody may name it any more: given back, or being aborted.
     Gone {
         settled: bool,
@@ -74,13 +77,31 @@ enum State {
 impl State {
     fn take(&mut self) -> Option<Handle> {
         match *self {
-            State::Live(handle) => {
+            State::Live { handle, .. } => {
                 *self = State::Gone { settled: false };
                 Some(handle)
             }
             State::Gone { .. } => None,
         }
     }
+
+    /// Whether it may be taken away to be aborted.
+    fn can_be_aborted(&self) -> bool {
+        match *self {
+            State::Live { group: Grouping::Collecting, .. } => false,
+            State::Live { group: Grouping::Ending(since), .. } => since.elapsed() > limits::NCCL_ENTERED,
+            State::Live { group: Grouping::No, .. } | State::Gone { .. } => true,
+        }
+    }
+}
+
+/// What a thread has in `ncclGroupEnd`'s way: that names the communicator once more, and no lock is held meanwhile.
+#[derive(Debug, Clone, Copy)]
+enum Grouping {
+    No,
+    Collecting,
+    /// It has called it since.
+    Ending(Instant),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -123,7 +144,7 @@ impl Comm {
             let nothing = || Error::new(ErrorKind::Device, "ncclCommInitRankConfig made no communicator");
             return Err(refused.unwrap_or_else(nothing).with_rank(rank));
         }
-        let state = Mutex::new(State::Live(Handle(raw)));
+        let state = Mutex::new(State::Live { handle: Handle(raw), group: Grouping::No });
         let shared = Arc::new(Shared { nccl, device: device.clone(), rank, state });
         Ok(Comm {
             shared,
@@ -251,7 +272,9 @@ impl Comm {
     ) -> Result<()> {
         let nccl = self.shared.nccl;
         let entered = self.shared.device.enter()?;
+        self.shared.group(Grouping::Collecting)?;
         if let Err(failure) = nccl.group_start() {
+            self.shared.group(Grouping::No)?;
             return self.failed(failure);
         }
         let mut group = Group { shared: &self.shared, stream, ended: false, _here: PhantomData };
@@ -364,9 +387,28 @@ impl Shared {
         let _entered = self.device.enter()?;
         let state = lock(&self.state);
         match *state {
-            State::Live(Handle(raw)) => Ok(call(self.nccl, raw)),
+            State::Live { handle: Handle(raw), .. } => Ok(call(self.nccl, raw)),
             State::Gone { .. } => Err(self.gone()),
         }
+    }
+
+    /// Says how far this thread is with a group.
+    fn group(&self, now: Grouping) -> Result<()> {
+        match &mut *lock(&self.state) {
+            State::Live { group, .. } => *group = now,
+            State::Gone { .. } => return Err(self.gone()),
+        }
+        Ok(())
+    }
+
+    /// Ends a group.
+    fn group_end(&self) -> Status<Progress> {
+        // While it was collected nobody took it away.
+        let _ = self.group(Grouping::Ending(Instant::now()));
+        let ended = self.nccl.group_end();
+        // Aborted meanwhile, if it is gone.
+        let _ = self.group(Grouping::No);
+        ended
     }
 
     /// How `call`, the last one, went so far.
@@ -385,12 +427,12 @@ impl Shared {
         let began = Instant::now();
         loop {
             match self.state.try_lock() {
-                Ok(mut state) => return Ok(state.take()),
+                Ok(mut state) if state.can_be_aborted() => return Ok(state.take()),
                 Err(TryLockError::Poisoned(state)) => return Ok(state.into_inner().take()),
-                Err(TryLockError::WouldBlock) if began.elapsed() < limits::NCCL_ABORT => {
+                Ok(_) | Err(TryLockError::WouldBlock) if began.elapsed() < limits::NCCL_ABORT => {
                     thread::sleep(limits::NCCL_POLL)
                 }
-                Err(TryLockError::WouldBlock) => {
+                Ok(_) | Err(TryLockError::WouldBlock) => {
                     let seconds = limits::NCCL_ABORT.as_secs_f64();
                     let text = format!("another call of NCCL did not end within {seconds:.1} s");
                     return Err(Error::new(ErrorKind::Stalled, text).with_rank(self.rank));
@@ -412,7 +454,8 @@ impl Shared {
             // The context is kept by `device`; if it cannot be entered, a GPU was lost, and NCCL is to see to that.
             let entered = device.enter();
             let Handle(raw) = { handle };
-            // SAFETY: taken from its owner, so nobody names it any more; calls that were in it are over.
+            // SAFETY: taken from its owner, so nobody names it any more; calls that were in it are over, but for an
+            // `ncclGroupEnd` that does not come back, which an abort is for.
             let outcome = unsafe { nccl.abort(raw) };
             // Whoever is told may be the last to hold the device then.
             drop(entered);
@@ -494,7 +537,7 @@ impl Group<'_> {
 
     fn end(mut self) -> Status<Progress> {
         self.ended = true;
-        self.shared.nccl.group_end()
+        self.shared.group_end()
     }
 }
 
@@ -502,7 +545,7 @@ impl Drop for Group<'_> {
     fn drop(&mut self) {
         // `body` panicked: the thread must not go on collecting.
         if !self.ended {
-            let _ = self.shared.nccl.group_end();
+            let _ = self.shared.group_end();
         }
     }
 }

@@ -389,6 +389,47 @@ fn torn_apart() {
     });
 }
 
+/// What is collected names the communicator once more when the group ends: until then nobody takes it away.
+#[test]
+#[ignore = "run in a process of its own"]
+fn torn_apart_while_a_group_is_collected() {
+    if !started() {
+        return;
+    }
+    ranks(2, |seat, id| {
+        let (mut comm, wait) = (seat.meet(id).unwrap(), patient(Instant::now() + LONG));
+        let (part, taken) = (seat.memory(&pattern(seat.rank, 1, BYTES)), seat.memory(&[0; BYTES]));
+        let (other, stream, aborter) = (Rank(1 - seat.rank), seat.stream.handle(), comm.aborter());
+        let aborting = Barrier::new(2);
+        thread::scope(|scope| {
+            let aborted = scope.spawn(|| {
+                aborting.wait();
+                aborter.abort()
+            });
+            // SAFETY: memory of this device, which lives until the stream is idle.
+            let outcome = unsafe {
+                comm.grouped(stream, &wait, |group| {
+                    group.send(other, part.address(), BYTES)?;
+                    aborting.wait();
+                    thread::sleep(limits::NCCL_ABORT / 4);
+                    group.recv(other, taken.address(), BYTES).unwrap();
+                    Ok(())
+                })
+            };
+            aborted.join().unwrap().unwrap();
+            // It ended before it was taken away, or was told so when it was asked how that went.
+            assert!(outcome.is_ok() || outcome.is_err_and(|error| error.kind() == ErrorKind::Cancelled));
+        });
+        assert!(seat.stream.settle(LONG).unwrap());
+        assert_eq!(comm.check().unwrap_err().kind(), ErrorKind::Cancelled);
+    });
+}
+
+#[test]
+fn a_group_is_not_torn_apart_while_it_is_collected() {
+    run("torn_apart_while_a_group_is_collected", &[]);
+}
+
 #[test]
 fn another_thread_may_abort() {
     run("torn_apart", &[]);

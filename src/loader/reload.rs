@@ -20,7 +20,8 @@ impl Loader {
     /// was taken out, or a handle to one lives elsewhere; the memory is the caller's or a file's (use
     /// [`start_into`](Loader::start_into) again). Else as a load. They stay as they were where it cannot start: for an engine
     /// that cannot read this, a device that has no room for the scratch memory of casts, or ranks that would load something
-    /// else. From the first thread on they hold nothing, and their memory was given back, because it has values of both.
+    /// else; of ranks that load as a group others may have begun by then. Once their memory is taken over they hold nothing, and it
+    /// is given back if the load fails, because it has values of both.
     ///
     /// [`ErrorKind::Usage`]: crate::ErrorKind::Usage
     pub fn reload(&self, plan: &Plan, weights: &mut Weights) -> Result<Report> {

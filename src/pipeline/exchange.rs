@@ -219,7 +219,7 @@ impl<'a> Traffic<'a> {
             return error; // the load knows more
         }
         let part = if self.comm.has_failed() { CAUSE_OF_NCCL } else { CAUSE_OF_DEVICE };
-        peers.cause_of(error, peers.group.fail_timeout() / part)
+        peers.cause_of(error, peers.group.fail_timeout() / part, || self.job.is_stopped())
     }
 
     /// Ends the streams' waiting for others.

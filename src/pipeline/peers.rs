@@ -39,15 +39,15 @@ impl Peers {
         self.group.failure()
     }
 
-    /// What failed, here or at another rank, if that comes to be known within a time, else `error`, which may be nothing but its
-    /// consequence.
+    /// What failed, here or at another rank, if that comes to be known within a time and before this load has `stopped`, else
+    /// `error`, which may be nothing but its consequence.
     #[cfg(feature = "cuda")]
-    pub(super) fn cause_of(&self, error: Error, within: Duration) -> Error {
+    pub(super) fn cause_of(&self, error: Error, within: Duration, stopped: impl Fn() -> bool) -> Error {
         let until = Instant::now() + within;
         loop {
             match self.failure() {
                 Some(cause) => return cause,
-                None if Instant::now() >= until => return error,
+                None if stopped() || Instant::now() >= until => return error,
                 None => std::thread::sleep(crate::limits::EVENT_POLL),
             }
         }

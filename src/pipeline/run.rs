@@ -162,8 +162,10 @@ fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
         // Nobody waits for others any more.
         let bound = job.setup.stall_error * 3;
         let bound = if job.is_stopped() { bound } else { job.patience(bound) };
-        if job.is_stopped() {
-            stopped.get_or_insert_with(Instant::now);
+        if job.is_stopped() && stopped.is_none() {
+            // What ends now has its time from now on.
+            stopped = Some(Instant::now());
+            progress.1 = Instant::now();
         }
         if stopped.is_some_and(|since| job.is_stuck(since)) || progress.1.elapsed() > bound {
             let all = job.setup.ring.bytes() / job.setup.ring.slot_bytes() as u64;

@@ -30,6 +30,8 @@ impl SlotMaker {
     /// What refused it, or [`ErrorKind::Stalled`].
     pub(crate) fn try_out(&self, ring: &Ring, bound: Duration) -> Result<()> {
         let until = Instant::now() + bound;
+        // So that no other load of the loader gives it back at once.
+        let _hold = ring.hold();
         while ring.grow(self, 1, || Instant::now() >= until)? {}
         if ring.pinned_bytes() == 0 {
             return Err(Error::new(ErrorKind::Stalled, format!("no slot was registered for {bound:?}")));
