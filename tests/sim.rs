@@ -3,14 +3,17 @@
 
 #[path = "support/driver_calls.rs"]
 mod driver_calls;
+#[path = "support/shapes.rs"]
+mod shapes;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use driver_calls::{ASKED_OFTEN, QUIET};
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
 use serde_json::Value;
+use shapes::Shape;
 use shardlift::read::EngineChoice;
 use shardlift::{
     CallerMemory, Checkpoint, Digest, ErrorKind, Loader, Memory, Plan, Rank, Result, Rules, Tensor, World,
@@ -28,7 +31,7 @@ rule = [
 
 /// A model of two files in which every way to a device occurs.
 fn write(folder: &Path) {
-    let shapes: [(&str, Dtype, &[usize]); 9] = [
+    let tensors: [Shape<'_>; 9] = [
         ("a.rows", Dtype::BF16, &[64, 64]),
         ("b.columns", Dtype::BF16, &[64, 1024]),
         ("c.cast", Dtype::F32, &[33, 7]),
@@ -40,28 +43,7 @@ fn write(folder: &Path) {
         ("g.same.1", Dtype::U8, &[1000]),
         ("g.same.2", Dtype::U8, &[1000]),
     ];
-    let mut state = 7u32;
-    let mut bytes = |count: usize| -> Vec<u8> {
-        let next = |_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 24) as u8
-        };
-        (0..count).map(next).collect()
-    };
-    for (file, part) in [("one", &shapes[..3]), ("two", &shapes[3..])] {
-        let size = |dtype, shape: &[usize]| shape.iter().product::<usize>() * if dtype == Dtype::F32 { 4 } else { 2 };
-        let data: BTreeMap<&str, (Dtype, &[usize], Vec<u8>)> = part
-            .iter()
-            .map(|&(name, dtype, shape)| {
-                let count = if dtype == Dtype::U8 { shape[0] } else { size(dtype, shape) };
-                (name, (dtype, shape, bytes(count)))
-            })
-            .collect();
-        let views = data
-            .iter()
-            .map(|(name, (dtype, shape, bytes))| (*name, TensorView::new(*dtype, shape.to_vec(), bytes).unwrap()));
-        safetensors::serialize_to_file(views, None, &folder.join(format!("{file}.safetensors"))).unwrap();
-    }
+    shapes::write(folder, &[("one", &tensors[..3]), ("two", &tensors[3..])]);
 }
 
 /// One way to load that is swept for faults.

@@ -2,10 +2,13 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
-use std::collections::BTreeMap;
+#[path = "shapes.rs"]
+mod shapes;
+
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, TensorView};
+use safetensors::tensor::Dtype;
+use shapes::Shape;
 use shardlift::read::EngineChoice;
 use shardlift::{Checkpoint, CufileMeasurement, Direct, Loader, Plan, Report, Rules, Weights, World};
 
@@ -22,7 +25,7 @@ rule = [
 
 /// A model in which every way into a destination occurs, at offsets that no block starts on; with so many bytes besides.
 pub(crate) fn write(folder: &Path, more: usize) {
-    let shapes: [(&str, Dtype, &[usize]); 12] = [
+    let tensors: [Shape<'_>; 12] = [
         ("a.odd", Dtype::U8, &[4097]),
         ("b.rows", Dtype::BF16, &[64, 640]),
         ("c.odd", Dtype::U8, &[3]),
@@ -36,32 +39,7 @@ pub(crate) fn write(folder: &Path, more: usize) {
         ("k.empty", Dtype::U8, &[0, 5]),
         ("l.more", Dtype::U8, &[more]),
     ];
-    let mut state = 7u32;
-    let mut bytes = |count: usize| -> Vec<u8> {
-        let next = |_| {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            (state >> 24) as u8
-        };
-        (0..count).map(next).collect()
-    };
-    for (file, part) in [("one", &shapes[..4]), ("two", &shapes[4..])] {
-        let width = |dtype| match dtype {
-            Dtype::F32 => 4,
-            Dtype::BF16 => 2,
-            _ => 1,
-        };
-        let data: BTreeMap<&str, (Dtype, &[usize], Vec<u8>)> = part
-            .iter()
-            .map(|&(name, dtype, shape)| (name, (dtype, shape, bytes(shape.iter().product::<usize>() * width(dtype)))))
-            .collect();
-        let views = data
-            .iter()
-            .map(|(name, (dtype, shape, bytes))| (*name, TensorView::new(*dtype, shape.to_vec(), bytes).unwrap()));
-        let path = folder.join(format!("{file}.safetensors"));
-        safetensors::serialize_to_file(views, None, &path).unwrap();
-        // Clean pages can be forgotten.
-        std::fs::File::open(&path).unwrap().sync_all().unwrap();
-    }
+    shapes::write(folder, &[("one", &tensors[..4]), ("two", &tensors[4..])]);
 }
 
 /// The model, and the plan of it for ranks on these GPUs.
