@@ -13,7 +13,7 @@ use std::task::Wake;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-use ranks::{Process, Setup, free_port, tell_all};
+use ranks::{Process, SOON, Setup, free_port, tell_all};
 use rustix::process::Signal;
 use safetensors::tensor::{Dtype, TensorView};
 use shardlift::plan::DeviceSpec;
@@ -28,8 +28,6 @@ use shardlift::{
 fn rank() {
     ranks::run();
 }
-
-const SOON: Duration = Duration::from_secs(30);
 
 fn quit(ranks: Vec<Process>) {
     ranks.into_iter().for_each(Process::quit);

@@ -8,24 +8,13 @@ mod ranks;
 use std::time::{Duration, Instant};
 
 use network::Network;
-use ranks::{Process, Setup, free_port, tell_all};
+use ranks::{Process, SOON, Setup, finish, free_port, tell_all};
 
 /// A process of the other tests.
 #[test]
 #[ignore = "a rank of other tests"]
 fn rank() {
     ranks::run();
-}
-
-const SOON: Duration = Duration::from_secs(30);
-
-fn finish(mut ranks: Vec<Process>) {
-    tell_all(&mut ranks, "exchange plan x");
-    let all = vec!["x"; ranks.len()].join(",");
-    ranks.iter().for_each(|rank| assert_eq!(rank.answer(SOON).text, all));
-    tell_all(&mut ranks, "finish");
-    ranks.iter().for_each(|rank| rank.is_ok());
-    ranks.into_iter().for_each(Process::quit);
 }
 
 #[test]

@@ -120,6 +120,19 @@ pub(crate) fn tell_all(ranks: &mut [Process], command: &str) {
     ranks.iter_mut().for_each(|rank| rank.tell(command));
 }
 
+/// Far longer than anything takes that has no time-out.
+pub(crate) const SOON: Duration = Duration::from_secs(30);
+
+/// What a group does at last that lives.
+pub(crate) fn finish(mut ranks: Vec<Process>) {
+    tell_all(&mut ranks, "exchange plan x");
+    let all = vec!["x"; ranks.len()].join(",");
+    ranks.iter().for_each(|rank| assert_eq!(rank.answer(SOON).text, all));
+    tell_all(&mut ranks, "finish");
+    ranks.iter().for_each(|rank| rank.is_ok());
+    ranks.into_iter().for_each(Process::quit);
+}
+
 impl Process {
     /// `join`, `exchange WHAT PART`, `finish`, `fail MESSAGE`, `cancel`, `await` (for a failure), `drop`, `left`.
     pub(crate) fn tell(&mut self, command: &str) {
