@@ -184,6 +184,9 @@ impl Comm {
             dawdle();
         }
         let outcome = if hangs { Err(self.until_aborted()) } else { self.try_meet(id) };
+        if outcome == Err(Stop::Aborted) {
+            self.tells_of_its_abort(); // whoever aborted it may have come before there was anybody to tell
+        }
         self.set_status(match outcome {
             Ok(()) => SUCCESS,
             Err(Stop::Failed(code)) => code,
@@ -315,15 +318,19 @@ impl Comm {
         self.finalized.load(SeqCst)
     }
 
+    fn tells_of_its_abort(&self) {
+        if let Some(segment) = self.segment.get() {
+            segment.members[self.rank].aborted.store(1, SeqCst);
+            segment.ring_all();
+        }
+    }
+
     /// Ends what runs, and lets nothing run any more.
     pub(crate) fn abort(&self) {
         self.aborted.store(true, SeqCst);
         // Whoever is launching something has done so; nobody begins to.
         drop(self.order.lock());
-        if let Some(segment) = self.segment.get() {
-            segment.members[self.rank].aborted.store(1, SeqCst);
-            segment.ring_all();
-        }
+        self.tells_of_its_abort();
         self.settle(|counts| counts.running == 0);
         if let Some(segment) = self.segment.get().filter(|_| config().abort == Abort::Waits) {
             let parts = |member: &Member| {

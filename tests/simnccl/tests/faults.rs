@@ -211,6 +211,29 @@ fn an_abort_is_told_to_peers_or_waits_for_them() {
     }
 }
 
+/// Rank 0 aborts before it has come to where the ranks meet, rank 1 later; rank 2 never comes.
+#[test]
+#[ignore = "run in a process of its own"]
+fn aborts_before_it_meets() {
+    if !started() {
+        return;
+    }
+    load();
+    let id = new_id();
+    let mut first = Rank::alone(0, 0, 3);
+    assert_eq!(init_later(&mut first.comm, 3, id, 0), IN_PROGRESS);
+    first.abort();
+    let mut second = Rank::alone(1, 1, 3);
+    assert_eq!(init_later(&mut second.comm, 3, id, 1), IN_PROGRESS);
+    thread::sleep(Duration::from_millis(500)); // both have come by then
+    second.abort();
+}
+
+#[test]
+fn who_aborts_while_it_meets_is_not_waited_for() {
+    run("aborts_before_it_meets", &[("SIMNCCL_ABORT", "wait"), ("SIMNCCL_JITTER", "200000"), ("SIMNCCL_SEED", "3")]);
+}
+
 #[test]
 #[ignore = "run in a process of its own"]
 fn a_group_never_ends() {
