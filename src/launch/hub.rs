@@ -55,6 +55,8 @@ struct Stranger {
 struct Peer {
     connection: Connection,
     nonce: u64,
+    /// It has answered to its welcome, and so does not try again.
+    here: bool,
 }
 
 impl<'a> Hub<'a> {
@@ -186,22 +188,25 @@ impl<'a> Hub<'a> {
         {
             connection.send(&Message::Failed(failure));
         }
-        if self.joined {
-            connection.send(&Message::Joined); // all have come, of whom this one heard no answer
-        }
-        self.ranks[rank.index()] = Some(Peer { connection, nonce: hello.nonce });
-        if !self.joined && self.absent().next().is_none() {
-            self.joined = true;
-            self.listening = None;
-            self.strangers.clear();
-            self.tell_all(&Message::Joined);
-            self.shared.change(|state| state.joined = true);
-        }
+        self.ranks[rank.index()] = Some(Peer { connection, nonce: hello.nonce, here: false });
     }
 
-    /// The ranks that have no connection.
+    /// The ranks that are not here yet.
     fn absent(&self) -> impl Iterator<Item = u32> {
-        (0..).zip(&self.ranks).skip(1).filter(|(_, peer)| peer.is_none()).map(|(rank, _)| rank)
+        let is_here = |peer: &Option<Peer>| peer.as_ref().is_some_and(|peer| peer.here);
+        (0..).zip(&self.ranks).skip(1).filter(move |(_, peer)| !is_here(peer)).map(|(rank, _)| rank)
+    }
+
+    /// Tells all that all are here, once they are.
+    fn join(&mut self) {
+        if self.joined || self.absent().next().is_some() {
+            return;
+        }
+        self.joined = true;
+        self.listening = None;
+        self.strangers.clear();
+        self.tell_all(&Message::Joined);
+        self.shared.change(|state| state.joined = true);
     }
 
     fn hear_ranks(&mut self, now: Instant) {
@@ -212,21 +217,24 @@ impl<'a> Hub<'a> {
             }
             // Taken out, so that all of the hub can act on what it says.
             let Some(mut peer) = self.ranks[rank.index()].take() else { continue };
-            if self.hear(rank, &mut peer.connection, now) && peer.connection.is_open() {
+            if self.hear(rank, &mut peer, now) && peer.connection.is_open() {
                 self.ranks[rank.index()] = Some(peer);
-            } else if !self.finished {
+            } else if peer.here && !self.finished {
                 self.shared.fail(Failure::gone(rank));
-            }
+            } // else it gave up waiting for its welcome, and comes again
         }
+        self.join();
         if self.finished && self.ranks.iter().all(Option::is_none) {
             self.shared.change(|state| state.all_left = true);
         }
     }
 
     /// Acts on what a rank said; false if it says no more.
-    fn hear(&mut self, rank: Rank, connection: &mut Connection, now: Instant) -> bool {
+    fn hear(&mut self, rank: Rank, Peer { connection, here, .. }: &mut Peer, now: Instant) -> bool {
         loop {
-            match connection.next() {
+            let heard = connection.next();
+            *here |= matches!(heard, Ok(Some(_)));
+            match heard {
                 Ok(None) => return true,
                 Ok(Some(Message::Beat)) => {}
                 Ok(Some(Message::Offer { step, kind, what, part })) => {
@@ -258,7 +266,7 @@ impl<'a> Hub<'a> {
             }
         };
         // What failed before has come before.
-        if complete.end && !self.shared.finish() {
+        if self.shared.has_failed() || complete.end && !self.shared.finish() {
             return None;
         }
         self.finished = complete.end;

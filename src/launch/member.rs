@@ -19,6 +19,7 @@ pub(super) fn run(shared: &Shared, bell: &UnixStream, membership: &Membership) {
     match rendezvous::find(shared, membership) {
         Ok((mut connection, token)) => {
             connection.trust(limits::EXCHANGE_MAX + limits::RANKS_MAX as usize * 4 + limits::HELLO_MAX);
+            connection.send(&Message::Beat); // the welcome was heard: this is where it stays
             Member {
                 shared,
                 membership,
@@ -168,11 +169,12 @@ impl Member<'_> {
     /// Tells the hub what failed here. After the end was offered the hub answers which came first; silence of its own is
     /// not for it to judge.
     fn tell(&mut self, failure: Failure) {
-        if !failure.said || !self.step.is_some_and(|(_, end)| end) {
-            self.shared.fail(failure.clone());
-        }
         self.told = true;
-        self.connection.send(&Message::Failed(failure));
+        // First there: whoever acts on it here comes later.
+        self.connection.send(&Message::Failed(failure.clone()));
+        if !failure.said || !self.step.is_some_and(|(_, end)| end) {
+            self.shared.fail(failure);
+        }
     }
 
     fn leave(mut self) {

@@ -132,9 +132,13 @@ impl Shared {
         })
     }
 
+    pub(super) fn has_failed(&self) -> bool {
+        self.failed.load(Ordering::Acquire)
+    }
+
     /// The failure, as this rank returns it.
     pub(super) fn failure(&self) -> Option<Error> {
-        if !self.failed.load(Ordering::Acquire) {
+        if !self.has_failed() {
             return None;
         }
         self.lock().failure.as_ref().map(|failure| failure.to_error(self.rank))

@@ -2,10 +2,14 @@
 //! is private to the machine.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+use std::{fs, thread};
 
+use super::connection::Connection;
 use super::rendezvous::Place;
-use super::{Launch, LaunchOptions, Meeting};
+use super::wire::{Hello, Message};
+use super::{Group, GroupOptions, Launch, LaunchOptions, Meeting};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::Rank;
 use crate::plan::DeviceSpec;
@@ -266,4 +270,50 @@ fn gpus_of_ranks() {
 fn nothing_is_left_unsaid_about_the_meeting() {
     let Meeting { rendezvous, master, first_host } = of("srun-22.05-2of3").meeting;
     assert_eq!((rendezvous, master, first_host.as_deref()), (None, None, Some("node01")));
+}
+
+/// The welcome of an attempt comes too late by a moment; the next one finds rank 0 waiting, and not that its rank has gone.
+#[test]
+fn an_attempt_to_join_that_ends_at_its_welcome_is_nobodys() {
+    let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let rendezvous = format!("tcp://127.0.0.1:{port}");
+    let options = GroupOptions { join_timeout: Duration::from_secs(30), fail_timeout: Duration::from_secs(2) };
+    let join = |rank| {
+        let who = LaunchOptions {
+            rank: Some(Rank(rank)),
+            size: Some(2),
+            rendezvous: Some(rendezvous.clone()),
+            ..LaunchOptions::default()
+        };
+        Group::join(&launch(&BTreeMap::new(), &who)?.unwrap(), &options)
+    };
+    thread::scope(|scope| {
+        let first = scope.spawn(|| join(0));
+        let until = Instant::now() + options.join_timeout;
+        let attempt = loop {
+            match TcpStream::connect(("127.0.0.1", port)) {
+                Ok(attempt) => break attempt,
+                Err(error) => assert!(Instant::now() < until, "{error}"),
+            }
+        };
+        let mut attempt = Connection::new(attempt).unwrap();
+        let session = rendezvous.clone();
+        let fail_timeout = options.fail_timeout;
+        attempt.send(&Message::Hello(Hello { session, rank: Rank(1), size: 2, nonce: 1, fail_timeout }));
+        while !matches!(attempt.next().unwrap(), Some(Message::Welcome { .. })) {
+            attempt.receive(Instant::now());
+            assert!(attempt.is_open() && Instant::now() < until, "no welcome");
+        }
+        thread::sleep(Duration::from_millis(100)); // nobody has joined by that
+        assert!(!first.is_finished());
+        drop(attempt);
+        thread::sleep(Duration::from_millis(100));
+        let second = join(1).unwrap();
+        let first = first.join().unwrap().unwrap();
+        thread::scope(|scope| {
+            let other = scope.spawn(|| second.finish());
+            first.finish().unwrap();
+            other.join().unwrap().unwrap();
+        });
+    });
 }

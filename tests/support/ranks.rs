@@ -7,13 +7,12 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
 use shardlift::{Error, ErrorKind, Group, GroupOptions, Launch, LaunchOptions, Rank};
 
 /// How long a rank may take for what has no deadline of its own: starting a process on a busy machine.
@@ -166,7 +165,12 @@ impl Process {
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        let process = Pid::from_child(&self.child);
+        kill_process(process, signal).unwrap();
+        if signal == Signal::STOP {
+            // One of its threads has to run once more before all of them stand still.
+            waitid(WaitId::Pid(process), WaitIdOptions::STOPPED).unwrap();
+        }
     }
 
     /// Ends it as a program ends, in good time.
@@ -192,18 +196,23 @@ impl Drop for Process {
     }
 }
 
-/// A port that nobody listens on, and that no other test of this process is given; the next 40 are its test's, too. Below those
-/// that the system gives away.
+/// A port that nobody listens on, and that no other test is given while this process lives; the next 38 are its test's, too. Below
+/// those that the system gives away.
 pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = (std::process::id() % 200) as u16 * 40;
-    loop {
-        let port = 20_000 + (start + NEXT.fetch_add(40, Ordering::Relaxed)) % 12_000;
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
+    /// The port before them, of each: whoever has that has them all.
+    static CLAIMS: Mutex<Vec<TcpListener>> = Mutex::new(Vec::new());
+    let listen = |port: u16| TcpListener::bind(("127.0.0.1", port));
+    let mut claims = CLAIMS.lock().unwrap();
+    let first = std::process::id() % BLOCKS; // those of one process need not look through another's
+    let mut blocks = (0..BLOCKS).map(|block| FIRST_PORT + ((first + block) % BLOCKS) as u16 * 40);
+    let (claim, port) =
+        blocks.find_map(|block| listen(block).ok().zip(listen(block + 1).ok().map(|_| block + 1))).unwrap();
+    claims.push(claim);
+    port
 }
+
+const FIRST_PORT: u16 = 20_000;
+const BLOCKS: u32 = 300;
 
 /// What a rank does besides: the words of a command, and the group if it has joined; `None` for what it does not know.
 pub(crate) type Besides<'a> = dyn FnMut(&[&str], Option<&Arc<Group>>) -> Option<Result<Option<String>, Error>> + 'a;
