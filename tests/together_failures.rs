@@ -51,6 +51,7 @@ fn all_failed(what: &str, ended: &[Ended], within: Duration) {
         if rank == VICTIM {
             continue;
         }
+        assert!(ended.status.is_some(), "the twins found something left or wrong: {object}");
         assert!(ended.after < within, "{object} after {:?}", ended.after);
         let error = &ended.object["error"];
         let message = ["message", "expected", "found"].map(|part| error[part].as_str().unwrap_or_default()).join(" ");
@@ -127,6 +128,7 @@ fn calls_fail(aborts: &str) {
         });
         let ended = ranks.ended(LONG);
         all_failed(fault, &ended, LONG);
+        assert!(ended[VICTIM].status.is_some(), "{fault}: the twins found something left or wrong");
         // What failed when it ran is told by whatever was asked next.
         let said = ended[VICTIM].object["error"]["message"].as_str().unwrap_or_default().to_owned();
         let call = fault.split('@').next().unwrap().trim_start_matches("run:");
@@ -195,18 +197,23 @@ fn a_rank_that_is_killed_or_stopped_is_missed_by_all() {
     }
 }
 
-/// NCCL keeps a thread of a rank when another one dies: it is aborted from elsewhere, and where that does not help given up.
+/// NCCL keeps a thread of a rank when another one dies: it is aborted from elsewhere, and where that does not help given up,
+/// with all that it may still touch.
 #[test]
 fn a_rank_that_nccl_keeps_ends_when_another_fails() {
     let model = Model::new();
-    for call in ["ncclSend@3=hang", "ncclGroupEnd@3=hang"] {
-        let mut ranks = start_each(&model, "1G", |rank, command| {
+    for (call, throttle, leaves) in
+        [("ncclSend@3=hang", "1G", true), ("ncclGroupEnd@3=hang", "1G", false), ("ncclCommAbort@1=hang", "1700K", true)]
+    {
+        let mut ranks = start_each(&model, throttle, |rank, command| {
             if rank == 1 {
-                // What NCCL keeps cannot be given back.
-                command.envs([("SIMNCCL_FAULT", call), ("SIMCUDA_LEAKS", "ignore"), ("SIMNCCL_LEAKS", "ignore")]);
+                command.env("SIMNCCL_FAULT", call).env("SIMNCCL_LEAKS", "abort");
+                if leaves {
+                    command.envs([("SIMCUDA_LEAKS", "ignore"), ("SIMNCCL_LEAKS", "ignore")]);
+                }
             }
         });
-        thread::sleep(Duration::from_millis(1500)); // all wait for the one that is kept
+        thread::sleep(Duration::from_millis(1500)); // all wait for the one that is kept, or for storage
         kill_process(Pid::from_child(&ranks.processes[VICTIM]), Signal::KILL).unwrap();
         let struck = Instant::now();
         while (0..COUNT).any(|rank| ranks.processes[rank].try_wait().unwrap().is_none()) {

@@ -65,6 +65,20 @@ fn what_threads_record_is_written_and_what_finds_no_room_is_counted() {
     assert_eq!(events.iter().find(|event| event["name"] == "dropped").unwrap()["args"]["events"], 7);
 }
 
+/// Each keeps a plan: a server may load for as long as it runs.
+#[test]
+fn loads_that_record_nothing_any_more_are_not_kept() {
+    let trace = Trace::of(1);
+    let recorded = |events: usize| {
+        let recording = trace.begin(Box::new(Numbers));
+        (0..events).for_each(|_| recording.since(Event::of(Kind::Verify), Instant::now()));
+        std::sync::Arc::downgrade(&recording)
+    };
+    let loads = [recorded(0), recorded(1), recorded(3)];
+    assert_eq!(loads.map(|load| load.strong_count()), [0, 1, 0]);
+    assert_eq!((spans(&written(&trace)).len(), trace.dropped()), (1, 3));
+}
+
 #[test]
 fn a_thread_records_for_one_load_after_the_other() {
     let trace = Trace::new();

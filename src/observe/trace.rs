@@ -16,7 +16,7 @@ use crate::sync::lock;
 /// [write](Trace::write) it. Clones are handles to the same recording. `docs/trace.md` says how to read it.
 ///
 /// Each thread records into memory of its own, which together is bounded by [`limits::TRACE_EVENTS`]; what comes after
-/// that is [counted](Trace::dropped).
+/// that is [counted](Trace::dropped). Of each load that has events in it the plan is kept, for its names.
 #[derive(Debug, Clone)]
 pub struct Trace {
     shared: Arc<Shared>,
@@ -26,6 +26,7 @@ pub struct Trace {
 struct Shared {
     origin: Instant,
     budget: Arc<Budget>,
+    /// Those that recorded something.
     loads: Mutex<Vec<Arc<Recording>>>,
 }
 
@@ -80,11 +81,8 @@ impl Trace {
 
     /// The recording of one more load, which speaks of files, devices and tensors by these names.
     pub(crate) fn begin(&self, names: Box<dyn Names>) -> Arc<Recording> {
-        let budget = Arc::clone(&self.shared.budget);
-        let recording = Recording { origin: self.shared.origin, budget, tracks: Mutex::default(), names };
-        let recording = Arc::new(recording);
-        lock(&self.shared.loads).push(Arc::clone(&recording));
-        recording
+        let (trace, budget) = (Arc::downgrade(&self.shared), Arc::clone(&self.shared.budget));
+        Arc::new(Recording { trace, origin: self.shared.origin, budget, tracks: Mutex::default(), names })
     }
 }
 
@@ -99,6 +97,8 @@ pub(crate) trait Names: Debug + Send + Sync {
 /// What is recorded of one load.
 #[derive(Debug)]
 pub(crate) struct Recording {
+    /// Where it is kept once it has recorded something; gone if nobody can write it any more.
+    trace: Weak<Shared>,
     pub(super) origin: Instant,
     budget: Arc<Budget>,
     tracks: Mutex<Vec<Track>>,
@@ -179,6 +179,11 @@ impl Recording {
     fn more<'a>(self: &Arc<Recording>, sink: &'a mut Option<Sink>) -> &'a mut Sink {
         let chunk = Arc::new(Chunk::new());
         let mut tracks = lock(&self.tracks);
+        if tracks.is_empty()
+            && let Some(trace) = self.trace.upgrade()
+        {
+            lock(&trace.loads).push(Arc::clone(self));
+        }
         let track = match sink {
             Some(sink) if sink.is_of(self) => sink.track,
             _ => {

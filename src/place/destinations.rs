@@ -183,7 +183,7 @@ impl Destinations {
 
     /// The memory of a destination, or `None` if another process drives its rank.
     pub(crate) fn place(&self, rank: Rank, dest: u32) -> Option<&Place> {
-        self.ranks[rank.index()].get(dest as usize)
+        self.ranks.get(rank.index())?.get(dest as usize)
     }
 
     /// Whether what lands takes memory of this process.

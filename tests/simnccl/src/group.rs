@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
 use crate::abi::{Code, IN_PROGRESS, INVALID_USAGE, Result, SUCCESS, UniqueId};
 use crate::comm::Comm;
@@ -63,6 +64,15 @@ fn collect<T>(item: T, into: impl FnOnce(&mut Group, T)) -> Option<T> {
         into(group, item);
         None
     })
+}
+
+/// Waits until a communicator of the group is aborted, which is then what failed in it.
+pub(crate) fn until_aborted() {
+    let comms: Vec<Arc<Comm>> = GROUP.with_borrow(|group| group.ops.iter().map(|(comm, _)| Arc::clone(comm)).collect());
+    while !comms.iter().any(|comm| comm.is_aborted()) {
+        thread::sleep(Duration::from_millis(2));
+    }
+    failed(fail(INVALID_USAGE, "the communicator was aborted"));
 }
 
 /// Ends a group: the outermost one does what was collected.

@@ -13,7 +13,7 @@
 //! | `SIMNCCL_VERSION` | what `ncclGetVersion` answers (23003); below 23000 ranks never share a GPU |
 //! | `NCCL_MULTI_RANK_GPU_ENABLE=1` | as NCCL: several ranks may be on one GPU |
 //! | `SIMNCCL_LINK` | `GB/s[,latency_us]` of each rank's link to its peers, per direction; needs `SIMCUDA_LINK` |
-//! | `SIMNCCL_FAULT` | `call@n=code`, comma-separated; `*` is any call, `run:call` an operation that runs; `hang` is a code |
+//! | `SIMNCCL_FAULT` | `call@n=code`, comma-separated; `*` is any call, `run:call` an operation that runs; `hang` is a code, and ends with the abort of what runs or of the end of a group |
 //! | `SIMNCCL_ABORT` | `tell`: a rank that aborts is an ncclRemoteError to its peers; `wait`: it waits until all peers abort or go |
 //! | `SIMNCCL_TIMEOUT` | milliseconds after which waiting for a peer is ncclRemoteError (never) |
 //! | `SIMNCCL_SEED`, `SIMNCCL_JITTER` | seed of the delays of calls that do not block, and the longest in microseconds (300) |

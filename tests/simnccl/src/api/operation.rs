@@ -6,7 +6,7 @@ use crate::abi::{Code, Handle, INVALID_ARGUMENT, Result, SUCCESS, element_bytes}
 use crate::faults::Due;
 use crate::group;
 use crate::segment::Kind;
-use crate::sim::{call, comm, count, fail, never};
+use crate::sim::{call, comm, count, fail};
 use crate::transfer::Op;
 
 #[unsafe(no_mangle)]
@@ -23,7 +23,7 @@ pub extern "C" fn ncclGroupEnd() -> Code {
     match due {
         // It ends all the same, and does nothing of what was collected.
         Some(Due::Code(code)) => group::failed(fail(code, "a test wants this call to fail")),
-        Some(Due::Hang) => never(),
+        Some(Due::Hang) => group::until_aborted(),
         None => {}
     }
     group::end().unwrap_or_else(|code| code)
