@@ -43,6 +43,9 @@ struct Calls {
     aborter: Option<Aborter>,
     /// When one of them used it.
     aborted: Option<Instant>,
+    /// When it was found that even aborting does not end what NCCL has on the device: whoever gives memory of that device back
+    /// waits for it.
+    given_up: Option<Instant>,
 }
 
 /// Chunks that were read and wait for their round, by their number among those that this process reads.
@@ -97,11 +100,12 @@ impl Exchanging {
         waiting.chunks.remove(&number)
     }
 
-    /// Whether NCCL keeps the thread that exchanges, although the load stopped `since`. Before it says so it aborts the
-    /// communicator from the caller's thread, which takes as long as that may.
+    /// Whether NCCL keeps the thread that exchanges, or those that give memory back, although the load stopped `since`. Before it
+    /// says so it aborts the communicator from the caller's thread, which takes as long as that may.
     pub(super) fn is_stuck(&self, since: Instant) -> bool {
         let aborter = match &*lock(&self.calls) {
-            Calls { aborted: Some(at), aborter: Some(_) } => return at.elapsed() > limits::NCCL_ABORT,
+            Calls { given_up: Some(at), .. } => return at.elapsed() > NOTICED,
+            Calls { aborted: Some(at), aborter: Some(_), .. } => return at.elapsed() > limits::NCCL_ABORT,
             Calls { aborter: Some(aborter), .. } if since.elapsed() > NOTICED => aborter.clone(),
             _ => return false,
         };
@@ -391,6 +395,7 @@ impl<'a> Traffic<'a> {
     /// Somebody may still use what it has.
     #[expect(clippy::mem_forget, reason = "freeing memory that a device may still write to is worse than leaking it")]
     fn keep_for_ever(self) {
+        lock(&self.exchanging.calls).given_up = Some(Instant::now());
         self.job.abandon(self.under_way.iter().filter(|round| round.staged.is_some()).count());
         keep_for_ever(self.job);
         let Traffic { wire, under_way, .. } = self;
@@ -504,7 +509,8 @@ const PARTING: usize = 16;
 const CAUSE_OF_NCCL: u32 = 5;
 const CAUSE_OF_DEVICE: u32 = 50;
 
-/// How long the thread that exchanges has to notice that the load has stopped: it looks every few milliseconds.
+/// How long a thread has to notice that the load has stopped, or that what it waits for was given up: it looks every few
+/// milliseconds.
 const NOTICED: Duration = Duration::from_millis(500);
 
 /// How many times the bound on a rank's own reads others are waited for: they may wait for theirs, and tell.
