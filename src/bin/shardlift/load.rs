@@ -152,7 +152,7 @@ fn run_once(
     let mut digests: BTreeMap<Rank, u64> = BTreeMap::new();
     if args.check {
         // Nothing of the load is left to drain. Other ranks are told, where there are any.
-        interrupt.exits("load", args.json)?;
+        interrupt.exits()?;
         digests.extend(weights.check_moved().map_err(failed)?);
     }
     Ok(Run { report, tensors, digests })
