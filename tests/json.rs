@@ -11,6 +11,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 #[test]
@@ -32,6 +33,18 @@ fn verify() {
     let object = run(&["verify", path(model.path()), "--deep"], 0);
     assert_eq!(object["tensors"].as_array().unwrap().len(), 2);
     assert_eq!(object["files"][0]["sha256"].as_str().unwrap().len(), 64);
+
+    // Files with none, with one and with several of the tensors.
+    let folder = tempfile::tempdir().unwrap();
+    for (file, names) in [("0", &[][..]), ("1", &["d"]), ("2", &[]), ("3", &["b", "a", "c"])] {
+        let tensors = names.iter().map(|name| (*name, TensorView::new(Dtype::U8, vec![2], &[1, 2]).unwrap()));
+        let file = folder.path().join(file).with_extension("safetensors");
+        safetensors::serialize_to_file(tensors, None, &file).unwrap();
+    }
+    let object = run(&["verify", path(folder.path()), "--deep"], 0);
+    let files: Vec<_> = object["files"].as_array().unwrap().iter().map(|file| file["tensors"].clone()).collect();
+    let tensors: Vec<_> = object["tensors"].as_array().unwrap().iter().map(|tensor| tensor["name"].clone()).collect();
+    assert_eq!((json!(files), json!(tensors)), (json!([0, 1, 0, 3]), json!(["d", "a", "b", "c"])));
 }
 
 #[test]
@@ -359,6 +372,22 @@ fn a_config_that_cannot_be_used_says_why() {
     fs::remove_file(&config).unwrap();
     symlink("config.json", &config).unwrap();
     refused("cannot open");
+}
+
+/// Only where nothing has the path is it the name of a model in the cache.
+#[test]
+fn a_path_that_cannot_be_looked_at_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    symlink("loop", folder.path().join("loop")).unwrap();
+    fs::write(folder.path().join("file"), "").unwrap();
+    let long = format!("{}/model", "x".repeat(256));
+    for (model, kind) in [("loop/model", "io"), (long.as_str(), "io"), ("file/model", "not-found")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_shardlift"));
+        command.current_dir(folder.path()).env("HF_HUB_CACHE", folder.path());
+        let error = &schema::run(&mut command, &["inspect", model], 2)["error"];
+        let in_cache = error["message"].as_str().unwrap().contains("is not in the cache");
+        assert_eq!((&error["kind"], in_cache), (&json!(kind), kind == "not-found"), "{error}");
+    }
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! MODEL and MESH: from words on the command line to a checkpoint, a world and rules.
 
 use std::collections::HashSet;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use shardlift::plan::{Mesh, ModelOptions, Split, StageSplit};
@@ -10,8 +11,9 @@ use crate::args::{Devices, MeshArgs, RulesChoice, SplitChoice, Target};
 
 /// Opens MODEL; an existing path wins over a name in the Hugging Face cache.
 pub(crate) fn open(model: &Path) -> Result<Checkpoint> {
-    // A link to nothing is a path, too.
-    match model.to_str().filter(|id| model.symlink_metadata().is_err() && is_hub_id(id)) {
+    // A link to nothing is a path, too, and so is what cannot be looked at.
+    let nothing = |error: io::Error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+    match model.to_str().filter(|id| model.symlink_metadata().is_err_and(nothing) && is_hub_id(id)) {
         Some(id) => Checkpoint::open_hub(id, &HubCache::from_env()?),
         None => Checkpoint::open(model),
     }
