@@ -15,8 +15,12 @@ pub const HEADER_FIRST_READ: u64 = 64 << 10;
 /// Deepest JSON nesting that is accepted: serde_json's own recursion limit. A header needs 3 levels.
 pub const JSON_DEPTH: usize = 128;
 
-/// Largest index or `config.json` that is accepted: an index of 92,000 tensors takes 10 MB.
+/// Largest index that is accepted: one of 92,000 tensors takes 10 MB.
 pub const INDEX_MAX: u64 = 100_000_000;
+
+/// Largest configuration that is accepted, a model's or an adapter's: one that lists each of the 45,000 linear layers of
+/// DeepSeek-V3 takes 3 MB. As a tree of values it may take nearly a hundred times as much memory.
+pub const CONFIG_MAX: u64 = 4 << 20;
 
 /// Largest rules file, or file of a split, that is accepted: a rule for each of 92,000 tensors takes 10 MB.
 pub const RULES_MAX: u64 = 16 << 20;

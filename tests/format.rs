@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 use shardlift::checkpoint::{Checkpoint, HubCache, Index};
 use shardlift::format::{FormatError, Header, HeaderWarning};
-use shardlift::limits::INDEX_MAX;
+use shardlift::limits::{CONFIG_MAX, INDEX_MAX};
 use shardlift::{Dtype, ErrorKind, Rank, Rules};
 
 #[path = "fuzz/bodies.rs"]
@@ -99,6 +99,32 @@ fn every_rule_has_a_file_that_breaks_it_alone() {
         assert_eq!((error.tensor(), error.at().bytes), (found.tensor(), found.bytes()));
         assert!(error.expected().is_some() && error.found().is_some(), "{error}");
         assert_eq!(error.source().unwrap().downcast_ref::<FormatError>(), Some(&found));
+    }
+}
+
+/// What a message repeats of a header is cut: headers may have 100 MB.
+#[test]
+fn an_error_is_one_short_line_whatever_the_header_holds() {
+    let ones = ["1"; 20_000].join(",");
+    let long = "x".repeat(20_000);
+    let entry = |dtype: &str, more: &str| {
+        format!(r#"{{"w":{{"dtype":"{dtype}","shape":[{ones}{more}],"data_offsets":[0,1]}}}}"#)
+    };
+    let (known, twice) = (entry("U8", ""), format!(r#""{long}":1,"{long}":2"#));
+    for (rule, header) in [
+        ("shape-overflow", entry("U8", ",4294967296,4294967296")),
+        ("partial-byte", entry("F4", "")),
+        ("dtype-unknown", entry(&long, "")),
+        ("field-twice", known.replace("\"shape\"", &format!("{twice},\"shape\""))),
+        (
+            "metadata-key-twice",
+            format!(r#"{{"__metadata__":{{{}}}}}"#, twice.replace(":1", ":\"\"").replace(":2", ":\"\"")),
+        ),
+        ("metadata-not-string", format!(r#"{{"__metadata__":{{"{long}":1}}}}"#)),
+    ] {
+        let error = parse(&file_of(&header, &[0])).unwrap_err();
+        assert_eq!(error.rule(), rule, "{}", error.to_string().len());
+        assert!(error.to_string().len() < 400, "{rule}: {}", error.to_string().len());
     }
 }
 
@@ -350,10 +376,40 @@ fn an_index_that_is_too_large_is_not_read() {
     assert_eq!(Checkpoint::open(folder.path()).unwrap_err().rule(), Some("index-not-json"));
 
     fs::remove_file(&index).unwrap();
-    resize("config.json", INDEX_MAX + 1);
+    resize("config.json", CONFIG_MAX + 1);
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     assert!(checkpoint.config().is_none());
     assert!(checkpoint.warnings().iter().any(|warning| warning.contains("too large")), "{:?}", checkpoint.warnings());
+}
+
+/// Whatever stands in `metadata` besides, and of whatever kind it is.
+#[test]
+fn of_the_metadata_of_an_index_the_total_is_read() {
+    let index = |metadata: &str| {
+        let text = format!(r#"{{"x":[{{"y":[1]}},"z"],"metadata":{metadata},"weight_map":{{"a":"f"}}}}"#);
+        Index::parse(text.as_bytes())
+    };
+    let total = |metadata: &str| index(metadata).unwrap().total_size.map(|total| total.to_string());
+    for (metadata, expected) in [
+        (r#"{"a":[{"total_size":1}],"total_size":5,"b":{"total_size":2}}"#, Some("5")),
+        (r#"{"total_size":5.5}"#, Some("5.5")),
+        (r#"{"total_size":-5}"#, Some("-5")),
+        (r#"{"total_size":"5"}"#, Some("\"5\"")),
+        (r#"{"total_size":true}"#, Some("true")),
+        (r#"{"total_size":null}"#, Some("null")),
+        (r#"{"total_size":[[1],2]}"#, Some("[]")),
+        (r#"{"total_size":{"a":{}}}"#, Some("{}")),
+        (r#"{"total":5}"#, None),
+        ("null", None),
+        ("[{\"total_size\":1}]", None),
+        ("7", None),
+    ] {
+        assert_eq!(total(metadata).as_deref(), expected, "{metadata}");
+    }
+    let deep = format!("{}{}", "[".repeat(200), "]".repeat(200));
+    for broken in [r#"{"a":"\q"}"#, r#"{"a":[1,]}"#, r#"{"total_size":[1,]}"#, "{\"a\":1e999}", "\"\u{1}\"", &deep] {
+        assert_eq!(index(broken).unwrap_err().rule(), Some("index-not-json"), "{broken}");
+    }
 }
 
 #[test]

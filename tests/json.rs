@@ -11,6 +11,7 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 #[test]
@@ -32,6 +33,18 @@ fn verify() {
     let object = run(&["verify", path(model.path()), "--deep"], 0);
     assert_eq!(object["tensors"].as_array().unwrap().len(), 2);
     assert_eq!(object["files"][0]["sha256"].as_str().unwrap().len(), 64);
+
+    // Files with none, with one and with several of the tensors.
+    let folder = tempfile::tempdir().unwrap();
+    for (file, names) in [("0", &[][..]), ("1", &["d"]), ("2", &[]), ("3", &["b", "a", "c"])] {
+        let tensors = names.iter().map(|name| (*name, TensorView::new(Dtype::U8, vec![2], &[1, 2]).unwrap()));
+        let file = folder.path().join(file).with_extension("safetensors");
+        safetensors::serialize_to_file(tensors, None, &file).unwrap();
+    }
+    let object = run(&["verify", path(folder.path()), "--deep"], 0);
+    let files: Vec<_> = object["files"].as_array().unwrap().iter().map(|file| file["tensors"].clone()).collect();
+    let tensors: Vec<_> = object["tensors"].as_array().unwrap().iter().map(|tensor| tensor["name"].clone()).collect();
+    assert_eq!((json!(files), json!(tensors)), (json!([0, 1, 0, 3]), json!(["d", "a", "b", "c"])));
 }
 
 #[test]
@@ -223,6 +236,77 @@ fn a_trace_that_cannot_be_written_is_an_error_before_the_load() {
 }
 
 #[test]
+fn a_trace_takes_the_place_of_nothing_that_is_read() {
+    let (model, rules) = (model(), rules());
+    let at = |name: &str| model.path().join(name);
+    let adapter = at("adapter");
+    fs::create_dir(&adapter).unwrap();
+    fs::write(adapter.join("adapter_config.json"), r#"{"peft_type":"LORA"}"#).unwrap();
+    let data: Vec<u8> = br#"{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#.to_vec();
+    let weights = [&(data.len() as u64).to_le_bytes()[..], &data].concat();
+    fs::write(adapter.join("adapter_model.safetensors"), weights).unwrap();
+    fs::write(at("config.json"), "{}").unwrap();
+    let index = r#"{"weight_map":{"a.weight":"model.safetensors","b.bias":"model.safetensors"}}"#;
+    fs::write(at("model.safetensors.index.json"), index).unwrap();
+    symlink("model.safetensors", at("link")).unwrap();
+    fs::hard_link(at("config.json"), at("again")).unwrap();
+    let measured = at("measured.json");
+    fs::write(&measured, r#"{"command":"doctor","ok":true}"#).unwrap();
+    let [dir, adapter_dir] = [model.path(), &adapter].map(|folder| path(folder).to_owned());
+    let args = ["--rules", path(rules.path()), "--adapter", &adapter_dir, "--doctor", path(&measured), "--trace"];
+    let inputs = [
+        at("model.safetensors"),
+        at("link"),
+        at("model.safetensors.index.json"),
+        at("config.json"),
+        at("again"),
+        adapter.join("adapter_config.json"),
+        adapter.join("adapter_model.safetensors"),
+        rules.path().to_owned(),
+        measured.clone(),
+    ];
+    for file in &inputs {
+        let before = fs::read(file).unwrap();
+        let object = run(&[&["load", &dir][..], &args, &[path(file)]].concat(), 2);
+        assert_eq!(
+            (&object["error"]["rule"], &object["error"]["file"]),
+            (&json!("trace-is-input"), &json!(path(file)))
+        );
+        assert!(fs::read(file).unwrap() == before, "{}", file.display());
+    }
+    // Of a single file what lies beside it, too.
+    let single = at("model.safetensors");
+    run(&["load", path(&single), "--rules", path(rules.path()), "--trace", path(&at("config.json"))], 2);
+    assert_eq!(fs::read(at("config.json")).unwrap(), b"{}");
+    run(&[&["load", &dir][..], &args, &[path(&at("trace.json"))]].concat(), 0);
+}
+
+#[test]
+fn a_rendezvous_takes_the_place_of_nothing_but_another() {
+    let (model, folder) = (model(), tempfile::tempdir().unwrap());
+    let load = |file: &Path, status| {
+        let meet = format!("file://{}", path(file));
+        let args =
+            ["load", path(model.path()), "--dp", "2", "--rank", "0", "--rendezvous", &meet, "--join-timeout", "0.5"];
+        run(&args, status)["error"].clone()
+    };
+    let text = folder.path().join("text");
+    fs::write(&text, "shard").unwrap();
+    for file in [model.path().join("model.safetensors"), text] {
+        let before = fs::read(&file).unwrap();
+        let error = load(&file, 2);
+        assert_eq!((&error["kind"], &error["file"]), (&json!("usage"), &json!(path(&file))), "{error}");
+        assert!(fs::read(&file).unwrap() == before);
+    }
+    for (name, text) in [("new", None), ("empty", Some("")), ("old", Some("shardlift rendezvous 0\n"))] {
+        let file = folder.path().join(name);
+        text.iter().for_each(|text| fs::write(&file, text).unwrap());
+        // Nobody comes.
+        assert_eq!(load(&file, 1)["kind"], "peer", "{name}");
+    }
+}
+
+#[test]
 fn what_is_cast_says_so() {
     let model = model();
     let file = tempfile::NamedTempFile::new().unwrap();
@@ -288,6 +372,22 @@ fn a_config_that_cannot_be_used_says_why() {
     fs::remove_file(&config).unwrap();
     symlink("config.json", &config).unwrap();
     refused("cannot open");
+}
+
+/// Only where nothing has the path is it the name of a model in the cache.
+#[test]
+fn a_path_that_cannot_be_looked_at_says_why() {
+    let folder = tempfile::tempdir().unwrap();
+    symlink("loop", folder.path().join("loop")).unwrap();
+    fs::write(folder.path().join("file"), "").unwrap();
+    let long = format!("{}/model", "x".repeat(256));
+    for (model, kind) in [("loop/model", "io"), (long.as_str(), "io"), ("file/model", "not-found")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_shardlift"));
+        command.current_dir(folder.path()).env("HF_HUB_CACHE", folder.path());
+        let error = &schema::run(&mut command, &["inspect", model], 2)["error"];
+        let in_cache = error["message"].as_str().unwrap().contains("is not in the cache");
+        assert_eq!((&error["kind"], in_cache), (&json!(kind), kind == "not-found"), "{error}");
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use safetensors::tensor::{Dtype, TensorView};
+use shardlift::checkpoint::Index;
 use shardlift::read::{Engine, EngineChoice, Pread, Work};
 use shardlift::{Checkpoint, ErrorKind, Loader, Memory, Plan, Result, Rules, World};
 use stuck::Stuck;
@@ -107,8 +108,21 @@ unsafe impl Engine for Heavy {
     }
 }
 
+/// An index is text of strangers: a value of some bytes would take nearly a hundred times as many in a tree.
+fn an_index_takes_what_its_weight_map_takes() {
+    let odd = ["{\"\":0}"; 1 << 19].join(",");
+    for key in ["other", "metadata\":{\"x", "metadata\":{\"total_size"] {
+        let end = if key.contains('{') { "}" } else { "" };
+        let index = format!("{{\"weight_map\":{{\"a\":\"b\"}},\"{key}\":[{odd}]{end}}}");
+        let (parsed, took) = growth(|| Index::parse(index.as_bytes()).unwrap());
+        assert_eq!(parsed.tensors.len(), 1);
+        assert!(took < index.len() as u64, "{key}: {took} bytes for {}", index.len());
+    }
+}
+
 #[test]
 fn a_load_takes_its_destinations_the_staging_budget_and_little_else() {
+    an_index_takes_what_its_weight_map_takes();
     let folder = tempfile::tempdir().unwrap();
     write(folder.path());
     let checkpoint = Checkpoint::open(folder.path()).unwrap();

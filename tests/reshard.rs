@@ -9,7 +9,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use shardlift::{Checkpoint, ErrorKind, Loader, Plan, Rules, World};
+use shardlift::{Checkpoint, ErrorKind, Loader, Plan, Rank, Rules, World, limits};
 
 /// A folder with a model in `parent/m`.
 fn folder_with_model() -> (tempfile::TempDir, PathBuf) {
@@ -150,6 +150,32 @@ fn where_an_output_cannot_be_is_a_wrong_argument_and_nothing_is_left() {
     }
     assert_eq!(names(root), ["parent", "plain", &long]);
     refused(root, &m, &root.join("no/../parent"), "output-is-model");
+}
+
+/// Each file opens, but a partition has the metadata of both.
+#[test]
+fn a_header_that_nobody_could_read_is_refused_before_anything_is_replaced() {
+    let folder = tempfile::tempdir().unwrap();
+    let (m, out) = (folder.path().join("m"), folder.path().join("out"));
+    for path in [&m, &out] {
+        fs::create_dir(path).unwrap();
+    }
+    fs::write(out.join("old"), "old").unwrap();
+    for name in ["one", "two"] {
+        let half = "x".repeat(limits::HEADER_MAX as usize / 2);
+        let header = format!(
+            r#"{{"__metadata__":{{"{name}":"{half}"}},"{name}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#
+        );
+        let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &[1]].concat();
+        fs::write(m.join(name).with_extension("safetensors"), bytes).unwrap();
+    }
+    let checkpoint = Checkpoint::open(&m).unwrap();
+    let plan = Plan::new(&checkpoint, &Rules::replicate_all(), &World::host(1).driving(Rank(0))).unwrap();
+    let error = Loader::new().reshard(&plan, &out, true).unwrap_err();
+    assert_eq!((error.kind(), error.rule()), (ErrorKind::Usage, Some("output-header-too-large")), "{error}");
+    let file = out.join("model-rank-0-part-0.safetensors");
+    assert_eq!((error.file(), error.at().rank), (Some(&*file), Some(Rank(0))));
+    assert_eq!((names(&out), names(folder.path())), (vec!["old".to_owned()], vec!["m".to_owned(), "out".to_owned()]));
 }
 
 #[test]

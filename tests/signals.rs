@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM while the command line moves bytes: drained, nothing left behind, and the exit status says which.
+//! Ctrl-C, SIGTERM and a terminal that is gone while the command line moves bytes: drained, nothing left behind, and the exit
+//! status says which.
 
 use std::fs;
 use std::path::Path;
@@ -6,6 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -25,18 +27,59 @@ fn start(args: &[&str]) -> Child {
     command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
+/// The same as what a shell starts after `before`.
+fn start_after(before: &str, args: &[&str]) -> Child {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("{before}; exec \"$@\""), "sh", env!("CARGO_BIN_EXE_shardlift")]);
+    command.args(args).args(["--rules", "replicate", "--json"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
 /// Waits until the command reads: its handlers are installed by then.
 fn wait_for_reads(child: &Child) {
+    wait_for_thread(child, "shardlift-read");
+}
+
+/// Waits until the command has a thread whose name begins so.
+fn wait_for_thread(child: &Child, name: &str) {
     let began = Instant::now();
-    let reads = || {
+    let found = || {
         let tasks = fs::read_dir(format!("/proc/{}/task", child.id())).ok()?;
         let mut names = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("comm")).ok());
-        names.find(|name| name.starts_with("shardlift-read"))
+        names.find(|found| found.starts_with(name))
     };
-    while reads().is_none() {
-        assert!(began.elapsed() < Duration::from_secs(20), "the load never began");
+    while found().is_none() {
+        if began.elapsed() > Duration::from_secs(20) {
+            kill_process(Pid::from_child(child), Signal::KILL).unwrap();
+            panic!("no thread {name}");
+        }
         thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Signals the command so often until it ends, more than a second apart; its exit status and its object.
+fn end_after(mut child: Child, signal: Signal, times: u32) -> (Option<i32>, Value) {
+    for _ in 0..times {
+        kill_process(Pid::from_child(&child), signal).unwrap();
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_millis(1500) {
+            if child.try_wait().unwrap().is_some() {
+                let output = child.wait_with_output().unwrap();
+                let object = serde_json::from_slice(&output.stdout).unwrap_or_default();
+                return (output.status.code(), object);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    panic!("not ended by {times} signals");
+}
+
+fn fifo(folder: &Path) -> String {
+    let fifo = folder.join("fifo");
+    mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    path(&fifo).to_owned()
 }
 
 /// Signals the command once it reads, and returns its exit status, its object, and how long it took to end.
@@ -75,7 +118,7 @@ fn a_reshard_is_cancelled_and_leaves_nothing() {
     let folder = model();
     let outside = tempfile::tempdir().unwrap();
     let out = outside.path().join("out");
-    for (number, status) in [(Signal::INT, 130), (Signal::TERM, 143)] {
+    for (number, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
         // Reshard has no throttle: a machine that is done before the signal tries again with more ranks.
         let mut cancelled = false;
         for ranks in ["16", "64"] {
@@ -98,6 +141,56 @@ fn a_reshard_is_cancelled_and_leaves_nothing() {
         }
         assert!(cancelled, "the signal never came in time");
     }
+}
+
+/// As under nohup.
+#[test]
+fn a_hangup_that_is_ignored_stays_ignored() {
+    let folder = model();
+    let child = start_after("trap '' HUP", &["load", path(folder.path()), "--throttle", "1M"]);
+    wait_for_reads(&child);
+    kill_process(Pid::from_child(&child), Signal::HUP).unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let (code, object, _) = end(child, Signal::TERM);
+    assert_eq!((code, &object["error"]["kind"]), (143, &Value::from("cancelled")), "{object}");
+}
+
+/// `ulimit -f` ends a process that writes beyond it, unless it ignores the signal.
+#[test]
+fn a_limit_of_file_sizes_is_an_error_that_leaves_nothing() {
+    let folder = model();
+    let outside = tempfile::tempdir().unwrap();
+    let out = outside.path().join("out");
+    let child = start_after("ulimit -f 64", &["reshard", path(folder.path()), path(&out)]);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let object: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(object["error"]["kind"], "io", "{object}");
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0, "nothing is left behind");
+}
+
+#[test]
+fn a_trace_that_nobody_reads_keeps_no_load() {
+    let folder = model();
+    let child = start(&["load", path(folder.path()), "--trace", &fifo(folder.path())]);
+    wait_for_thread(&child, "shardlift-signa");
+    // Sooner it would not wait for a reader yet, and end all the same.
+    thread::sleep(Duration::from_millis(300));
+    let (code, object) = end_after(child, Signal::INT, 1);
+    assert_eq!((code, &object["error"]["kind"]), (Some(130), &Value::from("cancelled")), "{object}");
+}
+
+/// It waits where nothing cancels it, and others would have to hear of a signal first.
+#[test]
+fn a_second_signal_ends_the_process_with_an_object() {
+    let folder = model();
+    let meet = format!("file://{}", path(&folder.path().join("meet")));
+    let (fifo, args) = (fifo(folder.path()), ["load", path(folder.path()), "--rank", "0", "--rendezvous", &meet]);
+    let child = start(&[&args[..], &["--doctor", &fifo]].concat());
+    wait_for_thread(&child, "shardlift-signa");
+    thread::sleep(Duration::from_millis(300));
+    let (code, object) = end_after(child, Signal::TERM, 10);
+    assert_eq!((code, &object["error"]["kind"]), (Some(143), &Value::from("cancelled")), "{object}");
 }
 
 fn path(path: &Path) -> &str {

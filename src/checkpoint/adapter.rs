@@ -12,6 +12,7 @@ use super::open::{File, name_table, read_header, read_whole};
 use super::{Checkpoint, Inner, TensorMeta};
 use crate::error::{Error, ErrorKind, Result};
 use crate::extent::FileId;
+use crate::limits;
 
 pub(super) fn with_adapter(model: &Checkpoint, dir: &Path) -> Result<Checkpoint> {
     if let Some(rank) = model.partition_of() {
@@ -75,7 +76,7 @@ fn check_pairs(tensors: &[TensorMeta]) -> Result<()> {
 
 /// Refuses a configuration of what is more than factors, or something else. The path of one that is neither.
 fn lora(path: PathBuf) -> Result<PathBuf> {
-    let config: Value = serde_json::from_slice(&read_whole(&path)?)
+    let config: Value = serde_json::from_slice(&read_whole(&path, limits::CONFIG_MAX)?)
         .map_err(|error| rule("adapter-config-not-json", "not json").with_expected("json", error).with_file(&path))?;
     let unsupported = |what: &str, expected: &str, found: &Value| {
         Error::new(ErrorKind::Unsupported, what)

@@ -7,11 +7,11 @@ use std::collections::HashSet;
 use std::fmt;
 
 use foldhash::fast::RandomState;
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, Visitor};
-use serde_json::Value;
+use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::format::Text;
+use crate::format::{Text, Unknown};
 
 /// A parsed index.
 #[derive(Debug, Clone, PartialEq)]
@@ -21,7 +21,7 @@ pub struct Index {
     pub files: Vec<String>,
     /// Per tensor its name and the position of its file in `files`, in the order of the index.
     pub tensors: Vec<(String, u32)>,
-    /// `metadata.total_size` as it stands there: published indexes get it wrong.
+    /// `metadata.total_size`, which published indexes get wrong; an array or an object without what is in it.
     pub total_size: Option<Value>,
 }
 
@@ -126,14 +126,125 @@ impl<'de> Visitor<'de> for Root<'_> {
         while let Some(key) = entries.next_key_seed(Text)? {
             match &*key {
                 "weight_map" => weight_map = Some(entries.next_value_seed(WeightMapOf { slot })?),
-                "metadata" => total_size = entries.next_value::<Value>()?.get("total_size").cloned(),
-                _ => drop(entries.next_value::<Value>()?),
+                "metadata" => total_size = entries.next_value_seed(Metadata)?,
+                _ => {
+                    entries.next_value::<Unknown>()?;
+                }
             }
             if let Some(key) = keys.replace(key) {
                 return refuse(slot, twice(&key));
             }
         }
         Ok((weight_map, total_size))
+    }
+}
+
+/// The `total_size` of whatever `metadata` is. A tree of the rest would take many times the bytes of its text.
+struct Metadata;
+
+impl<'de> DeserializeSeed<'de> for Metadata {
+    type Value = Option<Value>;
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Self::Value, D::Error> {
+        json.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Metadata {
+    type Value = Option<Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+
+    fn visit_unit<E>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_bool<E>(self, _value: bool) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_u64<E>(self, _value: u64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_i64<E>(self, _value: i64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_f64<E>(self, _value: f64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_str<E>(self, _value: &str) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Self::Value, A::Error> {
+        Unknown.visit_seq(items).map(|Unknown| None)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+        let mut total_size = None;
+        while let Some(key) = entries.next_key_seed(Text)? {
+            match &*key {
+                "total_size" => total_size = Some(entries.next_value_seed(Shallow)?),
+                _ => {
+                    entries.next_value::<Unknown>()?;
+                }
+            }
+        }
+        Ok(total_size)
+    }
+}
+
+/// A value; an array or an object without what is in it.
+struct Shallow;
+
+impl<'de> DeserializeSeed<'de> for Shallow {
+    type Value = Value;
+    fn deserialize<D: Deserializer<'de>>(self, json: D) -> Result<Value, D::Error> {
+        json.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Shallow {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, items: A) -> Result<Value, A::Error> {
+        Unknown.visit_seq(items).map(|Unknown| Value::Array(Vec::new()))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, entries: A) -> Result<Value, A::Error> {
+        Unknown.visit_map(entries).map(|Unknown| Value::Object(Map::new()))
     }
 }
 

@@ -28,7 +28,7 @@ pub(super) fn open(path: &Path) -> Result<Checkpoint> {
     // A link to nothing or a folder of this name is a broken checkpoint, not one without an index.
     let index_path = path.join(INDEX);
     if is_named(&index_path)? {
-        let bytes = read_whole(&index_path).map_err(unusable)?;
+        let bytes = read_whole(&index_path, limits::INDEX_MAX).map_err(unusable)?;
         let index = Index::parse(&bytes).map_err(|error| error.with_file(&index_path))?;
         let files: Vec<_> = index.files.iter().map(|name| (name.clone(), path.join(name))).collect();
         let warnings = left_out(path, &files, "that the index does not name");
@@ -211,12 +211,13 @@ fn file_name(path: &Path) -> String {
     path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
-pub(super) fn read_whole(path: &Path) -> Result<Vec<u8>> {
+/// The bytes of an index or a configuration, at most `max`.
+pub(super) fn read_whole(path: &Path, max: u64) -> Result<Vec<u8>> {
     let file = SourceFile::open(path)?;
     let size = file.identity().size;
-    if size > limits::INDEX_MAX {
+    if size > max {
         return Err(rule("index-too-large", "json file is too large")
-            .with_expected(format!("at most {} bytes", limits::INDEX_MAX), format!("{size} bytes"))
+            .with_expected(format!("at most {max} bytes"), format!("{size} bytes"))
             .with_file(path));
     }
     let mut bytes = vec![0; size as usize];
@@ -363,7 +364,7 @@ fn read_config(path: PathBuf, warnings: &mut Vec<String>) -> Option<(PathBuf, Re
     if std::fs::symlink_metadata(&path).is_err() {
         return None;
     }
-    let parsed = read_whole(&path).and_then(|bytes| {
+    let parsed = read_whole(&path, limits::CONFIG_MAX).and_then(|bytes| {
         serde_json::from_slice(&bytes)
             .map_err(|error| rule("config-not-json", "not json").with_expected("json", error).with_file(&path))
     });

@@ -96,6 +96,21 @@ impl NewDirectory {
         Ok(())
     }
 
+    /// Refuses a partition that [`add_partition`](NewDirectory::add_partition) could not write, before there is a directory.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Usage`] if nobody could open the file, for its header would be too large: it has the metadata of all
+    /// files of the model.
+    pub(crate) fn check_partition(
+        out: &Path,
+        rank: Rank,
+        tensors: &[(&str, Dtype, &Shape)],
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<()> {
+        // Made again when it is written: those of all ranks together may not fit memory.
+        new_header(&out.join(partition_name(rank)), rank, tensors, metadata).map(drop)
+    }
+
     /// Creates the file of a rank, header written and its size set, and says what it will be called and where each
     /// tensor's bytes go.
     pub(crate) fn add_partition(
@@ -104,9 +119,9 @@ impl NewDirectory {
         tensors: &[(&str, Dtype, &Shape)],
         metadata: &BTreeMap<String, String>,
     ) -> Result<(PathBuf, Arc<File>, Vec<u64>)> {
-        let name = format!("model-rank-{rank}-part-0.safetensors");
+        let name = partition_name(rank);
         let path = self.out.join(&name);
-        let header = NewHeader::new(tensors, metadata);
+        let header = new_header(&path, rank, tensors, metadata)?;
         let write = || -> io::Result<File> {
             let mut file = File::create_new(self.partial.0.folder.join(&name))?;
             file.write_all(&header.bytes)?;
@@ -151,6 +166,27 @@ impl Drop for NewDirectory {
     fn drop(&mut self) {
         self.partial.remove();
     }
+}
+
+fn partition_name(rank: Rank) -> String {
+    format!("model-rank-{rank}-part-0.safetensors")
+}
+
+fn new_header(
+    path: &Path,
+    rank: Rank,
+    tensors: &[(&str, Dtype, &Shape)],
+    metadata: &BTreeMap<String, String>,
+) -> Result<NewHeader> {
+    NewHeader::new(tensors, metadata).map_err(|error| {
+        let (expected, found) = error.expected_found();
+        Error::new(ErrorKind::Usage, "the header of the output would be too large")
+            .with_rule("output-header-too-large")
+            .with_expected(expected, found)
+            .with_file(path)
+            .with_rank(rank)
+            .with_source(error)
+    })
 }
 
 /// What belongs to a model besides its weights: names, and paths to copy. The folder around a single file is a model's

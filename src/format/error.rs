@@ -297,19 +297,19 @@ impl FormatError {
                 (&"an object", found)
             }
             MetadataTwice {} => (&"one", &"two"),
-            MetadataKeyTwice { key } => return ("distinct keys".into(), format!("{key:?} twice")),
-            MetadataNotString { key, found } => return (format!("a string for {key:?}"), found.clone()),
+            MetadataKeyTwice { key } => return ("distinct keys".into(), format!("{:?} twice", cut(key))),
+            MetadataNotString { key, found } => return (format!("a string for {:?}", cut(key)), found.clone()),
             TensorTwice { .. } => (&"distinct names", &"one twice"),
-            FieldTwice { field, .. } => return ("distinct fields".into(), format!("{field:?} twice")),
+            FieldTwice { field, .. } => return ("distinct fields".into(), format!("{:?} twice", cut(field))),
             FieldMissing { field, .. } => (field, &"nothing"),
             DtypeNotString { found, .. } => (&"a string", found),
             DtypeUnknown { found, .. } => (&"a dtype of safetensors 0.8", found),
             ShapeNotArray { found, .. } => (&"an array", found),
             DimensionNotCount { found, .. } | OffsetNotCount { found, .. } => (&"a whole number below 2^64", found),
             OffsetsNotPair { found, .. } => (&"an array of two", found),
-            ShapeOverflow { dtype, shape, .. } => return ("bits below 2^64".into(), format!("{dtype} {shape}")),
+            ShapeOverflow { dtype, shape, .. } => return ("bits below 2^64".into(), format!("{dtype} {}", few(shape))),
             PartialByte { dtype, shape, bits, .. } => {
-                return ("a multiple of 8 bits".into(), format!("{bits} bits for {dtype} {shape}"));
+                return ("a multiple of 8 bits".into(), format!("{bits} bits for {dtype} {}", few(shape)));
             }
             OffsetsReversed { start, end, .. } => return (format!("an end from {start} on"), end.to_string()),
             SizeMismatch { expected, found, .. } => return (bytes(*expected), bytes(*found)),
@@ -355,3 +355,22 @@ impl From<FormatError> for Error {
 fn bytes(count: u64) -> String {
     format!("{count} bytes")
 }
+
+/// The first characters of a name that the header makes up, which may be as long as the header.
+fn cut(name: &str) -> String {
+    name.chars().take(NAME_SHOWN).collect()
+}
+
+/// The first dimensions, likewise.
+fn few(shape: &Shape) -> String {
+    match shape.dims() {
+        dims if dims.len() <= DIMS_SHOWN => shape.to_string(),
+        dims => format!("{} and {} more dimensions", Shape::new(&dims[..DIMS_SHOWN]), dims.len() - DIMS_SHOWN),
+    }
+}
+
+/// Characters of a name that an error repeats.
+pub(super) const NAME_SHOWN: usize = 64;
+
+/// Dimensions of a shape that an error repeats: no tensor of a model has more.
+const DIMS_SHOWN: usize = 8;

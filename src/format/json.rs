@@ -12,6 +12,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
 use smallvec::SmallVec;
 
 use crate::dtype::Dtype;
+use crate::format::error::NAME_SHOWN;
 use crate::format::{FormatError, HeaderTensor, Text};
 use crate::limits;
 use crate::shape::Shape;
@@ -360,7 +361,7 @@ impl<'de> Visitor<'de> for Count<'_> {
 
 /// A value that we do not know. Unlike `IgnoredAny` it is read as strictly as one that we do: strings and numbers must
 /// be whole, and the nesting is bounded.
-struct Unknown;
+pub(crate) struct Unknown;
 
 impl<'de> serde::Deserialize<'de> for Unknown {
     fn deserialize<D: Deserializer<'de>>(json: D) -> Result<Unknown, D::Error> {
@@ -443,6 +444,3 @@ fn nesting(json: &[u8]) -> usize {
     }
     deepest
 }
-
-/// Characters of an unknown dtype that an error repeats.
-const NAME_SHOWN: usize = 64;

@@ -21,6 +21,7 @@ use crate::limits;
 use crate::shape::Shape;
 
 pub use error::FormatError;
+pub(crate) use json::Unknown;
 pub(crate) use text::Text;
 pub(crate) use write::NewHeader;
 

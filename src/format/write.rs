@@ -5,6 +5,8 @@ use std::collections::BTreeMap;
 use serde_json::{Map, Value, json};
 
 use crate::dtype::Dtype;
+use crate::format::FormatError;
+use crate::limits;
 use crate::shape::Shape;
 
 /// A header to be written, and where each tensor goes.
@@ -21,7 +23,13 @@ pub(crate) struct NewHeader {
 impl NewHeader {
     /// Lays tensors out without holes, those with the widest elements first (then by name), so that each is aligned
     /// to its elements; the reference implementation writes them in the same order.
-    pub(crate) fn new(tensors: &[(&str, Dtype, &Shape)], metadata: &BTreeMap<String, String>) -> NewHeader {
+    ///
+    /// # Errors
+    /// [`FormatError::HeaderTooLarge`], which every reader of the file would answer.
+    pub(crate) fn new(
+        tensors: &[(&str, Dtype, &Shape)],
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<NewHeader, FormatError> {
         let mut order: Vec<usize> = (0..tensors.len()).collect();
         order.sort_by_key(|&position| {
             let (name, dtype, _) = tensors[position];
@@ -47,13 +55,17 @@ impl NewHeader {
         }
         let mut text = Value::Object(header).to_string().into_bytes();
         text.resize(text.len().next_multiple_of(8), b' ');
-        let data_start = 8 + text.len() as u64;
-        let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+        let length = text.len() as u64;
+        if length > limits::HEADER_MAX {
+            return Err(FormatError::HeaderTooLarge { length });
+        }
+        let data_start = 8 + length;
+        let mut bytes = length.to_le_bytes().to_vec();
         bytes.append(&mut text);
-        NewHeader {
+        Ok(NewHeader {
             bytes,
             offsets: starts.into_iter().map(|start| data_start + start).collect(),
             file_bytes: data_start + end,
-        }
+        })
     }
 }

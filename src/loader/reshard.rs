@@ -22,7 +22,9 @@ impl Loader {
     ///
     /// # Errors
     /// [`ErrorKind::Usage`] if `out` exists and `force` is not set; if it cannot be created, is no directory, a mount
-    /// point, the model, or holds some of the model, whatever `force` says. Else as a load, and [`ErrorKind::Io`] if a file cannot be written.
+    /// point, the model, or holds some of the model, whatever `force` says; if the header of a rank's file, with the metadata
+    /// of all files of the model, would be larger than [`limits::HEADER_MAX`](crate::limits::HEADER_MAX). Else as a load, and
+    /// [`ErrorKind::Io`] if a file cannot be written.
     ///
     /// [`ErrorKind::Usage`]: crate::ErrorKind::Usage
     /// [`ErrorKind::Io`]: crate::ErrorKind::Io
@@ -37,28 +39,27 @@ impl Loader {
     pub fn start_reshard(&self, plan: &Plan, out: impl AsRef<Path>, force: bool) -> Result<Reshard> {
         let started = Instant::now();
         agree::alone(plan)?;
-        let mut directory = NewDirectory::create(out.as_ref(), force, plan.checkpoint())?;
         let mut metadata = BTreeMap::new();
         for file in plan.checkpoint().files() {
             metadata.extend(file.metadata.iter().cloned());
         }
+        let original = |param: u32| plan.params()[param as usize].alias_of.is_none();
+        let tensors = |rank| -> Vec<_> {
+            let dests = plan.rank(rank).dests.iter().filter(|dest| original(dest.param));
+            let of = dests.map(|dest| (&plan.params()[dest.param as usize], &dest.shape));
+            of.map(|(param, shape)| (param.name.as_str(), param.dtype, shape)).collect()
+        };
+        for &rank in plan.world().driven() {
+            NewDirectory::check_partition(out.as_ref(), rank, &tensors(rank), &metadata)?;
+        }
+        let mut directory = NewDirectory::create(out.as_ref(), force, plan.checkpoint())?;
         let mut devices = Vec::new();
         let mut offsets = vec![Vec::new(); plan.world().size() as usize];
         for &rank in plan.world().driven() {
-            let ranked = plan.rank(rank);
-            let original = |param: u32| plan.params()[param as usize].alias_of.is_none();
-            let tensors: Vec<_> = ranked
-                .dests
-                .iter()
-                .filter(|dest| original(dest.param))
-                .map(|dest| {
-                    let param = &plan.params()[dest.param as usize];
-                    (param.name.as_str(), param.dtype, &dest.shape)
-                })
-                .collect();
-            let (path, file, starts) = directory.add_partition(rank, &tensors, &metadata)?;
+            let (path, file, starts) = directory.add_partition(rank, &tensors(rank), &metadata)?;
             let mut starts = starts.into_iter();
-            offsets[rank.index()] = ranked
+            offsets[rank.index()] = plan
+                .rank(rank)
                 .dests
                 .iter()
                 .map(|dest| if original(dest.param) { starts.next().unwrap_or(0) } else { 0 })

@@ -146,6 +146,14 @@ pub(crate) enum SplitChoice<T> {
 }
 
 impl<T: Clone> SplitChoice<T> {
+    /// Its file, if it is read from one.
+    pub(crate) fn file(&self) -> Option<&PathBuf> {
+        match self {
+            SplitChoice::Named(_) => None,
+            SplitChoice::File(path) => Some(path),
+        }
+    }
+
     /// What it says, where `read` understands a file's text.
     pub(crate) fn read(&self, read: impl FnOnce(&str) -> Result<T>) -> Result<T> {
         match self {

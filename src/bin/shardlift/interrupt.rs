@@ -1,13 +1,13 @@
-//! Ctrl-C and SIGTERM: a load that is running is cancelled and drained, as is what waits for other ranks; anything else ends
-//! at once; the exit status is 130 or 143.
+//! Ctrl-C, SIGTERM and SIGHUP: a load that is running is cancelled and drained, as is what waits for other ranks; anything else
+//! ends at once; the exit status is 130, 143 or 129.
 
 use std::sync::atomic::{AtomicI32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use shardlift::{Error, ErrorKind, Group, Monitor, Partial, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 
 use crate::output::{Failure, Output};
@@ -20,13 +20,25 @@ pub(crate) struct Interrupt {
 
 #[derive(Debug)]
 struct Shared {
+    command: &'static str,
+    json: bool,
     /// The first signal; 0 before it came.
     signal: AtomicI32,
     then: Mutex<Then>,
     /// The other ranks, which are to hear of a signal. Locked while they are told.
     group: Mutex<Option<Arc<Group>>>,
-    /// What would stay on disk if the process ended now.
-    partial: Mutex<Option<Partial>>,
+    made: Mutex<Made>,
+    /// Told when what is made becomes known.
+    known: Condvar,
+}
+
+/// What would stay on disk if the process ended now.
+#[derive(Debug)]
+enum Made {
+    Nothing,
+    /// Something that is not known yet.
+    Soon,
+    Known(Partial),
 }
 
 /// What a signal does.
@@ -35,19 +47,22 @@ enum Then {
     /// Cancels the load; its error ends the command.
     Cancel(Monitor),
     /// Ends the process: nothing needs to be drained or removed.
-    Exit { command: &'static str, json: bool },
-    /// Nothing: the command asks, or is about to end anyway.
+    Exit,
+    /// Nothing: the command asks.
     Note,
+    /// Nothing: the command has begun to say how it ended.
+    Ended,
 }
 
 impl Interrupt {
     /// Watches for signals; until something else is said they end the process.
     pub(crate) fn install(command: &'static str, json: bool) -> Result<Interrupt> {
-        let then = Mutex::new(Then::Exit { command, json });
-        let (signal, group, partial) = (AtomicI32::new(0), Mutex::default(), Mutex::default());
-        let shared = Arc::new(Shared { signal, then, group, partial });
+        let shared = Arc::new(Shared::new(command, json));
         let failed = |error| Error::new(ErrorKind::Io, "install signal handlers").with_source(error);
-        let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
+        let hangup = (!is_ignored(SIGHUP)).then_some(SIGHUP);
+        let mut signals = Signals::new([SIGINT, SIGTERM].into_iter().chain(hangup)).map_err(failed)?;
+        // A handler, whatever it does: then a file beyond `ulimit -f` is an error of its write.
+        signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(failed)?;
         let theirs = Arc::clone(&shared);
         let watch = move || {
             let mut first: Option<Instant> = None;
@@ -56,10 +71,7 @@ impl Interrupt {
                     // Launchers signal a process and then its group: that is asked once.
                     Some(first) if first.elapsed() < TWICE => continue,
                     // Asked twice: whoever asks does not want to wait for the drain.
-                    Some(_) => {
-                        theirs.remove_partial();
-                        std::process::exit(128 + signal)
-                    }
+                    Some(_) => theirs.end_now(signal),
                     None => first = Some(Instant::now()),
                 }
                 theirs.signal.store(signal, Ordering::SeqCst);
@@ -73,11 +85,8 @@ impl Interrupt {
                 }
                 match &*then {
                     Then::Cancel(_) => {}
-                    Then::Exit { command, json } => {
-                        let status = Output::new(command, *json).finish(Err(interrupted(signal)));
-                        std::process::exit(status.into());
-                    }
-                    Then::Note => {}
+                    Then::Exit => theirs.tell_and_exit(signal),
+                    Then::Note | Then::Ended => {}
                 }
             }
         };
@@ -109,20 +118,33 @@ impl Interrupt {
         *then = Then::Cancel(monitor);
     }
 
+    /// From now on something is made which is to be removed even if the process ends at once: what, [`removes`] says.
+    ///
+    /// [`removes`]: Interrupt::removes
+    pub(crate) fn makes(&self) {
+        *self.shared.made() = Made::Soon;
+    }
+
     /// This is to be removed even if the process ends at once.
     pub(crate) fn removes(&self, partial: Partial) {
-        *self.shared.partial.lock().unwrap_or_else(PoisonError::into_inner) = Some(partial);
+        *self.shared.made() = Made::Known(partial);
+        self.shared.known.notify_all();
     }
 
     /// From now on a signal ends the process; one that has come already is an error.
-    pub(crate) fn exits(&self, command: &'static str, json: bool) -> Result<(), Failure> {
-        *self.shared.then() = Then::Exit { command, json };
+    pub(crate) fn exits(&self) -> Result<(), Failure> {
+        *self.shared.then() = Then::Exit;
         self.check()
     }
 
     /// From now on a signal is only noted.
     pub(crate) fn waits(&self) {
         *self.shared.then() = Then::Note;
+    }
+
+    /// The end of this command is decided, and is said now: one object, not two. Does not return if a signal has said another.
+    pub(crate) fn ends(&self) {
+        *self.shared.then() = Then::Ended;
     }
 
     /// The signal that came, if one did.
@@ -143,6 +165,11 @@ impl Interrupt {
 }
 
 impl Shared {
+    fn new(command: &'static str, json: bool) -> Shared {
+        let (signal, then, group) = (AtomicI32::new(0), Mutex::new(Then::Exit), Mutex::default());
+        Shared { command, json, signal, then, group, made: Mutex::new(Made::Nothing), known: Condvar::new() }
+    }
+
     fn then(&self) -> MutexGuard<'_, Then> {
         self.then.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -151,17 +178,60 @@ impl Shared {
         self.group.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Removes what would stay on disk, or gives up: storage that hangs must not keep a process that was told twice.
-    fn remove_partial(&self) {
-        let Some(partial) = self.partial.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
-        let (done, removed) = mpsc::channel();
-        let remove = move || {
+    fn made(&self) -> MutexGuard<'_, Made> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says that the process was interrupted, and ends it. Called with [`Then`] locked, so that the command says nothing.
+    fn tell_and_exit(&self, signal: i32) -> ! {
+        let status = Output::new(self.command, self.json).finish(Err(interrupted(signal)));
+        std::process::exit(status.into())
+    }
+
+    /// Ends the process whatever is under way. Storage that hangs and an output that nobody reads must not keep one that was
+    /// told twice.
+    fn end_now(self: &Arc<Shared>, signal: i32) -> ! {
+        let theirs = Arc::clone(self);
+        within(REMOVE, move || theirs.remove_made());
+        let theirs = Arc::clone(self);
+        within(TELL, move || {
+            let then = theirs.then();
+            // What the command has begun to say is cut off here, if it takes that long.
+            if theirs.json && !matches!(*then, Then::Ended) {
+                theirs.tell_and_exit(signal);
+            }
+        });
+        std::process::exit(128 + signal)
+    }
+
+    /// Removes what would stay on disk, once it is known.
+    fn remove_made(&self) {
+        let soon = |made: &mut Made| matches!(made, Made::Soon);
+        let made = self.known.wait_while(self.made(), soon).unwrap_or_else(PoisonError::into_inner);
+        if let Made::Known(partial) = &*made {
             partial.remove();
-            let _ = done.send(());
-        };
-        if thread::Builder::new().name("shardlift-remove".into()).spawn(remove).is_ok() {
-            let _ = removed.recv_timeout(REMOVE);
         }
+    }
+}
+
+/// Waits until this is done, but no longer than the bound.
+fn within(bound: Duration, work: impl FnOnce() + Send + 'static) {
+    let (done, told) = mpsc::channel();
+    let work = move || {
+        work();
+        let _ = done.send(());
+    };
+    if thread::Builder::new().name("shardlift-end".into()).spawn(work).is_ok() {
+        let _ = told.recv_timeout(bound);
+    }
+}
+
+/// Whether whoever started this process wants a signal to be ignored, as nohup does.
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: zeros are a `sigaction`, and without a new one the call writes to it and changes nothing.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &mut now) == 0 && now.sa_sigaction == libc::SIG_IGN
     }
 }
 
@@ -178,3 +248,33 @@ const TWICE: Duration = Duration::from_secs(1);
 
 /// How long a process that was told twice to end may take to remove what it has written.
 const REMOVE: Duration = Duration::from_secs(2);
+
+/// How long it may take then to say so.
+const TELL: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use shardlift::{Checkpoint, Loader, Plan, Rules, World};
+
+    use super::*;
+
+    /// Between the folder of a reshard and the moment in which the command line knows of it.
+    #[test]
+    fn what_is_being_made_is_removed_when_it_is_known() {
+        let folder = tempfile::tempdir().unwrap();
+        let (model, out) = (folder.path().join("model.safetensors"), folder.path().join("new/out"));
+        let header = br#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+        std::fs::write(&model, [&(header.len() as u64).to_le_bytes()[..], header, &[1]].concat()).unwrap();
+        let plan = Plan::new(&Checkpoint::open(&model).unwrap(), &Rules::replicate_all(), &World::host(1)).unwrap();
+
+        let interrupt = Interrupt { shared: Arc::new(Shared::new("reshard", false)) };
+        interrupt.makes();
+        let shared = Arc::clone(&interrupt.shared);
+        let remover = thread::spawn(move || shared.remove_made());
+        let reshard = Loader::new().start_reshard(&plan, &out, false).unwrap();
+        interrupt.removes(reshard.partial());
+        remover.join().unwrap();
+        assert!(!folder.path().join("new").exists());
+        reshard.finish().unwrap_err();
+    }
+}

@@ -1,8 +1,9 @@
 //! `shardlift load`: the whole journey, and what it took.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File, OpenOptions};
 use std::io::{IsTerminal, Seek};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -67,10 +68,15 @@ fn load(
     };
     let plan = Plan::new(&checkpoint, &rules, &world)?;
     let plan_seconds = planned.elapsed().as_secs_f64();
+    // While a signal still ends the process: opening a pipe waits for its reader.
+    let inputs = || model::inputs(&checkpoint, mesh).into_iter().chain(args.doctor.clone());
+    let trace = trace.as_deref().map(|path| TraceFile::create(path, inputs())).transpose()?;
     interrupt.waits(); // memory and threads come into being from here on
     interrupt.check()?;
 
-    let trace = trace.as_deref().map(TraceFile::create).transpose()?;
+    if let Some(file) = trace.as_ref().filter(|file| file.is_file()) {
+        file.write()?; // for whoever ends this process before the end
+    }
     let loader = loader.digests(*check).trace(trace.as_ref().map(|file| &file.trace));
     let times = repeat.map_or(1, |times| times as usize);
     let mut runs = Vec::new();
@@ -152,7 +158,7 @@ fn run_once(
     let mut digests: BTreeMap<Rank, u64> = BTreeMap::new();
     if args.check {
         // Nothing of the load is left to drain. Other ranks are told, where there are any.
-        interrupt.exits("load", args.json)?;
+        interrupt.exits()?;
         digests.extend(weights.check_moved().map_err(failed)?);
     }
     Ok(Run { report, tensors, digests })
@@ -190,13 +196,24 @@ struct TraceFile {
 }
 
 impl TraceFile {
-    fn create(path: &Path) -> shardlift::Result<TraceFile> {
-        let file = File::create(path).map_err(|error| Error::io("cannot create trace", path, error))?;
-        let file = TraceFile { trace: Trace::new(), path: path.into(), file };
-        if file.is_file() {
-            file.write()?; // for whoever ends this process before the end
+    /// Refuses one of the `inputs`. Compares identities: a name may be spelt in many ways.
+    fn create(path: &Path, inputs: impl IntoIterator<Item = PathBuf>) -> shardlift::Result<TraceFile> {
+        let cannot = |error| Error::io("cannot create trace", path, error);
+        // What was in it goes when something is written.
+        let file = OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(cannot)?;
+        let own = file.metadata().map_err(cannot)?;
+        let is_own = |input: &PathBuf| {
+            fs::metadata(input).is_ok_and(|input| (input.dev(), input.ino()) == (own.dev(), own.ino()))
+        };
+        if own.is_file()
+            && let Some(input) = inputs.into_iter().find(is_own)
+        {
+            return Err(Error::new(ErrorKind::Usage, "the trace would take the place of a file that is read")
+                .with_rule("trace-is-input")
+                .with_expected("another file", input.display())
+                .with_file(path));
         }
-        Ok(file)
+        Ok(TraceFile { trace: Trace::new(), path: path.into(), file })
     }
 
     fn is_file(&self) -> bool {

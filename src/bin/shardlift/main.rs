@@ -53,8 +53,7 @@ fn main() -> ExitCode {
         let what = what.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
         Err(Failure::from(Error::new(ErrorKind::Panicked, format!("bug in shardlift: {what}"))))
     });
-    // One object, not two: the end of this command is decided.
-    interrupt.waits();
+    interrupt.ends();
     ExitCode::from(output.finish(result))
 }
 

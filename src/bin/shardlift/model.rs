@@ -1,17 +1,19 @@
 //! MODEL and MESH: from words on the command line to a checkpoint, a world and rules.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use shardlift::plan::{Mesh, ModelOptions, Split, StageSplit};
 use shardlift::{Checkpoint, Error, ErrorKind, HubCache, Plan, Rank, Result, Rules, World, limits};
 
-use crate::args::{Devices, MeshArgs, RulesChoice, Target};
+use crate::args::{Devices, MeshArgs, RulesChoice, SplitChoice, Target};
 
 /// Opens MODEL; an existing path wins over a name in the Hugging Face cache.
 pub(crate) fn open(model: &Path) -> Result<Checkpoint> {
-    // A link to nothing is a path, too.
-    match model.to_str().filter(|id| model.symlink_metadata().is_err() && is_hub_id(id)) {
+    // A link to nothing is a path, too, and so is what cannot be looked at.
+    let nothing = |error: io::Error| matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory);
+    match model.to_str().filter(|id| model.symlink_metadata().is_err_and(nothing) && is_hub_id(id)) {
         Some(id) => Checkpoint::open_hub(id, &HubCache::from_env()?),
         None => Checkpoint::open(model),
     }
@@ -24,6 +26,21 @@ pub(crate) fn open_adapted(model: &Path, mesh: &MeshArgs) -> Result<Checkpoint> 
         Some(dir) => checkpoint.with_adapter(dir),
         None => Ok(checkpoint),
     }
+}
+
+/// The files that a command reads for its MODEL and MESH, and those that it would if they were there.
+pub(crate) fn inputs(checkpoint: &Checkpoint, mesh: &MeshArgs) -> Vec<PathBuf> {
+    let path = checkpoint.path();
+    let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
+    let mut inputs: Vec<PathBuf> = checkpoint.files().iter().map(|file| file.path.clone()).collect();
+    inputs.extend(["config.json", "model.safetensors.index.json"].map(|name| folder.join(name)));
+    inputs.extend(mesh.adapter.iter().map(|dir| dir.join("adapter_config.json")));
+    if let RulesChoice::File(path) | RulesChoice::HfPlan(path) = &mesh.rules {
+        inputs.push(path.clone());
+    }
+    inputs.extend(mesh.pp_split.iter().filter_map(SplitChoice::file).cloned());
+    inputs.extend(mesh.ep_split.iter().filter_map(SplitChoice::file).cloned());
+    inputs
 }
 
 /// Whether this reads as `org/name[@revision]`.

@@ -21,7 +21,7 @@ pub(crate) struct Rates {
 /// Reads the object that `doctor --json` printed.
 pub(crate) fn measured(path: &Path) -> Result<Rates> {
     let mut text = Vec::new();
-    let read = File::open(path).and_then(|file| file.take(limits::INDEX_MAX).read_to_end(&mut text));
+    let read = File::open(path).and_then(|file| file.take(limits::CONFIG_MAX).read_to_end(&mut text));
     read.map_err(|error| Error::io("cannot read rates", path, error))?;
     let object = serde_json::from_slice(&text).unwrap_or_default();
     rates(&object).ok_or_else(|| {

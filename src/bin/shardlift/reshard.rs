@@ -25,6 +25,7 @@ pub(crate) fn run(
     interrupt.check()?;
 
     let failed = |error| Failure::started(error).with_signal(interrupt.signal());
+    interrupt.makes();
     let reshard = Loader::new().start_reshard(&plan, out, *force).map_err(failed)?;
     interrupt.removes(reshard.partial());
     let monitor = reshard.monitor();

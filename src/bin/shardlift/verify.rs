@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
-use shardlift::checkpoint::CheckpointFile;
+use shardlift::checkpoint::{CheckpointFile, TensorMeta};
 use shardlift::source::SourceFile;
 use shardlift::{Checkpoint, Digest, Error, ErrorKind, FileId, Result};
 
@@ -29,11 +29,10 @@ pub(crate) fn run(args: &VerifyArgs, output: &mut Output) -> Result<Map<String, 
                 None => output.line(format_args!("{}: sha256 {}", file.name, sums.sha256)),
             }
         }
-        let of_file = checkpoint.tensors().iter().filter(|tensor| tensor.file == id).count();
         files.push(json!({
             "name": file.name,
             "bytes": file.identity.size,
-            "tensors": of_file,
+            "tensors": tensors_of(&checkpoint, id).len(),
             "sha256": deep.then_some(sums.sha256),
             "sha256_expected": sums.expected,
         }));
@@ -87,7 +86,7 @@ fn read_opened(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile, sourc
         }
         Ok(())
     };
-    for tensor in checkpoint.tensors().iter().filter(|tensor| tensor.file == id) {
+    for tensor in tensors_of(checkpoint, id) {
         // The header, or a tensor that the index leaves out: none of the checkpoint's, but in the file's sha256.
         advance(tensor.start, None)?;
         let mut digest = Digest::default();
@@ -105,6 +104,13 @@ fn read_opened(checkpoint: &Checkpoint, id: FileId, file: &CheckpointFile, sourc
         }
         _ => Ok(sums),
     }
+}
+
+/// The tensors of a file. All are sorted by file: to look through them for each would take files times tensors.
+fn tensors_of(checkpoint: &Checkpoint, id: FileId) -> &[TensorMeta] {
+    let tensors = checkpoint.tensors();
+    let from = tensors.partition_point(|tensor| tensor.file < id);
+    &tensors[from..][..tensors[from..].partition_point(|tensor| tensor.file == id)]
 }
 
 /// What the file is called in the Hugging Face cache, if that is a sha256.

@@ -6,13 +6,16 @@ use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::launch::group::Membership;
 use crate::launch::node;
 use crate::limits;
 
 /// The first line; the number is that of the form.
 const FIRST_LINE: &str = "shardlift rendezvous 1";
+
+/// What it begins with in every form.
+const FIRST_WORDS: &str = "shardlift rendezvous ";
 
 /// What rank 0 wrote, as long as it is there.
 #[derive(Debug)]
@@ -28,6 +31,7 @@ pub(in crate::launch) struct Token {
 impl Published {
     /// Writes where `listener` is reached. The file appears whole, in the place of one that an earlier run left.
     pub(super) fn new(path: &Path, listener: &TcpListener, membership: &Membership) -> Result<Published> {
+        refuse_others(path)?;
         let failed = |error| Error::io("cannot write the rendezvous file", path, error);
         let port = listener.local_addr().map_err(failed)?.port();
         let token = format!("{:016x}", membership.nonce);
@@ -96,6 +100,20 @@ pub(super) fn candidates(path: &Path, membership: &Membership) -> io::Result<(Ve
     found.extend(host.and_then(|host| host.to_socket_addrs().ok()).into_iter().flatten());
     found.dedup();
     Ok((found, Token { path: path.into(), token }))
+}
+
+/// Refuses to take the place of what no run of ours has left, a file of the model for instance.
+fn refuse_others(path: &Path) -> Result<()> {
+    if !fs::metadata(path).is_ok_and(|found| found.is_file()) {
+        return Ok(());
+    }
+    match read(path) {
+        Ok(text) if text.is_empty() || text.starts_with(FIRST_WORDS) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        _ => Err(Error::new(ErrorKind::Usage, "the rendezvous file would take the place of another")
+            .with_expected("a rendezvous file, or none", "something else")
+            .with_file(path)),
+    }
 }
 
 /// The file's text. A network file system may remember that there was none until its directory is opened again.
