@@ -45,7 +45,11 @@ impl Work for Job {
                 Ok(Taken::Skipped) => {}
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
                 Ok(Taken::NoSlot) if asked.elapsed() > self.patience(self.setup.stall_error) => {
-                    let message = format!("no staging slot became free for {:?}", asked.elapsed());
+                    let whose = match self.setup.ring.is_retired() {
+                        true => ": another load of the loader stalled, and keeps what it had",
+                        false => "",
+                    };
+                    let message = format!("no staging slot became free for {:?}{whose}", asked.elapsed());
                     self.fail(self.locate_next(Error::new(ErrorKind::Stalled, message)));
                     return Next::Finished;
                 }
