@@ -6,15 +6,19 @@ mod driver_calls;
 #[path = "support/shapes.rs"]
 mod shapes;
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use driver_calls::{ASKED_OFTEN, QUIET};
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 use shapes::Shape;
-use shardlift::read::EngineChoice;
+use shardlift::read::{self, Engine, EngineChoice, Mmap, Work};
 use shardlift::{
     CallerMemory, Checkpoint, Digest, ErrorKind, Loader, Memory, Plan, Rank, Result, Rules, Tensor, World,
 };
@@ -256,6 +260,66 @@ fn mapped() {
     assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
 }
 
+/// Lends from files whose pages are gone at that moment, and there again after it.
+#[derive(Debug)]
+struct Losing(Mmap);
+
+// SAFETY: the engine inside answers for it.
+unsafe impl Engine for Losing {
+    fn name(&self) -> &'static str {
+        "losing"
+    }
+    fn threads(&self) -> usize {
+        self.0.threads()
+    }
+    fn lends(&self) -> bool {
+        true
+    }
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        self.0.run(&LosingWork(work))
+    }
+}
+
+struct LosingWork<'a>(&'a dyn Work);
+
+impl Work for LosingWork<'_> {
+    fn next(&self, may_wait: bool) -> read::Next {
+        self.0.next(may_wait)
+    }
+    fn stopped(&self) -> bool {
+        self.0.stopped()
+    }
+    fn done(&self, request: read::Request, outcome: std::io::Result<usize>) {
+        self.0.done(request, outcome);
+    }
+    unsafe fn lent(&self, request: read::Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
+        let path = request.file().path().to_owned();
+        let bytes = std::fs::read(&path).unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        let modified = file.metadata().unwrap().modified().unwrap();
+        file.set_len(0).unwrap();
+        // SAFETY: the engine's word, passed on.
+        unsafe { self.0.lent(request, mapping, keep) };
+        file.write_all_at(&bytes, 0).unwrap();
+        file.set_modified(modified).unwrap();
+    }
+}
+
+/// In a process of its own: what is copied of a mapping that cannot be pinned is not zeros that the file never had.
+#[test]
+#[ignore = "run by another test"]
+fn mapped_and_lost() {
+    let (_folder, plan, loader) = rig(&[0], EngineChoice::Mmap);
+    let loader = loader.custom_engine(Arc::new(Losing(Mmap::new(1))));
+    let refused: Vec<String> = (1..=9).map(|n| format!("cuMemHostRegister@{n}=1")).collect();
+    twins::cuda::fault(&refused.join(","));
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    let error = load.finish().map(|(_, report)| report).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Truncated, "{error}");
+    assert!(monitor.warnings().iter().any(|warning| warning.contains("copied instead of pinned")));
+}
+
 /// In a process of its own: a copy that fails while it runs is an error that names a tensor.
 #[test]
 #[ignore = "run by another test"]
@@ -480,6 +544,11 @@ fn mappings_are_copied_from_where_the_driver_can() {
     let (on, off) = ("1".to_owned(), "0".to_owned());
     child("mapped", &[("MAPPED_REGISTERS", on.clone())]);
     child("mapped", &[("MAPPED_REGISTERS", off), ("SIMCUDA_HOST_PAGE_TABLES", on)]);
+}
+
+#[test]
+fn pages_that_are_lost_while_a_mapping_is_copied_are_an_error() {
+    child("mapped_and_lost", &[]);
 }
 
 #[test]

@@ -145,6 +145,18 @@ impl SourceFile {
         compare(&self.path, expected, Identity::of(&metadata))
     }
 
+    /// What a read comes to of a page that storage does not give although the file had it when it was opened: to nothing where
+    /// the file is shorter by now, or was for a moment, as one that is written anew.
+    ///
+    /// # Errors
+    /// Where it has not changed, that of storage that fails; or the system does not say.
+    pub(crate) fn without_page(&self) -> std::io::Result<()> {
+        match Identity::of(&self.file.metadata()?) == self.identity {
+            true => Err(rustix::io::Errno::IO.into()),
+            false => Ok(()),
+        }
+    }
+
     /// Checks that a path names a file with this identity, unchanged.
     ///
     /// # Errors
