@@ -229,6 +229,9 @@ pub const THROTTLE_CREDIT: Duration = Duration::from_millis(50);
 /// slower. Chosen by `benches/engines.rs` (`--sweep depth`).
 pub const URING_DEPTH: u32 = 8;
 
+/// Most reads in flight of one io_uring: the kernel has no larger rings (`IORING_MAX_ENTRIES`).
+pub const URING_DEPTH_MAX: u32 = 32_768;
+
 /// Most slots that one io_uring registers: a table of this size costs a page, and more slots are never in flight.
 pub const URING_SLOTS: u16 = 1024;
 

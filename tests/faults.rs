@@ -10,8 +10,8 @@ mod worlds;
 
 use std::any::Any;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use shardlift::read::{Engine, EngineChoice, Mmap, Next, Pread, Request, Uring, Work};
@@ -269,6 +269,66 @@ fn a_stalled_read_is_a_warning_and_then_an_error_that_names_it() {
     assert!(!monitor.warnings().is_empty());
     assert!(error.file().is_some() && error.tensor().is_some() && error.at().bytes.is_some(), "{error:?}");
     assert!(began.elapsed() < STALL, "{:?}", began.elapsed());
+}
+
+/// Keeps what it is given until it is let go, and from then on reads.
+#[derive(Debug, Default)]
+struct Kept {
+    gone: Mutex<bool>,
+    go: Condvar,
+    reads: AtomicBool,
+}
+
+impl Kept {
+    const THREADS: usize = 4;
+
+    fn let_go(&self) {
+        *self.gone.lock().unwrap() = true;
+        self.go.notify_all();
+    }
+}
+
+// SAFETY: the engine inside answers for itself; else it reports no bytes, and keeps no request.
+unsafe impl Engine for Kept {
+    fn name(&self) -> &'static str {
+        "kept"
+    }
+    fn threads(&self) -> usize {
+        Kept::THREADS
+    }
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        if self.reads.load(Ordering::Relaxed) {
+            return Pread::new(Kept::THREADS).run(work);
+        }
+        while let Next::Request(request) = work.next(true) {
+            drop(self.go.wait_while(self.gone.lock().unwrap(), |gone| !*gone).unwrap());
+            work.done(request, Ok(0));
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_loader_loads_again_after_reads_that_do_not_come_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let tensors = model::write(folder.path(), 19);
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    for world in worlds::of(2) {
+        let engine = Arc::new(Kept::default());
+        // Two slots, which the reads have both.
+        let loader = Loader::new().staging(2 << 20).custom_engine(Arc::clone(&engine) as Arc<dyn Engine>);
+        let loader = loader.stall(Duration::from_millis(50), Duration::from_millis(200));
+        let plan = loader.plan(&checkpoint, &Rules::from_toml(model::RULES).unwrap(), &world).unwrap();
+        assert_eq!(loader.load(&plan).unwrap_err().kind(), ErrorKind::Stalled);
+        engine.reads.store(true, Ordering::Relaxed);
+        let loader = loader.stall(shardlift::limits::STALL_WARNING, shardlift::limits::STALL_ERROR);
+        let (weights, _) = loader.load(&plan).unwrap_or_else(|error| panic!("{world:?}: {error}"));
+        engine.let_go();
+        for (rank, tensor) in (0..2).flat_map(|rank| tensors.iter().map(move |tensor| (rank, tensor))) {
+            let landed = weights.tensor(Rank(rank), &tensor.name).unwrap();
+            assert!(landed.to_bytes().unwrap() == model::expected(tensor, rank as usize, 2), "{}", tensor.name);
+        }
+    }
 }
 
 #[test]

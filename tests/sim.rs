@@ -6,15 +6,19 @@ mod driver_calls;
 #[path = "support/shapes.rs"]
 mod shapes;
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use driver_calls::{ASKED_OFTEN, QUIET};
 use safetensors::tensor::Dtype;
 use serde_json::Value;
 use shapes::Shape;
-use shardlift::read::EngineChoice;
+use shardlift::read::{self, Engine, EngineChoice, Mmap, Work};
 use shardlift::{
     CallerMemory, Checkpoint, Digest, ErrorKind, Loader, Memory, Plan, Rank, Result, Rules, Tensor, World,
 };
@@ -256,6 +260,66 @@ fn mapped() {
     assert_eq!((twins::cuda::live(), twins::cuda::violations()), (0, 0));
 }
 
+/// Lends from files whose pages are gone at that moment, and there again after it.
+#[derive(Debug)]
+struct Losing(Mmap);
+
+// SAFETY: the engine inside answers for it.
+unsafe impl Engine for Losing {
+    fn name(&self) -> &'static str {
+        "losing"
+    }
+    fn threads(&self) -> usize {
+        self.0.threads()
+    }
+    fn lends(&self) -> bool {
+        true
+    }
+    fn run(&self, work: &dyn Work) -> Result<()> {
+        self.0.run(&LosingWork(work))
+    }
+}
+
+struct LosingWork<'a>(&'a dyn Work);
+
+impl Work for LosingWork<'_> {
+    fn next(&self, may_wait: bool) -> read::Next {
+        self.0.next(may_wait)
+    }
+    fn stopped(&self) -> bool {
+        self.0.stopped()
+    }
+    fn done(&self, request: read::Request, outcome: std::io::Result<usize>) {
+        self.0.done(request, outcome);
+    }
+    unsafe fn lent(&self, request: read::Request, mapping: *const u8, keep: Arc<dyn Any + Send + Sync>) {
+        let path = request.file().path().to_owned();
+        let bytes = std::fs::read(&path).unwrap();
+        let file = OpenOptions::new().write(true).open(&path).unwrap();
+        let modified = file.metadata().unwrap().modified().unwrap();
+        file.set_len(0).unwrap();
+        // SAFETY: the engine's word, passed on.
+        unsafe { self.0.lent(request, mapping, keep) };
+        file.write_all_at(&bytes, 0).unwrap();
+        file.set_modified(modified).unwrap();
+    }
+}
+
+/// In a process of its own: what is copied of a mapping that cannot be pinned is not zeros that the file never had.
+#[test]
+#[ignore = "run by another test"]
+fn mapped_and_lost() {
+    let (_folder, plan, loader) = rig(&[0], EngineChoice::Mmap);
+    let loader = loader.custom_engine(Arc::new(Losing(Mmap::new(1))));
+    let refused: Vec<String> = (1..=9).map(|n| format!("cuMemHostRegister@{n}=1")).collect();
+    twins::cuda::fault(&refused.join(","));
+    let load = loader.start(&plan).unwrap();
+    let monitor = load.monitor();
+    let error = load.finish().map(|(_, report)| report).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Truncated, "{error}");
+    assert!(monitor.warnings().iter().any(|warning| warning.contains("copied instead of pinned")));
+}
+
 /// In a process of its own: a copy that fails while it runs is an error that names a tensor.
 #[test]
 #[ignore = "run by another test"]
@@ -318,9 +382,52 @@ fn hanging() {
     assert!(began.elapsed() < Duration::from_secs(10), "{call}: {:?}", began.elapsed());
     assert_eq!(error.kind(), ErrorKind::Stalled, "{call}: {error}");
     assert!(monitor.progress().abandoned_bytes > 0, "{call}: {error}");
+    println_result(&format!("{call}: {error}"));
+    // The loader loads into other GPUs, although the one slot that this model needs may never be free again.
+    twins::cuda::fault("");
+    let rules = Rules::from_toml(RULES).unwrap();
+    let elsewhere = Plan::new(plan.checkpoint(), &rules, &World::local([2, 3])).unwrap();
+    let loader = loader.stall(Duration::from_secs(5), Duration::from_secs(20));
+    loader.load(&elsewhere).unwrap_or_else(|error| panic!("{call}: {error}")).0.check().unwrap();
     drop(loader);
     assert_eq!(twins::cuda::violations(), 0);
-    println_result(&format!("{call}: {error}"));
+}
+
+/// In a process of its own: pinned memory that a device still reads when a load is given up stays, and no other.
+#[test]
+#[ignore = "run by another test"]
+fn given_back() {
+    twins::cuda::load();
+    let folder = tempfile::tempdir().unwrap();
+    let shapes: [Shape<'_>; 2] = [("large", Dtype::U8, &[12 << 20]), ("small", Dtype::U8, &[1001])];
+    let plan_of = |shape: &Shape<'_>, gpu: u32| {
+        let folder = folder.path().join(shape.0);
+        std::fs::create_dir_all(&folder).unwrap();
+        shapes::write(&folder, &[("one", std::slice::from_ref(shape))]);
+        Plan::new(&Checkpoint::open(&folder).unwrap(), &Rules::replicate_all(), &World::local([gpu])).unwrap()
+    };
+    let (large, small) = (plan_of(&shapes[0], 0), plan_of(&shapes[1], 0));
+    let pinned = || twins::cuda::calls(Some("cuMemHostRegister")) - twins::cuda::calls(Some("cuMemHostUnregister"));
+    // Slots of 4 MiB.
+    let loader = Loader::new().engine(EngineChoice::Pread).staging(64 << 20);
+    loader.load(&large).unwrap();
+    assert!(pinned() >= 2, "{}", pinned());
+    let loader = loader.stall(Duration::from_millis(100), Duration::from_millis(300));
+    twins::cuda::fault("run:copy@1=hang");
+    let error = loader.load(&small).map(|(_, report)| report).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Stalled, "{error}");
+    twins::cuda::fault("");
+    loader.release();
+    // On a thread that nobody waits for.
+    let began = Instant::now();
+    while pinned() > 1 {
+        assert!(began.elapsed() < Duration::from_secs(20), "{} slots are pinned", pinned());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let loader = loader.stall(Duration::from_secs(5), Duration::from_secs(20));
+    loader.load(&plan_of(&shapes[0], 1)).unwrap().0.check().unwrap();
+    loader.release();
+    assert_eq!((pinned(), twins::cuda::violations()), (1, 0));
 }
 
 /// In a process of its own: whoever asks for the bytes of a tensor whose GPU hangs is told so, and its memory stays.
@@ -440,6 +547,11 @@ fn mappings_are_copied_from_where_the_driver_can() {
 }
 
 #[test]
+fn pages_that_are_lost_while_a_mapping_is_copied_are_an_error() {
+    child("mapped_and_lost", &[]);
+}
+
+#[test]
 fn copies_that_fail_late_are_told() {
     child("failing_late", &[]);
 }
@@ -460,6 +572,11 @@ fn a_driver_that_does_not_come_back_ends_the_load() {
         child("hanging", &[("HANGING_CALL", call.to_string()), ("SIMCUDA_LEAKS", "ignore".into())]);
     };
     std::thread::scope(|scope| (0..HANGING.len()).for_each(|call| drop(scope.spawn(move || child(call)))));
+}
+
+#[test]
+fn a_load_that_is_given_up_keeps_no_free_memory() {
+    child("given_back", &[("SIMCUDA_LEAKS", "ignore".into())]);
 }
 
 #[test]

@@ -46,6 +46,14 @@ impl CufileMeasurement {
 /// Rings of slots in memory of GPUs, by the device's name.
 pub(super) type DeviceRings = Mutex<BTreeMap<String, Ring>>;
 
+/// The slots for a load that begins: others in place of those of a load that may never give all of its own back.
+pub(super) fn in_use(ring: &mut Ring) -> Ring {
+    if ring.is_retired() {
+        *ring = ring.anew();
+    }
+    ring.clone()
+}
+
 /// What a load reads with.
 #[derive(Debug)]
 pub(super) struct Chosen {
@@ -196,12 +204,12 @@ impl Loader {
         direct: Option<Direct>,
         devices: &[Arc<dyn Device>],
     ) -> Result<Chosen> {
-        let (mut ring, mut maker) = (self.ring_for(devices).clone(), None);
+        let (mut ring, mut maker) = (self.ring_for(devices), None);
         if let Some(registrar) = engine.registrar() {
             let device = only_gpu(engine.name(), devices)?;
-            let slot = self.device_ring.slot_bytes();
+            let slot = lock(&self.device_ring).slot_bytes();
             let fresh = || Ring::on_device(self.staging, slot);
-            ring = lock(&self.slots_on_gpus).entry(device.name()).or_insert_with(fresh).clone();
+            ring = in_use(lock(&self.slots_on_gpus).entry(device.name()).or_insert_with(fresh));
             let made = Arc::new(SlotMaker::new(device, registrar));
             let (first, slots, bound) = (Arc::clone(&made), ring.clone(), self.stall_error);
             within(bound, "registering a slot", move || first.try_out(&slots, bound))?;

@@ -26,7 +26,7 @@ use crate::plan::{Plan, Request, Rules, World};
 use crate::read::{Engine, EngineChoice};
 use crate::sync::lock;
 
-use engine::{Chosen, DeviceRings};
+use engine::{Chosen, DeviceRings, in_use};
 
 pub use engine::CufileMeasurement;
 pub use lend::CallerMemory;
@@ -49,9 +49,9 @@ pub struct Loader {
     /// Those who load the other ranks.
     group: Option<Arc<Group>>,
     /// Slots for loads into host memory, which stay in a processor's cache.
-    ring: Ring,
+    ring: Mutex<Ring>,
     /// Larger ones, pinned, for loads into GPUs, whose copies cost by the piece.
-    device_ring: Ring,
+    device_ring: Mutex<Ring>,
     /// The same in memory of each GPU that an engine read into.
     slots_on_gpus: DeviceRings,
     /// What is known of cuFile, for `auto`.
@@ -111,8 +111,8 @@ impl Loader {
             digests: false,
             trace: None,
             group: None,
-            ring: Ring::new(limits::STAGING, limits::SLOT),
-            device_ring: Ring::new(limits::STAGING, limits::DEVICE_SLOT),
+            ring: Mutex::new(Ring::new(limits::STAGING, limits::SLOT)),
+            device_ring: Mutex::new(Ring::new(limits::STAGING, limits::DEVICE_SLOT)),
             slots_on_gpus: DeviceRings::default(),
             measured: Vec::new(),
             gpus: Mutex::default(),
@@ -133,13 +133,13 @@ impl Loader {
         self
     }
 
-    /// Bounds the staging memory in bytes; at least [`limits::STAGING_MIN`].
+    /// Bounds the staging memory in bytes; at least [`limits::STAGING_MIN`]. What a load that stalled had of it counts no more.
     pub fn staging(mut self, bytes: usize) -> Loader {
         self.staging = bytes.max(limits::STAGING_MIN);
         let ring = |slot: usize| {
             // Whole blocks, so that O_DIRECT reads fill a slot and no more.
             let slot = slot as u64 / limits::DIRECT_ALIGNMENT * limits::DIRECT_ALIGNMENT;
-            Ring::new(self.staging, slot as usize)
+            Mutex::new(Ring::new(self.staging, slot as usize))
         };
         let slot = limits::SLOT.min(self.staging / 2);
         (self.ring, self.device_ring) =
@@ -353,9 +353,7 @@ impl Loader {
     /// Gives back what is kept from load to load and none uses now: staging memory, pinned or not, and the contexts of
     /// GPUs.
     pub fn release(&self) {
-        self.ring.release();
-        self.device_ring.release();
-        self.rings_on_gpus().iter().for_each(Ring::release);
+        self.rings().iter().for_each(Ring::release);
         lock(&self.gpus).clear();
     }
 
@@ -395,22 +393,25 @@ impl Loader {
     }
 
     /// The slots for loads into these devices.
-    fn ring_for(&self, devices: &[Arc<dyn Device>]) -> &Ring {
-        if devices.iter().all(|device| device.copies_any()) { &self.ring } else { &self.device_ring }
+    fn ring_for(&self, devices: &[Arc<dyn Device>]) -> Ring {
+        let of_host = devices.iter().all(|device| device.copies_any());
+        in_use(&mut lock(if of_host { &self.ring } else { &self.device_ring }))
     }
 
     /// Gives back what is free of the slots that a load does not use: all kinds together would be more than the budget.
     fn release_other(&self, used: &Ring) {
-        for ring in [&self.ring, &self.device_ring].into_iter().chain(&self.rings_on_gpus()) {
+        for ring in self.rings() {
             if !ring.is(used) && ring.bytes() > 0 {
                 ring.release();
             }
         }
     }
 
-    /// Those in memory of GPUs, to be used without the lock: what gives slots back there takes its time.
-    fn rings_on_gpus(&self) -> Vec<Ring> {
-        lock(&self.slots_on_gpus).values().cloned().collect()
+    /// Every kind, to be used without the locks: giving slots back takes its time.
+    fn rings(&self) -> Vec<Ring> {
+        let mut rings = vec![lock(&self.ring).clone(), lock(&self.device_ring).clone()];
+        rings.extend(lock(&self.slots_on_gpus).values().cloned());
+        rings
     }
 
     /// Begins with other slots there: those that are were made for other engines, or of another size.

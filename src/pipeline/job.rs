@@ -393,6 +393,11 @@ impl Job {
         self.counters.abandoned_bytes.fetch_add(destinations + slots, Ordering::Relaxed);
     }
 
+    /// Whether anything was given up so.
+    pub(super) fn has_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+
     /// The load's error, if it has one.
     pub(super) fn take_failure(&self) -> Option<Error> {
         lock(&self.failure).take()

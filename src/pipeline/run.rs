@@ -43,6 +43,9 @@ impl Running {
                 shared.abandon(0); // its threads may still run
                 Report::default()
             });
+            if shared.has_abandoned() {
+                retire_slots(&shared);
+            }
             // Whatever happened: nobody waits for another tensor any more.
             shared.end();
             report
@@ -129,6 +132,8 @@ fn supervise(job: &Arc<Job>) -> Report {
     for thread in readers.chain(workers.of_devices.into_iter().filter(|_| !lost)) {
         let _ = thread.join();
     }
+    // Nobody reads them any more, and a job that is kept must not keep their slots.
+    lock(&job.again).clear();
     memory.sample(job.counters.bytes_landed.load(Ordering::Relaxed));
     if !job.is_stopped() {
         match job.check_complete().and_then(|()| verify_files(job)).and_then(|()| await_peers(job)) {
@@ -168,8 +173,7 @@ fn devices_end(job: &Arc<Job>, alive: &Receiver<()>) -> bool {
             progress.1 = Instant::now();
         }
         if stopped.is_some_and(|since| job.is_stuck(since)) || progress.1.elapsed() > bound {
-            let all = job.setup.ring.bytes() / job.setup.ring.slot_bytes() as u64;
-            job.abandon(all as usize);
+            job.abandon(job.hold.lent());
             keep_for_ever(job);
             job.fail(Error::new(ErrorKind::Stalled, format!("a driver did not answer for {bound:?}")));
             return false;
@@ -258,6 +262,17 @@ fn start_workers(job: &Arc<Job>, alive: &Alive, workers: &mut Workers) -> Result
         workers.readers.push(thread);
     }
     Ok(())
+}
+
+/// Leaves the slots of a load that has abandoned something to those who use them now: a later one would wait for those that do
+/// not come back. The free ones are given back on a thread that nobody waits for, since it may be the driver that stands still
+/// which unpins them.
+fn retire_slots(job: &Job) {
+    job.hold.retire();
+    let ring = job.setup.ring.clone();
+    if let Err(error) = spawn("shardlift-release", move || ring.release()) {
+        job.warn(format!("staging memory that is free is kept: {error}"));
+    }
 }
 
 /// A stalled device may write to the load's destinations at any later time.

@@ -21,6 +21,7 @@ use crate::observe::{Event, Kind};
 use crate::place::Place;
 use crate::plan::{Piece, ReadOp};
 use crate::read::{Next, Pending, Request, Work};
+use crate::source::{Mapping, SourceFile};
 use crate::stage::{Home, Slot, Staged};
 use crate::sync::lock;
 
@@ -45,7 +46,11 @@ impl Work for Job {
                 Ok(Taken::Skipped) => {}
                 Ok(Taken::NoSlot) if !may_wait => return Next::Later,
                 Ok(Taken::NoSlot) if asked.elapsed() > self.patience(self.setup.stall_error) => {
-                    let message = format!("no staging slot became free for {:?}", asked.elapsed());
+                    let whose = match self.setup.ring.is_retired() {
+                        true => ": another load of the loader stalled, and keeps what it had",
+                        false => "",
+                    };
+                    let message = format!("no staging slot became free for {:?}{whose}", asked.elapsed());
                     self.fail(self.locate_next(Error::new(ErrorKind::Stalled, message)));
                     return Next::Finished;
                 }
@@ -78,7 +83,7 @@ impl Work for Job {
         let Request { id, file, permit, mut pending, .. } = request;
         let began = self.trace().map(|trace| (trace, Instant::now()));
         // SAFETY: the same duties.
-        let staged = unsafe { self.lease(&pending.op, file.identity().size, permit, mapping, keep) };
+        let staged = unsafe { self.lease(&pending.op, &file, permit, mapping, keep) };
         if let Some((trace, began)) = began {
             trace.since(Event::of(Kind::Pin), began);
         }
@@ -275,14 +280,14 @@ impl Job {
         lock(&self.spare).push(pending);
     }
 
-    /// Pins the window that has a read's bytes, of the mapping of a file of `size` bytes.
+    /// Pins the window that has a read's bytes, of the mapping of this file; or copies them.
     ///
     /// # Safety
     /// As [`Work::lent`].
     unsafe fn lease(
         &self,
         op: &ReadOp,
-        size: u64,
+        file: &SourceFile,
         permit: Option<Box<dyn Any + Send>>,
         mapping: *const u8,
         keep: Arc<dyn Any + Send + Sync>,
@@ -292,6 +297,7 @@ impl Job {
             return Err(Error::new(ErrorKind::Usage, "engine lends what it was not asked to"));
         };
         let Extent { file: of_file, start, end } = op.extent;
+        let size = file.identity().size;
         if end > size {
             return Err(Error::new(ErrorKind::Truncated, "file ended early"));
         }
@@ -299,7 +305,7 @@ impl Job {
         let mut permit = *permit;
         if windows.has(start, end) {
             // SAFETY: the same duties.
-            match unsafe { windows.lease(permit, of_file, start, mapping, size, keep) } {
+            match unsafe { windows.lease(permit, of_file, start, mapping, size, Arc::clone(&keep)) } {
                 // SAFETY: the lease keeps the mapping, which is readable.
                 Ok(lease) => return Ok(unsafe { Staged::lent(first, Arc::new(lease)) }),
                 Err((error, unused)) => {
@@ -313,6 +319,13 @@ impl Job {
         let mut bytes = vec![0u128; count.div_ceil(limits::KERNEL_ACCESS)];
         // SAFETY: the range lies in the mapping, whose guard keeps it readable; the vector is as long.
         unsafe { std::ptr::copy_nonoverlapping(first, bytes.as_mut_ptr().cast(), count) };
+        // Who lends from a mapping of its own answers for that itself.
+        if keep.downcast_ref::<Mapping>().is_some_and(Mapping::broken) {
+            return Err(match file.without_page() {
+                Ok(()) => Error::new(ErrorKind::Truncated, "file ended early"),
+                Err(error) => Error::new(ErrorKind::Io, format!("read failed: {error}")).with_source(error),
+            });
+        }
         // SAFETY: what keeps the bytes is the vector itself, which nobody writes to; with the permit not too many are kept.
         Ok(unsafe { Staged::lent(bytes.as_ptr().cast(), Arc::new((bytes, permit))) })
     }

@@ -58,6 +58,9 @@ impl Mmap {
     }
 
     /// The mapping of a request's file with the request's pages in it; `None` if the file has not all of them.
+    ///
+    /// # Errors
+    /// The system's; of storage that does not give a page which the file has.
     fn populated(&self, request: &Request) -> io::Result<Option<Arc<Mapping>>> {
         let (offset, bytes) = (request.offset(), there(request));
         if bytes == 0 {
@@ -65,9 +68,10 @@ impl Mmap {
         }
         let mapping = self.mapping(request).map_err(io::Error::other)?;
         match mapping.populate(offset, bytes) {
-            Ok(()) => Ok((!mapping.broken()).then_some(mapping)),
-            // EFAULT is how the system says that storage has no such page.
-            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => Ok(None),
+            Ok(()) if !mapping.broken() => Ok(Some(mapping)),
+            Ok(()) => request.file().without_page().map(|()| None),
+            // EFAULT is how the system says that there is no such page, whatever the reason.
+            Err(error) if error.raw_os_error() == Some(libc::EFAULT) => request.file().without_page().map(|()| None),
             Err(error) => Err(error),
         }
     }
@@ -81,7 +85,7 @@ impl Mmap {
             let source = mapping.address().add(offset as usize);
             std::ptr::copy_nonoverlapping(source, request.buffer().as_mut_ptr().cast(), bytes);
         }
-        if mapping.broken() { Ok(0) } else { Ok(bytes) }
+        if mapping.broken() { request.file().without_page().map(|()| 0) } else { Ok(bytes) }
     }
 }
 
@@ -122,5 +126,42 @@ unsafe impl Engine for Mmap {
             work.done(request, outcome);
         }
         Ok(())
+    }
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::fs::OpenOptions;
+    use std::time::Duration;
+
+    use super::super::conformance::{LARGE, Read, SIZES, exercise, write};
+    use super::*;
+
+    /// A page that is gone, of a file that is as long as ever, stands for one that a disk does not give.
+    #[test]
+    fn a_page_that_storage_does_not_give_is_no_end_of_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = write(folder.path(), LARGE);
+        let engine = Mmap::new(1);
+        lock(&engine.state).reading += 1;
+        let _active = Active(&engine);
+        let mapping = Arc::new(Mapping::new(&file).unwrap());
+        lock(&engine.state).mappings.insert(file.identity(), Arc::clone(&mapping));
+        let outcome = || {
+            let [done] = &exercise(&engine, vec![Read::new(LARGE, &file, 0, 4096)])[..] else { panic!("one request") };
+            done.outcome.as_ref().map(|&bytes| bytes).map_err(|error| error.raw_os_error())
+        };
+        assert_eq!(outcome(), Ok(4096));
+        let again = OpenOptions::new().write(true).open(file.path()).unwrap();
+        let modified = again.metadata().unwrap().modified().unwrap();
+        again.set_len(8192).unwrap();
+        // SAFETY: it lies in the mapping, which its guard keeps readable.
+        assert_eq!(unsafe { mapping.address().add(16384).read_volatile() }, 0);
+        assert_eq!(outcome(), Ok(0));
+        again.set_len(SIZES[LARGE]).unwrap();
+        again.set_modified(modified + Duration::from_secs(1)).unwrap();
+        assert_eq!(outcome(), Ok(0), "it is another file by now");
+        again.set_modified(modified).unwrap();
+        assert_eq!(outcome(), Err(Some(libc::EIO)));
     }
 }

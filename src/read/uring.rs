@@ -22,13 +22,14 @@ pub struct Uring {
 }
 
 impl Uring {
-    /// Rings of `depth` reads on this many threads; with `direct` past the page cache where files allow it.
+    /// Rings of `depth` reads, 1 to [`limits::URING_DEPTH_MAX`], on this many threads; with `direct` past the page cache where
+    /// files allow it.
     ///
     /// # Errors
     /// [`ErrorKind::Unsupported`] if the system refuses io_uring (an old kernel, a container's filter, no locked
     /// memory).
     pub fn new(threads: usize, depth: u32, direct: bool) -> Result<Uring> {
-        let depth = depth.max(1);
+        let depth = depth.clamp(1, limits::URING_DEPTH_MAX);
         match ring(depth).and_then(|ring| try_out(&ring)) {
             Ok(()) => Ok(Uring { threads: threads.max(1), depth, direct }),
             Err(error) => {

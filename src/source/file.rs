@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::source::system::{self, DirectAlignment, FileSystem};
+use crate::source::system::{self, DirectAlignment, DirectReads, FileSystem};
 
 /// What makes a file the same file: compared at every further open and after the last read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -145,6 +145,18 @@ impl SourceFile {
         compare(&self.path, expected, Identity::of(&metadata))
     }
 
+    /// What a read comes to of a page that storage does not give although the file had it when it was opened: to nothing where
+    /// the file is shorter by now, or was for a moment, as one that is written anew.
+    ///
+    /// # Errors
+    /// Where it has not changed, that of storage that fails; or the system does not say.
+    pub(crate) fn without_page(&self) -> std::io::Result<()> {
+        match Identity::of(&self.file.metadata()?) == self.identity {
+            true => Err(rustix::io::Errno::IO.into()),
+            false => Ok(()),
+        }
+    }
+
     /// Checks that a path names a file with this identity, unchanged.
     ///
     /// # Errors
@@ -170,7 +182,10 @@ impl SourceFile {
 
     /// What O_DIRECT reads of this file must be multiples of; `None` if the system does not say or refuses such reads.
     pub fn direct_alignment(&self) -> Option<DirectAlignment> {
-        system::direct_alignment(&self.file)
+        match system::direct_reads(&self.file) {
+            DirectReads::Of(alignment) => Some(alignment),
+            DirectReads::Unknown | DirectReads::Refused => None,
+        }
     }
 
     /// Opens the same file once more, past the page cache, and compares its identity.
@@ -196,11 +211,8 @@ impl SourceFile {
     /// the file allows them. Opened at the first call, and shared.
     pub fn direct(&self, alignment: u64) -> Option<&File> {
         let open = || {
-            let fits = |bytes: u32| alignment.is_multiple_of(u64::from(bytes));
-            // Before Linux 6.1 the system does not say; then the first read tells.
-            let told = self.direct_alignment();
-            let fits = told.is_none_or(|needed| fits(needed.memory) && fits(needed.offset));
-            if fits { self.open_direct().ok() } else { None }
+            let told = system::direct_reads(&self.file);
+            if told.may_be(alignment) { self.open_direct().ok() } else { None }
         };
         self.direct.get_or_init(open).as_ref().filter(|_| !self.direct_refused.load(Ordering::Relaxed))
     }

@@ -76,7 +76,40 @@ pub struct DirectAlignment {
     pub offset: u32,
 }
 
-pub(super) use platform::{direct_alignment, file_system, forget_pages, is_resident, open_direct};
+/// What the system says of O_DIRECT reads of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum DirectReads {
+    /// Nothing, as before Linux 6.1, and of some file systems after that: the first read tells.
+    Unknown,
+    /// There are none.
+    Refused,
+    /// They must be multiples of this.
+    Of(DirectAlignment),
+}
+
+impl DirectReads {
+    /// What is told with these numbers, of which 0 says that there are none.
+    #[cfg_attr(not(target_os = "linux"), allow(dead_code, reason = "only Linux tells the numbers"))]
+    fn told(memory: u32, offset: u32) -> DirectReads {
+        match memory == 0 || offset == 0 {
+            true => DirectReads::Refused,
+            false => DirectReads::Of(DirectAlignment { memory, offset }),
+        }
+    }
+
+    /// Whether there may be some whose offsets, lengths and addresses are multiples of `alignment`.
+    pub(super) fn may_be(self, alignment: u64) -> bool {
+        match self {
+            DirectReads::Unknown => true,
+            DirectReads::Refused => false,
+            DirectReads::Of(needed) => {
+                [needed.memory, needed.offset].iter().all(|&bytes| alignment.is_multiple_of(u64::from(bytes)))
+            }
+        }
+    }
+}
+
+pub(super) use platform::{direct_reads, file_system, forget_pages, is_resident, open_direct};
 
 #[cfg(target_os = "linux")]
 mod platform {
@@ -95,12 +128,13 @@ mod platform {
         Ok(FileSystem::of_magic(magic))
     }
 
-    pub(in crate::source) fn direct_alignment(file: &File) -> Option<DirectAlignment> {
-        let stat = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok()?;
-        let told = StatxFlags::from_bits_retain(stat.stx_mask).contains(StatxFlags::DIOALIGN);
-        let alignment = DirectAlignment { memory: stat.stx_dio_mem_align, offset: stat.stx_dio_offset_align };
-        // Zero says that this file takes no such reads.
-        (told && alignment.memory > 0 && alignment.offset > 0).then_some(alignment)
+    pub(in crate::source) fn direct_reads(file: &File) -> DirectReads {
+        let asked = rustix::fs::statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN);
+        let told = |mask: u32| StatxFlags::from_bits_retain(mask).contains(StatxFlags::DIOALIGN);
+        match asked {
+            Ok(stat) if told(stat.stx_mask) => DirectReads::told(stat.stx_dio_mem_align, stat.stx_dio_offset_align),
+            _ => DirectReads::Unknown,
+        }
     }
 
     pub(in crate::source) fn open_direct(path: &Path) -> Result<File> {
@@ -135,8 +169,8 @@ mod platform {
         Ok(FileSystem::Unknown(0))
     }
 
-    pub(in crate::source) fn direct_alignment(_file: &File) -> Option<DirectAlignment> {
-        None
+    pub(in crate::source) fn direct_reads(_file: &File) -> DirectReads {
+        DirectReads::Unknown
     }
 
     pub(in crate::source) fn open_direct(_path: &Path) -> Result<File> {
@@ -161,5 +195,17 @@ mod tests {
         assert_eq!(FileSystem::of_magic(0xEF53), FileSystem::Local("ext4"));
         assert_eq!(FileSystem::of_magic(0x9123_683E_u32 as i32 as i64), FileSystem::Local("btrfs"));
         assert_eq!(FileSystem::of_magic(1), FileSystem::Unknown(1));
+    }
+
+    #[test]
+    fn a_file_that_refuses_direct_reads_is_none_that_does_not_say() {
+        assert!(DirectReads::Unknown.may_be(4096));
+        for (memory, offset) in [(0, 0), (0, 512), (512, 0)] {
+            assert_eq!(DirectReads::told(memory, offset), DirectReads::Refused);
+        }
+        assert!(!DirectReads::Refused.may_be(4096));
+        for (memory, offset, may_be) in [(4, 512, true), (4096, 4096, true), (8192, 512, false), (4, 65536, false)] {
+            assert_eq!(DirectReads::told(memory, offset).may_be(4096), may_be, "{memory} {offset}");
+        }
     }
 }

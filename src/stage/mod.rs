@@ -70,6 +70,8 @@ struct State {
     held: u64,
     /// Slots that were ever lent.
     lent: u64,
+    /// Whether it is for no later load.
+    retired: bool,
     waiting: Waiting,
 }
 
@@ -115,6 +117,16 @@ impl Ring {
             growable: Condvar::new(),
         };
         Ring { shared: Arc::new(shared) }
+    }
+
+    /// Another ring of the same kind and size, without any slots yet.
+    pub(crate) fn anew(&self) -> Ring {
+        Ring::at(self.shared.home, self.budget(), self.shared.slot_bytes)
+    }
+
+    /// Whether a load that ended without some of its slots has [retired](Hold::retire) it: it is for no other one.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.shared.state().retired
     }
 
     /// Whether both are handles to the same ring.
@@ -241,18 +253,7 @@ impl Ring {
     /// Gives the memory of free slots back to the system; not that of pinned ones while somebody [holds](Ring::hold)
     /// them.
     pub(crate) fn release(&self) {
-        let mut state = self.shared.state();
-        let plain = std::mem::take(&mut state.plain);
-        let pinned = if state.shares.is_empty() { std::mem::take(&mut state.pinned) } else { Vec::new() };
-        let slots = plain.len() + pinned.len();
-        // No longer pinned for whoever counts on them from now on.
-        state.slots_pinned -= pinned.len();
-        drop(state);
-        // Out of the lock, since unpinning takes long; in the count until it is done, so that the budget holds.
-        drop((plain, pinned));
-        let mut state = self.shared.state();
-        state.slots -= slots;
-        self.shared.wake_all();
+        self.shared.release(self.shared.state());
     }
 
     /// A share of the slots, for one load; while there is one, pinned slots are not [released](Ring::release): who lends no
@@ -270,6 +271,21 @@ impl Shared {
     /// The state, also when a thread panicked while it had it: each of its changes leaves it consistent.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// [`Ring::release`].
+    fn release(&self, mut state: MutexGuard<'_, State>) {
+        let plain = std::mem::take(&mut state.plain);
+        let pinned = if state.shares.is_empty() { std::mem::take(&mut state.pinned) } else { Vec::new() };
+        let slots = plain.len() + pinned.len();
+        // No longer pinned for whoever counts on them from now on.
+        state.slots_pinned -= pinned.len();
+        drop(state);
+        // Out of the lock, since unpinning takes long; in the count until it is done, so that the budget holds.
+        drop((plain, pinned));
+        let mut state = self.state();
+        state.slots -= slots;
+        self.wake_all();
     }
 
     /// Memory for one more slot, if the budget allows it.
@@ -328,6 +344,9 @@ impl Shared {
         } else {
             state.plain.push(memory)
         }
+        if state.is_over() {
+            return self.release(state);
+        }
         if state.shares.len() > 1 {
             return self.wake_lenders(&state); // the first that wakes may have to leave it to another
         }
@@ -371,6 +390,11 @@ impl Shared {
 }
 
 impl State {
+    /// Whether no load uses the slots any more, or will.
+    fn is_over(&self) -> bool {
+        self.retired && self.shares.is_empty()
+    }
+
     fn share(&mut self, holder: u64) -> Option<&mut Share> {
         self.shares.iter_mut().find(|share| share.id == holder)
     }
@@ -407,6 +431,22 @@ impl Hold {
         }
         self.ring.shared.wake_lenders(&state);
     }
+
+    /// How many slots it has not given back; and those that are being pinned now, whoever it is for.
+    pub(crate) fn lent(&self) -> usize {
+        let mut state = self.ring.shared.state();
+        state.slots_pinning + state.share(self.id).map_or(0, |share| share.lent)
+    }
+
+    /// Gives the share up, although some of its slots may never come back. Whoever else shares the ring goes on with the
+    /// others, but it is for no later load, and once nobody shares it a slot that is free is given back at once. Those that are
+    /// free by now stay until they are [released](Ring::release).
+    pub(crate) fn retire(&self) {
+        let mut state = self.ring.shared.state();
+        state.retired = true;
+        state.shares.retain(|share| share.id != self.id);
+        self.ring.shared.wake_lenders(&state);
+    }
 }
 
 impl Drop for Hold {
@@ -414,5 +454,8 @@ impl Drop for Hold {
         let mut state = self.ring.shared.state();
         state.shares.retain(|share| share.id != self.id);
         self.ring.shared.wake_lenders(&state);
+        if state.is_over() {
+            self.ring.shared.release(state);
+        }
     }
 }

@@ -229,6 +229,31 @@ fn held_slots_stay_pinned() {
 }
 
 #[test]
+fn a_ring_that_lost_slots_is_for_those_who_have_it() {
+    let (ring, pins) = (ring(4), Pins::default());
+    while grow(&ring, &pins, 3).unwrap() {}
+    let [one, other] = [ring.hold(), ring.hold()];
+    let (lost, late) = (one.try_lend(Lend::Any).unwrap(), one.try_lend(Lend::Any).unwrap());
+    assert_eq!((one.lent(), other.lent(), ring.is_retired()), (2, 0, false));
+    one.retire();
+    assert!(ring.is_retired() && !ring.anew().is_retired());
+    ring.release();
+    holds(&ring, 3, 3);
+    // The other one goes on with what is left, and what comes back; then nothing stays.
+    drop(other.try_lend(Lend::Pinned).unwrap().expect("the pinned one that is free"));
+    holds(&ring, 3, 3);
+    drop(other);
+    holds(&ring, 2, 2);
+    drop(one);
+    drop(late);
+    holds(&ring, 1, 1);
+    assert_eq!(pins.pinned.load(Ordering::Relaxed), 1);
+    drop(lost);
+    holds(&ring, 0, 0);
+    assert_eq!(ring.anew().budget(), ring.budget());
+}
+
+#[test]
 fn a_load_leaves_another_its_part_of_the_slots() {
     let ring = ring(5);
     let (one, other) = (ring.hold(), ring.hold());

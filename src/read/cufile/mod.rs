@@ -69,7 +69,9 @@ impl Cufile {
             return Ok(Arc::clone(handle));
         }
         let direct = file.direct(limits::DIRECT_ALIGNMENT).ok_or_else(|| match file.open_direct() {
-            Ok(_) => Error::new(ErrorKind::Unsupported, "O_DIRECT wants a larger alignment"),
+            Ok(_) => {
+                Error::new(ErrorKind::Unsupported, "the file takes no O_DIRECT reads, or wants a larger alignment")
+            }
             Err(error) => error,
         })?;
         // SAFETY: the handle keeps the file, which stays open as long as that.
