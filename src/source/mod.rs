@@ -2,6 +2,8 @@
 
 mod file;
 mod mapping;
+#[cfg(target_os = "linux")]
+mod resident;
 mod system;
 
 pub use file::{Identity, SourceFile};

@@ -114,13 +114,13 @@ pub(super) use platform::{direct_reads, file_system, forget_pages, is_resident, 
 #[cfg(target_os = "linux")]
 mod platform {
     use std::fs::OpenOptions;
-    use std::io::IoSliceMut;
     use std::os::unix::fs::OpenOptionsExt;
 
     use rustix::fs::{Advice, AtFlags, OFlags, StatxFlags};
-    use rustix::io::{Errno, ReadWriteFlags};
 
     use super::*;
+
+    pub(in crate::source) use crate::source::resident::is_resident;
 
     pub(in crate::source) fn file_system(file: &File) -> Result<FileSystem> {
         #[allow(clippy::unnecessary_cast, reason = "the field's type differs between targets")]
@@ -139,19 +139,6 @@ mod platform {
 
     pub(in crate::source) fn open_direct(path: &Path) -> Result<File> {
         OpenOptions::new().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path)
-    }
-
-    /// Whether the page that holds the byte at `offset` is cached. mincore would lie to readers who do not own the file.
-    pub(in crate::source) fn is_resident(file: &File, offset: u64) -> Option<bool> {
-        let mut byte = [0];
-        loop {
-            match rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut byte)], offset, ReadWriteFlags::NOWAIT) {
-                Ok(read) => return Some(read == 1),
-                Err(Errno::AGAIN) => return Some(false),
-                Err(Errno::INTR) => {}
-                Err(_) => return None,
-            }
-        }
     }
 
     pub(in crate::source) fn forget_pages(file: &File) -> Result<()> {
