@@ -278,6 +278,12 @@ fn a_trace_takes_the_place_of_nothing_that_is_read() {
     let single = at("model.safetensors");
     run(&["load", path(&single), "--rules", path(rules.path()), "--trace", path(&at("config.json"))], 2);
     assert_eq!(fs::read(at("config.json")).unwrap(), b"{}");
+    // Nor of what would be read if it were there.
+    for name in ["model.safetensors.index.json", "config.json"] {
+        fs::remove_file(at(name)).unwrap();
+        run(&["load", path(&single), "--rules", path(rules.path()), "--trace", path(&at(name))], 2);
+        assert!(!at(name).exists(), "{name}");
+    }
     run(&[&["load", &dir][..], &args, &[path(&at("trace.json"))]].concat(), 0);
 }
 

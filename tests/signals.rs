@@ -193,6 +193,23 @@ fn a_second_signal_ends_the_process_with_an_object() {
     assert_eq!((code, &object["error"]["kind"]), (Some(143), &Value::from("cancelled")), "{object}");
 }
 
+#[test]
+fn an_output_that_nobody_reads_keeps_no_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let bytes = [0u8];
+    let view = || safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![1], &bytes).unwrap();
+    // More than a pipe holds.
+    let tensors = (0..4000).map(|i| (format!("{i:0100}"), view()));
+    safetensors::serialize_to_file(tensors, None, &folder.path().join("model.safetensors")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_shardlift"));
+    command.arg("inspect").arg(folder.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    wait_for_thread(&child, "shardlift-signa");
+    thread::sleep(Duration::from_millis(500)); // it comes to where nobody reads
+    let (code, _) = end_after(child, Signal::TERM, 5);
+    assert_eq!(code, Some(143));
+}
+
 fn path(path: &Path) -> &str {
     path.to_str().unwrap()
 }

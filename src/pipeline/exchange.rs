@@ -104,7 +104,7 @@ impl Exchanging {
     /// says so it aborts the communicator from the caller's thread, which takes as long as that may.
     pub(super) fn is_stuck(&self, since: Instant) -> bool {
         let aborter = match &*lock(&self.calls) {
-            Calls { given_up: Some(at), .. } => return at.elapsed() > NOTICED,
+            Calls { given_up: Some(at), .. } => return (*at).max(since).elapsed() > NOTICED,
             Calls { aborted: Some(at), aborter: Some(_), .. } => return at.elapsed() > limits::NCCL_ABORT,
             Calls { aborter: Some(aborter), .. } if since.elapsed() > NOTICED => aborter.clone(),
             _ => return false,

@@ -83,10 +83,19 @@ impl Interrupt {
                     cancel(group); // whatever this process waits for them for, or they for it, ends
                     continue;
                 }
-                match &*then {
-                    Then::Cancel(_) => {}
-                    Then::Exit => theirs.tell_and_exit(signal),
-                    Then::Note | Then::Ended => {}
+                if matches!(*then, Then::Exit) {
+                    drop((then, group));
+                    // Not here: where nobody reads the output a second signal is still to be heard.
+                    let theirs = Arc::clone(&theirs);
+                    let tell = move || {
+                        let then = theirs.then();
+                        if matches!(*then, Then::Exit) {
+                            theirs.tell_and_exit(signal);
+                        }
+                    };
+                    if thread::Builder::new().name("shardlift-end".into()).spawn(tell).is_err() {
+                        std::process::exit(128 + signal);
+                    }
                 }
             }
         };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{IsTerminal, Seek};
+use std::io::{self, IsTerminal, Seek};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -68,7 +68,7 @@ fn load(
     };
     let plan = Plan::new(&checkpoint, &rules, &world)?;
     let plan_seconds = planned.elapsed().as_secs_f64();
-    // While a signal still ends the process: opening a pipe waits for its reader.
+    // While a signal still ends a process of no group: opening a pipe waits for its reader.
     let inputs = || model::inputs(&checkpoint, mesh).into_iter().chain(args.doctor.clone());
     let trace = trace.as_deref().map(|path| TraceFile::create(path, inputs())).transpose()?;
     interrupt.waits(); // memory and threads come into being from here on
@@ -199,8 +199,16 @@ impl TraceFile {
     /// Refuses one of the `inputs`. Compares identities: a name may be spelt in many ways.
     fn create(path: &Path, inputs: impl IntoIterator<Item = PathBuf>) -> shardlift::Result<TraceFile> {
         let cannot = |error| Error::io("cannot create trace", path, error);
+        let mut made = true;
         // What was in it goes when something is written.
-        let file = OpenOptions::new().write(true).create(true).truncate(false).open(path).map_err(cannot)?;
+        let opened = OpenOptions::new().write(true).create_new(true).open(path).or_else(|error| {
+            made = false;
+            match error.kind() {
+                io::ErrorKind::AlreadyExists => OpenOptions::new().write(true).create(true).truncate(false).open(path),
+                _ => Err(error),
+            }
+        });
+        let file = opened.map_err(cannot)?;
         let own = file.metadata().map_err(cannot)?;
         let is_own = |input: &PathBuf| {
             fs::metadata(input).is_ok_and(|input| (input.dev(), input.ino()) == (own.dev(), own.ino()))
@@ -208,6 +216,10 @@ impl TraceFile {
         if own.is_file()
             && let Some(input) = inputs.into_iter().find(is_own)
         {
+            if made {
+                // It would be read if it stayed.
+                fs::remove_file(path).map_err(cannot)?;
+            }
             return Err(Error::new(ErrorKind::Usage, "the trace would take the place of a file that is read")
                 .with_rule("trace-is-input")
                 .with_expected("another file", input.display())

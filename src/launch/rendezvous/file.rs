@@ -110,6 +110,9 @@ fn refuse_others(path: &Path) -> Result<()> {
     match read(path) {
         Ok(text) if text.is_empty() || text.starts_with(FIRST_WORDS) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() != io::ErrorKind::InvalidData => {
+            Err(Error::io("cannot read the rendezvous file", path, error))
+        }
         _ => Err(Error::new(ErrorKind::Usage, "the rendezvous file would take the place of another")
             .with_expected("a rendezvous file, or none", "something else")
             .with_file(path)),
